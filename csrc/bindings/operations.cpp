@@ -1,0 +1,112 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/module.h"
+#include "ops/attention.h"
+#include "ops/merge_states.h"
+#include "ops/pages.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace paged_mlx {
+
+namespace {
+
+WriteMode write_mode(bool alias) {
+  return alias ? WriteMode::alias : WriteMode::donate;
+}
+
+} // namespace
+
+void bind_operations(nb::module_& m) {
+  m.def(
+      "paged_attention",
+      &paged_attention,
+      "q"_a,
+      "k_pages"_a,
+      "v_pages"_a,
+      "plan"_a,
+      nb::kw_only(),
+      "scale"_a = nb::none(),
+      "softcap"_a = nb::none(),
+      "alibi_slopes"_a = nb::none(),
+      "sinks"_a = nb::none(),
+      "mask"_a = nb::none(),
+      "stream"_a = nb::none(),
+      "(out, lse, k_pages', v_pages') of one step.");
+  m.def(
+      "write_pages",
+      [](const mx::array& k,
+         const mx::array& v,
+         const mx::array& k_pages,
+         const mx::array& v_pages,
+         const mx::array& slots,
+         bool alias,
+         mx::StreamOrDevice s) {
+        return write_pages(k, v, k_pages, v_pages, slots, write_mode(alias), s);
+      },
+      "k"_a,
+      "v"_a,
+      "k_pages"_a,
+      "v_pages"_a,
+      "slot_mapping"_a,
+      nb::kw_only(),
+      "alias"_a = false,
+      "stream"_a = nb::none(),
+      "(k_pages', v_pages') with new tokens in their slots.");
+  m.def(
+      "copy_pages",
+      [](const std::vector<mx::array>& pools, const mx::array& pairs, bool alias, mx::StreamOrDevice s) {
+        return copy_pages(pools, pairs, write_mode(alias), s);
+      },
+      "pools"_a,
+      "pairs"_a,
+      nb::kw_only(),
+      "alias"_a = false,
+      "stream"_a = nb::none(),
+      "The pools with page pairs[i, 0] copied to page pairs[i, 1].");
+  m.def(
+      "gather_pages",
+      &gather_pages,
+      "k_pages"_a,
+      "v_pages"_a,
+      "block_tables"_a,
+      "context_lens"_a,
+      "length"_a,
+      nb::kw_only(),
+      "page_starts"_a = nb::none(),
+      "page_lens"_a = nb::none(),
+      "stream"_a = nb::none(),
+      "(k, v, k_pages', v_pages'), K and V of each sequence made contiguous.");
+  m.def(
+      "merge_states",
+      &merge_states,
+      "outs"_a,
+      "lses"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "(out, lse) of the union of parts of a context.");
+}
+
+void bind_diagnostics(nb::module_& m) {
+  m.def(
+      "buffer_copies",
+      []() { return g_buffer_copies.load(); },
+      "Whole buffers copied so far because a write could not be done in place.");
+  m.def(
+      "data_address",
+      [](const mx::array& a) { return reinterpret_cast<uintptr_t>(a.data<char>()); },
+      "a"_a,
+      "Address of an evaluated array's memory.");
+  m.def(
+      "is_tracer",
+      [](const mx::array& a) { return a.is_tracer(); },
+      "a"_a,
+      "Whether the array stands for an input while mx.compile traces.");
+  m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");
+  m.def("num_threads", &cpu::num_threads, "Threads of the CPU backend.");
+}
+
+} // namespace paged_mlx

@@ -1,0 +1,272 @@
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "mlx/array.h"
+
+#include "bindings/module.h"
+#include "cpu/attention.h"
+#include "plan/planner.h"
+#include "plan/targets.h"
+#include "shape_check.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace paged_mlx {
+
+namespace {
+
+using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+
+// A step of a batch with memory of its own, so that the next step can be
+// compared with it.
+class Step {
+ public:
+  Step(
+      std::string op,
+      const Ints& block_tables,
+      const Ints& context_lens,
+      const std::optional<Ints>& cu_seqlens_q,
+      const std::optional<Ints>& page_starts,
+      const std::optional<Ints>& page_lens)
+      : op_(std::move(op)) {
+    check(block_tables, "block_tables", {"batch", "max_pages"});
+    check(context_lens, "context_lens", {"batch"});
+    batch_ = int(block_tables.shape(0));
+    max_pages_ = int(block_tables.shape(1));
+    expect("context_lens", context_lens, 0, batch_, "batch");
+    tables_ = copy(block_tables);
+    lens_ = copy(context_lens);
+    if (cu_seqlens_q) {
+      check(*cu_seqlens_q, "cu_seqlens_q", {"batch + 1"});
+      expect("cu_seqlens_q", *cu_seqlens_q, 0, batch_ + 1, "batch + 1");
+      cu_ = copy(*cu_seqlens_q);
+    }
+    if (page_starts.has_value() != page_lens.has_value()) {
+      fail(op_, "page_starts and page_lens must be given together", "one of them");
+    }
+    if (page_starts) {
+      for (const auto& [name, ints] : {std::pair{"page_starts", &*page_starts}, {"page_lens", &*page_lens}}) {
+        check(*ints, name, {"batch", "max_pages"});
+        expect(name, *ints, 0, batch_, "batch");
+        expect(name, *ints, 1, max_pages_, "max_pages");
+      }
+      starts_ = copy(*page_starts);
+      page_lens_ = copy(*page_lens);
+    }
+  }
+
+  PlanInput input(const PlanInput& geometry) const {
+    PlanInput in = geometry;
+    in.op = op_.c_str();
+    in.batch = batch_;
+    in.max_pages = max_pages_;
+    in.block_tables = tables_.data();
+    in.context_lens = lens_.data();
+    in.cu_seqlens_q = cu_.empty() ? nullptr : cu_.data();
+    in.page_starts = starts_.empty() ? nullptr : starts_.data();
+    in.page_lens = page_lens_.empty() ? nullptr : page_lens_.data();
+    return in;
+  }
+
+ private:
+  static std::vector<int32_t> copy(const Ints& a) {
+    return std::vector<int32_t>(a.data(), a.data() + a.size());
+  }
+
+  void check(const Ints& a, const char* name, std::initializer_list<const char*> dims) const {
+    if (a.ndim() == dims.size()) {
+      return;
+    }
+    std::string list;
+    for (const std::string dim : dims) {
+      list += (list.empty() ? "" : ", ") + dim;
+    }
+    fail(op_, std::string(name) + " must have shape [" + list + "]", std::to_string(a.ndim()) + " dimensions");
+  }
+
+  void expect(const char* name, const Ints& a, int axis, int size, const char* dim) const {
+    if (int(a.shape(axis)) != size) {
+      fail(
+          op_,
+          std::string(name) + " must match " + dim + " = " + std::to_string(size) + " of block_tables",
+          std::to_string(a.shape(axis)));
+    }
+  }
+
+  std::string op_;
+  int batch_ = 0, max_pages_ = 0;
+  std::vector<int32_t> tables_, lens_, cu_, starts_, page_lens_;
+};
+
+// Words are handed out in a few sizes only, so that a compiled step that takes
+// the plan as an input is not traced anew for each length.
+size_t rounded(size_t words) {
+  size_t unit = 256;
+  while (unit * 8 < words) {
+    unit *= 2;
+  }
+  return (words + unit - 1) / unit * unit;
+}
+
+class NativePlan {
+ public:
+  NativePlan(Step step, PlanInput geometry, PlanTarget target, PlanOptions options)
+      : step_(std::move(step)), geometry_(geometry), target_(target) {
+    const PlanInput input = step_.input(geometry_);
+    validate(input);
+    plan_ = make_plan(input, target_, options);
+  }
+
+  // The plan of the next step, or None when it needs one of its own.
+  std::optional<NativePlan> advance(Step step) const {
+    const PlanInput after = step.input(geometry_);
+    validate(after);
+    NativePlan next = *this;
+    if (!advance_plan(next.plan_, step_.input(geometry_), after, target_)) {
+      return std::nullopt;
+    }
+    next.step_ = std::move(step);
+    return next;
+  }
+
+  mx::array array() const {
+    const size_t words = plan_.words.size(), size = rounded(words);
+    mx::array a(mx::allocator::malloc(size * sizeof(int32_t)), mx::Shape{int(size)}, mx::int32);
+    auto* data = a.data<int32_t>();
+    std::copy(plan_.words.begin(), plan_.words.end(), data);
+    std::fill(data + words, data + size, 0);
+    return a;
+  }
+
+  const Plan& plan() const {
+    return plan_;
+  }
+
+ private:
+  Step step_;
+  PlanInput geometry_;
+  PlanTarget target_;
+  Plan plan_;
+};
+
+nb::dict header_dict(const PlanHeader& h) {
+  nb::dict d;
+  d["num_items"] = nb::make_tuple(h.num_items[0], h.num_items[1], h.num_items[2]);
+#define PAGED_MLX_FIELD(name) d[#name] = h.name;
+  PAGED_MLX_FIELD(num_words)
+  PAGED_MLX_FIELD(num_tokens)
+  PAGED_MLX_FIELD(num_row_tokens)
+  PAGED_MLX_FIELD(num_pages)
+  PAGED_MLX_FIELD(num_partials)
+  PAGED_MLX_FIELD(num_merges)
+  PAGED_MLX_FIELD(num_parts)
+  PAGED_MLX_FIELD(items)
+  PAGED_MLX_FIELD(row_tokens)
+  PAGED_MLX_FIELD(positions)
+  PAGED_MLX_FIELD(row_ends)
+  PAGED_MLX_FIELD(pages)
+  PAGED_MLX_FIELD(page_starts)
+  PAGED_MLX_FIELD(page_lens)
+  PAGED_MLX_FIELD(merges)
+  PAGED_MLX_FIELD(parts)
+  PAGED_MLX_FIELD(num_q_heads)
+  PAGED_MLX_FIELD(num_kv_heads)
+  PAGED_MLX_FIELD(page_size)
+  PAGED_MLX_FIELD(causal)
+  PAGED_MLX_FIELD(sliding_window)
+  PAGED_MLX_FIELD(max_page_id)
+  PAGED_MLX_FIELD(max_row_end)
+#undef PAGED_MLX_FIELD
+  return d;
+}
+
+using Decision = std::tuple<int, int, int, double, double, bool>;
+
+std::vector<Decision> decision_rows(const Plan& plan) {
+  std::vector<Decision> rows;
+  for (const SharingDecision& d : plan.decisions) {
+    rows.emplace_back(
+        d.num_sequences, d.first_page, d.num_pages, d.cost_shared, d.cost_alone, d.shared);
+  }
+  return rows;
+}
+
+} // namespace
+
+void bind_plan(nb::module_& m) {
+  nb::class_<NativePlan>(m, "NativePlan", "One step's work items. Use paged_mlx.fast.plan.")
+      .def(
+          "__init__",
+          [](NativePlan* self,
+             std::string op,
+             const Ints& block_tables,
+             const Ints& context_lens,
+             const std::optional<Ints>& cu_seqlens_q,
+             const std::optional<Ints>& page_starts,
+             const std::optional<Ints>& page_lens,
+             int num_pages,
+             int num_q_heads,
+             int num_kv_heads,
+             int page_size,
+             bool causal,
+             int sliding_window,
+             int itemsize,
+             bool share_prefixes,
+             int fixed_partition,
+             int workers) {
+            PlanInput geometry;
+            geometry.num_pages = num_pages;
+            geometry.num_q_heads = num_q_heads;
+            geometry.num_kv_heads = num_kv_heads;
+            geometry.page_size = page_size;
+            geometry.causal = causal;
+            geometry.sliding_window = sliding_window;
+            PlanOptions options{share_prefixes, fixed_partition};
+            new (self) NativePlan(
+                Step(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens),
+                geometry,
+                cpu_target(workers > 0 ? workers : cpu::num_threads(), itemsize),
+                options);
+          },
+          nb::kw_only(),
+          "op"_a,
+          "block_tables"_a,
+          "context_lens"_a,
+          "cu_seqlens_q"_a.none(),
+          "page_starts"_a.none(),
+          "page_lens"_a.none(),
+          "num_pages"_a,
+          "num_q_heads"_a,
+          "num_kv_heads"_a,
+          "page_size"_a,
+          "causal"_a,
+          "sliding_window"_a,
+          "itemsize"_a,
+          "share_prefixes"_a,
+          "fixed_partition"_a,
+          "workers"_a)
+      .def(
+          "advance",
+          [](const NativePlan& self,
+             std::string op,
+             const Ints& block_tables,
+             const Ints& context_lens,
+             const std::optional<Ints>& cu_seqlens_q) {
+            return self.advance(
+                Step(op, block_tables, context_lens, cu_seqlens_q, std::nullopt, std::nullopt));
+          },
+          nb::kw_only(),
+          "op"_a,
+          "block_tables"_a,
+          "context_lens"_a,
+          "cu_seqlens_q"_a.none())
+      .def("array", &NativePlan::array, "The words of plan_format.h, int32 [words].")
+      .def("header", [](const NativePlan& self) { return header_dict(self.plan().header()); })
+      .def("decisions", [](const NativePlan& self) { return decision_rows(self.plan()); });
+}
+
+} // namespace paged_mlx

@@ -1,0 +1,53 @@
+// Paged attention on the CPU: runs the items and merges of a plan.
+//
+// No MLX in here: raw pointers in, raw pointers out. The caller has validated
+// every shape and every page id; these functions only compute.
+#pragma once
+
+#include <cstdint>
+
+namespace paged_mlx::cpu {
+
+enum class DType { float32, float16, bfloat16 };
+
+enum class MaskKind { none, boolean, additive };
+
+// A mask over (query head, query token, key position).
+//
+// boolean:  uint8, 0 hides the key. additive: float32, added to the score after
+// scale, softcap and ALiBi; -inf hides the key. A stride of 0 broadcasts.
+struct Mask {
+  MaskKind kind = MaskKind::none;
+  const void* data = nullptr;
+  int64_t head_stride = 0;  // elements
+  int64_t token_stride = 0; // elements; the key position has stride 1
+};
+
+struct AttentionArgs {
+  DType dtype;         // of q, k_pages, v_pages and out
+  const void* q;       // [tokens, num_q_heads, head_dim]
+  const void* k_pages; // [num_pages, num_kv_heads, page_size, head_dim]
+  const void* v_pages; // [num_pages, num_kv_heads, page_size, v_head_dim]
+  const int32_t* plan; // kernels/plan_format.h; holds heads, page size, window
+  void* out;           // [tokens, num_q_heads, v_head_dim]
+  float* lse;          // [tokens, num_q_heads], natural log, or null
+
+  int head_dim;
+  int v_head_dim;
+  float scale;
+  float softcap;             // 0: none; score = softcap * tanh(score / softcap)
+  const float* alibi_slopes; // [num_q_heads] or null; adds slope * (key - query position)
+  const float* sinks;        // [num_q_heads] or null; a logit that takes weight and gives no value
+  Mask mask;
+};
+
+// Attend every row of the plan. A row that sees no key gets out 0, lse -inf,
+// sinks or not. Otherwise lse is the log of the softmax denominator, the sink
+// included.
+void attend(const AttentionArgs& args);
+
+// Threads that attend() may use, the caller included. At least 1.
+void set_num_threads(int n);
+int num_threads();
+
+} // namespace paged_mlx::cpu

@@ -1,0 +1,242 @@
+#include "ops/attention.h"
+
+#include <cmath>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+
+#include "ops/route.h"
+#include "shape_check.h"
+
+namespace paged_mlx {
+
+namespace {
+
+constexpr const char* kOp = "paged_attention";
+
+enum Input { kQ, kKPages, kVPages, kPlan, kFirstOption };
+enum Output { kOut, kLse, kKNext, kVNext };
+
+void check_head_dim(const char* name, int head_dim) {
+  if (head_dim % 8 != 0 || head_dim < 8 || (head_dim > 256 && head_dim != 512)) {
+    fail(
+        kOp,
+        std::string(name) + " must have a head_dim that is a multiple of 8 up to 256, or 512",
+        std::to_string(head_dim));
+  }
+}
+
+void check_number(const char* name, float value, bool positive) {
+  if (!std::isfinite(value) || (positive && value <= 0)) {
+    fail(
+        kOp,
+        std::string(name) + (positive ? " must be finite and greater than 0" : " must be finite"),
+        std::to_string(value));
+  }
+}
+
+void check_inputs(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const mx::array& plan,
+    ShapeCheck& shape) {
+  shape("q", q, {"tokens", "num_q_heads", "head_dim"});
+  shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
+  shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
+  shape("plan", plan, {"words"});
+  check_float(kOp, "q", q);
+  check_dtype(kOp, "k_pages", k_pages, q.dtype(), "the dtype of q");
+  check_dtype(kOp, "v_pages", v_pages, q.dtype(), "the dtype of q");
+  check_dtype(kOp, "plan", plan, mx::int32, "the array of an AttentionPlan");
+  check_head_dim("q", shape.at("head_dim"));
+  check_head_dim("v_pages", shape.at("v_head_dim"));
+  if (shape.at("num_kv_heads") == 0 || shape.at("num_q_heads") % shape.at("num_kv_heads") != 0) {
+    fail(
+        kOp,
+        "num_q_heads of q must be a multiple of num_kv_heads = " +
+            std::to_string(shape.at("num_kv_heads")) + " from k_pages",
+        std::to_string(shape.at("num_q_heads")));
+  }
+  if (q.is_tracer() && !k_pages.is_tracer()) {
+    fail(
+        kOp,
+        "k_pages and v_pages must be inputs and outputs of a compiled function "
+        "(mx.compile(f, inputs=pool.state, outputs=pool.state))",
+        "pages captured from outside");
+  }
+}
+
+// One value per query head, as float32.
+mx::array per_head(const char* name, const mx::array& a, ShapeCheck& shape, mx::Stream s) {
+  shape(name, a, {"num_q_heads"});
+  check_float(kOp, name, a);
+  return mx::contiguous(mx::astype(a, mx::float32, s), false, s);
+}
+
+// [num_q_heads or 1, tokens, keys], bool as it is, anything additive as float32.
+mx::array normal_mask(const mx::array& mask, const ShapeCheck& shape, mx::Stream s) {
+  const int tokens = shape.at("tokens"), heads = shape.at("num_q_heads");
+  const bool ok = (mask.ndim() == 2 && mask.shape(0) == tokens) ||
+      (mask.ndim() == 3 && mask.shape(1) == tokens && (mask.shape(0) == 1 || mask.shape(0) == heads));
+  if (!ok) {
+    fail(
+        kOp,
+        "mask must have shape [tokens, keys] or [num_q_heads or 1, tokens, keys], where tokens = " +
+            std::to_string(tokens) + " and num_q_heads = " + std::to_string(heads) + " from q",
+        shape_string(mask));
+  }
+  if (mask.dtype() != mx::bool_) {
+    check_float(kOp, "mask (unless bool)", mask);
+  }
+  auto m = mask.ndim() == 2 ? mx::expand_dims(mask, 0, s) : mask;
+  m = mask.dtype() == mx::bool_ ? m : mx::astype(m, mx::float32, s);
+  return mx::contiguous(m, false, s);
+}
+
+} // namespace
+
+void check_plan(const PlanHeader& plan, size_t num_words, const PlanGeometry& g) {
+  auto same = [](const char* name, int planned, int actual, const char* from) {
+    if (planned != actual) {
+      fail(
+          kOp,
+          std::string("plan must be made for ") + name + " = " + std::to_string(actual) + from,
+          std::to_string(planned));
+    }
+  };
+  if (num_words < sizeof(PlanHeader) / sizeof(int) || plan.magic != PAGED_MLX_PLAN_MAGIC ||
+      size_t(plan.num_words) > num_words) {
+    fail(kOp, "plan must be the array of an AttentionPlan", "other words");
+  }
+  same("tokens", plan.num_tokens, g.num_tokens, " of q");
+  same("num_q_heads", plan.num_q_heads, g.num_q_heads, " of q");
+  same("num_kv_heads", plan.num_kv_heads, g.num_kv_heads, " of k_pages");
+  same("page_size", plan.page_size, g.page_size, " of k_pages");
+  if (plan.max_page_id >= g.num_pages) {
+    fail(
+        kOp,
+        "block_tables must hold page ids in [0, " + std::to_string(g.num_pages) +
+            "), the pages of the pool",
+        std::to_string(plan.max_page_id));
+  }
+  if (g.mask_keys >= 0 && plan.max_row_end > g.mask_keys) {
+    fail(
+        kOp,
+        "mask must have a column for each key of the longest context (" +
+            std::to_string(plan.max_row_end) + ")",
+        std::to_string(g.mask_keys));
+  }
+}
+
+std::vector<mx::array> paged_attention(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const mx::array& plan,
+    std::optional<float> scale,
+    std::optional<float> softcap,
+    const std::optional<mx::array>& alibi_slopes,
+    const std::optional<mx::array>& sinks,
+    const std::optional<mx::array>& mask,
+    mx::StreamOrDevice s_) {
+  const auto s = mx::to_stream(s_);
+  ShapeCheck shape(kOp);
+  check_inputs(q, k_pages, v_pages, plan, shape);
+  AttentionOptions options;
+  options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
+  check_number("scale", options.scale, false);
+  if (softcap) {
+    check_number("softcap", *softcap, true);
+    options.softcap = *softcap;
+  }
+  std::vector<mx::array> inputs = {mx::contiguous(q, false, s), k_pages, v_pages, plan};
+  if (alibi_slopes) {
+    options.alibi = true;
+    inputs.push_back(per_head("alibi_slopes", *alibi_slopes, shape, s));
+  }
+  if (sinks) {
+    options.sinks = true;
+    inputs.push_back(per_head("sinks", *sinks, shape, s));
+  }
+  if (mask) {
+    options.mask = mask->dtype() == mx::bool_ ? cpu::MaskKind::boolean : cpu::MaskKind::additive;
+    inputs.push_back(normal_mask(*mask, shape, s));
+  }
+  const mx::Shape out_shape = {q.shape(0), q.shape(1), v_pages.shape(3)};
+  return mx::array::make_arrays(
+      {out_shape, {q.shape(0), q.shape(1)}, k_pages.shape(), v_pages.shape()},
+      {q.dtype(), mx::float32, k_pages.dtype(), v_pages.dtype()},
+      std::make_shared<PagedAttention>(s, options),
+      std::move(inputs));
+}
+
+std::vector<mx::Shape> PagedAttention::output_shapes(const std::vector<mx::array>& inputs) {
+  const auto& q = inputs[kQ];
+  return {
+      {q.shape(0), q.shape(1), inputs[kVPages].shape(3)},
+      {q.shape(0), q.shape(1)},
+      inputs[kKPages].shape(),
+      inputs[kVPages].shape()};
+}
+
+bool PagedAttention::is_equivalent(const mx::Primitive& other) const {
+  return options_ == static_cast<const PagedAttention&>(other).options_;
+}
+
+void PagedAttention::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto &q = inputs[kQ], &k = inputs[kKPages], &v = inputs[kVPages];
+  auto &out = outputs[kOut], &lse = outputs[kLse];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  lse.set_data(mx::allocator::malloc(lse.nbytes()));
+  outputs[kKNext].copy_shared_buffer(k);
+  outputs[kVNext].copy_shared_buffer(v);
+
+  cpu::AttentionArgs args{};
+  args.dtype = cpu_dtype(q.dtype());
+  args.q = q.data<char>();
+  args.k_pages = k.data<char>();
+  args.v_pages = v.data<char>();
+  args.plan = inputs[kPlan].data<int32_t>();
+  args.out = out.data<char>();
+  args.lse = lse.data<float>();
+  args.head_dim = q.shape(2);
+  args.v_head_dim = v.shape(3);
+  args.scale = options_.scale;
+  args.softcap = options_.softcap;
+  PlanGeometry geometry{q.shape(0), q.shape(1), k.shape(1), k.shape(2), k.shape(0), -1};
+  int next = kFirstOption;
+  if (options_.alibi) {
+    args.alibi_slopes = inputs[next++].data<float>();
+  }
+  if (options_.sinks) {
+    args.sinks = inputs[next++].data<float>();
+  }
+  if (options_.mask != cpu::MaskKind::none) {
+    const auto& mask = inputs[next++];
+    args.mask.kind = options_.mask;
+    args.mask.data = mask.data<char>();
+    args.mask.token_stride = mask.shape(2);
+    args.mask.head_stride = mask.shape(0) == 1 ? 0 : int64_t(mask.shape(1)) * mask.shape(2);
+    geometry.mask_keys = mask.shape(2);
+  }
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(out);
+  encoder.set_output_array(lse);
+  encoder.dispatch([args, geometry, words = inputs[kPlan].size()]() {
+    check_plan(*reinterpret_cast<const PlanHeader*>(args.plan), words, geometry);
+    cpu::attend(args);
+  });
+}
+
+void PagedAttention::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+  no_gpu(kOp);
+}
+
+} // namespace paged_mlx

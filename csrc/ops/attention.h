@@ -1,0 +1,75 @@
+// paged_attention as a node of MLX's graph.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+
+#include "cpu/attention.h"
+#include "plan_format.h"
+
+namespace paged_mlx {
+
+namespace mx = mlx::core;
+
+struct AttentionOptions {
+  float scale = 1;
+  float softcap = 0; // 0: none
+  bool alibi = false;
+  bool sinks = false;
+  cpu::MaskKind mask = cpu::MaskKind::none;
+
+  bool operator==(const AttentionOptions&) const = default;
+};
+
+// What a plan must agree with, checked where the plan's words are first read.
+struct PlanGeometry {
+  int num_tokens, num_q_heads, num_kv_heads, page_size, num_pages;
+  int mask_keys; // columns of the mask; -1: no mask
+};
+
+// Throws std::invalid_argument in the one message form.
+void check_plan(const PlanHeader& plan, size_t num_words, const PlanGeometry& geometry);
+
+// Inputs: q [tokens, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads,
+// page_size, head_dim], v_pages [num_pages, num_kv_heads, page_size,
+// v_head_dim], plan int32 [words]. Optional: alibi_slopes and sinks float
+// [num_q_heads], mask [num_q_heads or 1, tokens, keys].
+//
+// Returns {out [tokens, num_q_heads, v_head_dim], lse float32 [tokens,
+// num_q_heads], k_pages', v_pages'}: the primed pages share the buffers of the
+// inputs and exist so that a later write can depend on this read.
+std::vector<mx::array> paged_attention(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const mx::array& plan,
+    std::optional<float> scale,
+    std::optional<float> softcap,
+    const std::optional<mx::array>& alibi_slopes,
+    const std::optional<mx::array>& sinks,
+    const std::optional<mx::array>& mask,
+    mx::StreamOrDevice s = {});
+
+class PagedAttention : public mx::Primitive {
+ public:
+  PagedAttention(mx::Stream stream, AttentionOptions options)
+      : mx::Primitive(stream), options_(options) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+
+  const char* name() const override {
+    return "PagedAttention";
+  }
+
+ private:
+  AttentionOptions options_;
+};
+
+} // namespace paged_mlx

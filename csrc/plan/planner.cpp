@@ -1,0 +1,240 @@
+// Strings the moves together and writes the words of plan_format.h.
+#include "planner.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "segments.h"
+
+namespace paged_mlx {
+
+namespace {
+
+constexpr int kHeaderWords = sizeof(PlanHeader) / sizeof(int32_t);
+constexpr int kItemWords = sizeof(PlanItem) / sizeof(int32_t);
+constexpr int kMergeWords = sizeof(PlanMerge) / sizeof(int32_t);
+
+// A piece of a segment, on its way to become an item.
+struct Draft {
+  int segment;
+  PageRange range;
+  PlanKind kind;
+  double cost;
+  int partial = -1;
+};
+
+class Writer {
+ public:
+  Writer(const PlanInput& input, const std::vector<Segment>& segments, std::vector<Draft> drafts)
+      : in_(input), segments_(segments), drafts_(std::move(drafts)) {}
+
+  std::vector<int32_t> write() {
+    number_partials();
+    collect_row_tokens();
+    lay_out();
+    write_positions();
+    write_items();
+    write_merges();
+    return std::move(words_);
+  }
+
+ private:
+  const std::vector<int>& tokens(const Draft& draft) const {
+    return segments_[draft.segment].tokens;
+  }
+
+  // An item is final when it is the only one of each of its tokens.
+  bool is_final(const Draft& draft) const {
+    const auto& all = tokens(draft);
+    return std::all_of(all.begin(), all.end(), [&](int t) { return part_counts_[t] == 1; });
+  }
+
+  void number_partials() {
+    const int n = in_.num_tokens();
+    part_counts_.assign(n, 0);
+    for (const Draft& draft : drafts_) {
+      for (int t : tokens(draft)) {
+        part_counts_[t]++;
+      }
+    }
+    parts_.resize(n);
+    for (Draft& draft : drafts_) {
+      if (is_final(draft)) {
+        continue;
+      }
+      draft.partial = num_partials_;
+      for (int t : tokens(draft)) {
+        parts_[t].push_back(num_partials_++);
+      }
+    }
+    for (const auto& parts : parts_) {
+      num_merges_ += !parts.empty();
+      num_parts_ += int(parts.size());
+    }
+  }
+
+  // Row tokens 0..num_tokens-1 are the tokens themselves; a set of tokens that
+  // is not a run of them is listed behind.
+  void collect_row_tokens() {
+    row_tokens_.resize(in_.num_tokens());
+    std::iota(row_tokens_.begin(), row_tokens_.end(), 0);
+    row_begins_.resize(segments_.size());
+    for (size_t i = 0; i < segments_.size(); i++) {
+      const auto& tokens = segments_[i].tokens;
+      if (tokens.back() - tokens.front() + 1 == int(tokens.size())) {
+        row_begins_[i] = tokens.front();
+      } else {
+        row_begins_[i] = int(row_tokens_.size());
+        row_tokens_.insert(row_tokens_.end(), tokens.begin(), tokens.end());
+      }
+    }
+  }
+
+  int reserve(int words) {
+    const int at = next_;
+    next_ += words;
+    return at;
+  }
+
+  void lay_out() {
+    PlanHeader h{};
+    h.magic = PAGED_MLX_PLAN_MAGIC;
+    h.num_tokens = in_.num_tokens();
+    h.num_row_tokens = int(row_tokens_.size());
+    h.num_partials = num_partials_;
+    h.num_merges = num_merges_;
+    h.num_parts = num_parts_;
+    for (const Draft& draft : drafts_) {
+      h.num_items[draft.kind]++;
+      h.num_pages += draft.range.entry_end - draft.range.entry_begin;
+    }
+    next_ = kHeaderWords;
+    h.items = reserve(int(drafts_.size()) * kItemWords);
+    h.row_tokens = reserve(h.num_row_tokens);
+    h.positions = reserve(h.num_tokens);
+    h.row_ends = reserve(h.num_tokens);
+    h.pages = reserve(h.num_pages);
+    h.page_starts = in_.ragged() ? reserve(h.num_pages) : 0;
+    h.page_lens = in_.ragged() ? reserve(h.num_pages) : 0;
+    h.merges = reserve(h.num_merges * kMergeWords);
+    h.parts = reserve(h.num_parts);
+    h.num_words = next_;
+    h.num_q_heads = in_.num_q_heads;
+    h.num_kv_heads = in_.num_kv_heads;
+    h.page_size = in_.page_size;
+    h.causal = in_.causal;
+    h.sliding_window = in_.sliding_window;
+    h.max_page_id = -1;
+    words_.resize(next_);
+    *reinterpret_cast<PlanHeader*>(words_.data()) = h;
+    std::copy(row_tokens_.begin(), row_tokens_.end(), words_.begin() + h.row_tokens);
+  }
+
+  PlanHeader& header() {
+    return *reinterpret_cast<PlanHeader*>(words_.data());
+  }
+
+  void write_positions() {
+    PlanHeader& h = header();
+    for (int b = 0; b < in_.batch; b++) {
+      const int begin = in_.query_begin(b), len = in_.query_len(b);
+      const int context_len = in_.context_lens[b];
+      for (int t = 0; t < len; t++) {
+        const int position = context_len - len + t;
+        const int end = context_len == 0 ? 0 : in_.causal ? position + 1 : context_len;
+        words_[h.positions + begin + t] = position;
+        words_[h.row_ends + begin + t] = end;
+        h.max_row_end = std::max(h.max_row_end, end);
+      }
+    }
+  }
+
+  void write_items() {
+    PlanHeader& h = header();
+    auto* item = reinterpret_cast<PlanItem*>(words_.data() + h.items);
+    int page_at = 0;
+    for (const Draft& draft : drafts_) {
+      const PageRange& range = draft.range;
+      const int count = range.entry_end - range.entry_begin;
+      item->row_begin = row_begins_[draft.segment];
+      item->row_count = int(tokens(draft).size());
+      item->page_begin = page_at;
+      item->page_count = count;
+      item->first_position = count ? entry_start(in_, range.sequence, range.entry_begin) : 0;
+      item->key_begin = range.key_begin;
+      item->key_end = range.key_end;
+      item->partial = draft.partial;
+      item++;
+      copy_pages(range, page_at);
+      page_at += count;
+    }
+  }
+
+  void copy_pages(const PageRange& range, int page_at) {
+    PlanHeader& h = header();
+    const int64_t from = int64_t(range.sequence) * in_.max_pages + range.entry_begin;
+    const int count = range.entry_end - range.entry_begin;
+    const int32_t* pages = in_.block_tables + from;
+    int most = h.max_page_id;
+    for (int i = 0; i < count; i++) {
+      most = std::max(most, pages[i]);
+    }
+    h.max_page_id = most;
+    std::copy_n(pages, count, words_.data() + h.pages + page_at);
+    if (in_.ragged()) {
+      std::copy_n(in_.page_starts + from, count, words_.data() + h.page_starts + page_at);
+      std::copy_n(in_.page_lens + from, count, words_.data() + h.page_lens + page_at);
+    }
+  }
+
+  void write_merges() {
+    const PlanHeader& h = header();
+    auto* merge = reinterpret_cast<PlanMerge*>(words_.data() + h.merges);
+    int32_t* part = words_.data() + h.parts;
+    int at = 0;
+    for (size_t t = 0; t < parts_.size(); t++) {
+      if (parts_[t].empty()) {
+        continue;
+      }
+      *merge++ = {int(t), at, int(parts_[t].size())};
+      std::copy(parts_[t].begin(), parts_[t].end(), part + at);
+      at += int(parts_[t].size());
+    }
+  }
+
+  const PlanInput& in_;
+  const std::vector<Segment>& segments_;
+  std::vector<Draft> drafts_;
+  std::vector<int> part_counts_, row_tokens_, row_begins_;
+  std::vector<std::vector<int>> parts_;
+  int num_partials_ = 0, num_merges_ = 0, num_parts_ = 0, next_ = 0;
+  std::vector<int32_t> words_;
+};
+
+// Inside a kind, longest first: the last item to start is a short one.
+void sort_drafts(std::vector<Draft>& drafts) {
+  std::stable_sort(drafts.begin(), drafts.end(), [](const Draft& a, const Draft& b) {
+    return a.kind != b.kind ? a.kind < b.kind : a.cost > b.cost;
+  });
+}
+
+} // namespace
+
+Plan make_plan(const PlanInput& input, const PlanTarget& target, const PlanOptions& options) {
+  Plan plan;
+  const std::vector<Segment> segments = make_segments(input, target, options, plan.decisions);
+  const double budget = item_budget(input, segments, target);
+  std::vector<Draft> drafts;
+  for (size_t i = 0; i < segments.size(); i++) {
+    const int rows = int(segments[i].tokens.size()) * input.gqa_factor();
+    for (const PageRange& range : cut(input, segments[i], budget, target, options)) {
+      const double cost = attend_cost(rows, range.num_keys(), target);
+      drafts.push_back({int(i), range, kind_of(rows, target), cost});
+    }
+  }
+  sort_drafts(drafts);
+  plan.words = Writer(input, segments, std::move(drafts)).write();
+  return plan;
+}
+
+} // namespace paged_mlx

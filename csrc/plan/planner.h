@@ -1,0 +1,111 @@
+// The planner: one step's tables and lengths in, a plan out. No MLX in here.
+//
+// Work is cut in three moves, each a file of its own:
+//   validate.cpp   the tables and lengths are what the caller promised
+//   sharing.cpp    rows x pages: prefix runs that several sequences share, then
+//                  what each sequence has for itself
+//   partition.cpp  long ranges are cut so that every worker has something to do
+// planner.cpp strings them together and writes the words of plan_format.h.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "plan_format.h"
+
+namespace paged_mlx {
+
+// One step of a batch, host data. Nothing is kept after the call.
+struct PlanInput {
+  const char* op = "plan"; // the function that errors name
+  int batch = 0;
+  int max_pages = 0;                       // columns of block_tables
+  const int32_t* block_tables = nullptr;   // [batch, max_pages], padded with NO_PAGE
+  const int32_t* context_lens = nullptr;   // [batch], this step's tokens included
+  const int32_t* cu_seqlens_q = nullptr;   // [batch + 1]; null: one query token each
+  const int32_t* page_starts = nullptr;    // [batch, max_pages]; null: pages are full but the last
+  const int32_t* page_lens = nullptr;      // [batch, max_pages]; with page_starts
+  int num_pages = -1;                      // pages of the pool; -1: not known here
+  int num_q_heads = 1;
+  int num_kv_heads = 1;
+  int page_size = 16;
+  bool causal = true;
+  int sliding_window = 0; // 0: none
+
+  int query_begin(int sequence) const {
+    return cu_seqlens_q ? cu_seqlens_q[sequence] : sequence;
+  }
+  int query_len(int sequence) const {
+    return cu_seqlens_q ? cu_seqlens_q[sequence + 1] - cu_seqlens_q[sequence] : 1;
+  }
+  int num_tokens() const {
+    return cu_seqlens_q ? cu_seqlens_q[batch] : batch;
+  }
+  int gqa_factor() const {
+    return num_q_heads / num_kv_heads;
+  }
+  bool ragged() const {
+    return page_starts != nullptr;
+  }
+};
+
+// What one backend can do at once and what things cost it. The unit of cost is
+// one key of one KV head read from memory; benchmarks/fit_cost_model.py fits
+// the rest of them.
+struct PlanTarget {
+  int workers = 1;              // items that run at the same time
+  bool heads_in_parallel = false; // KV heads of one item run on workers of their own
+  int vector_rows = 2;          // most rows per KV head of a vector item
+  int tile_rows = 16;           // most rows per KV head of a tile item
+  int wide_rows = 384;          // rows per KV head that a wide item is cut to
+  int min_partition = 256;      // tokens; a shorter range is not cut
+  double min_item_cost = 4096;  // a step that costs less than two of these is not cut
+  int items_per_worker = 4;     // more than one, so that uneven items balance
+  double row_cost[kNumPlanKinds] = {0.05, 0.05, 0.05}; // one key for one row, by body
+  double partial_cost = 8;      // write and merge one row's partial result
+  double item_cost = 64;        // start an item
+};
+
+struct PlanOptions {
+  bool share_prefixes = true;
+  int fixed_partition = 0; // tokens; > 0: cut at multiples of it, share nothing
+};
+
+// Why a run of pages that several sequences begin with is read once or not.
+struct SharingDecision {
+  int num_sequences;
+  int first_page; // index in the page tables
+  int num_pages;
+  double cost_shared;
+  double cost_alone;
+  bool shared;
+};
+
+struct Plan {
+  std::vector<int32_t> words;
+  std::vector<SharingDecision> decisions;
+
+  const PlanHeader& header() const {
+    return *reinterpret_cast<const PlanHeader*>(words.data());
+  }
+};
+
+// Throws std::invalid_argument, in the one message form, before anything is
+// planned.
+void validate(const PlanInput& input);
+
+// `input` must be valid.
+Plan make_plan(const PlanInput& input, const PlanTarget& target, const PlanOptions& options);
+
+// Turns the plan of step `before` into that of step `after`, when the two differ
+// only in lengths that stay inside the same pages: new positions, the same
+// items. Returns false, with `plan` untouched, when `after` needs a plan of its
+// own. Both inputs must be valid.
+bool advance_plan(
+    Plan& plan,
+    const PlanInput& before,
+    const PlanInput& after,
+    const PlanTarget& target);
+
+} // namespace paged_mlx

@@ -1,0 +1,71 @@
+// What planner.cpp, sharing.cpp and partition.cpp hand to one another.
+#pragma once
+
+#include <vector>
+
+#include "planner.h"
+
+namespace paged_mlx {
+
+// A range of entries of one page table, half-open, and the keys it is read for.
+struct PageRange {
+  int sequence;    // whose table row holds the pages
+  int entry_begin; // [entry_begin, entry_end)
+  int entry_end;
+  int key_begin; // [key_begin, key_end), positions
+  int key_end;
+
+  int num_keys() const {
+    return key_end > key_begin ? key_end - key_begin : 0;
+  }
+};
+
+// A set of query tokens against one range of pages: an item before it is cut.
+struct Segment {
+  std::vector<int> tokens;
+  PageRange range;
+  bool shared = false; // a prefix that several sequences have
+};
+
+PlanKind kind_of(int rows, const PlanTarget& target);
+
+// Cost of `rows` rows per KV head against `keys` keys.
+double attend_cost(int rows, int64_t keys, const PlanTarget& target);
+
+// First position that the token at `position` may see.
+inline int window_begin(const PlanInput& input, int position) {
+  if (input.sliding_window <= 0 || position < input.sliding_window) {
+    return 0;
+  }
+  return position - input.sliding_window + 1;
+}
+
+// Position of the first slot, and one past the last used slot, of an entry.
+int entry_start(const PlanInput& input, int sequence, int entry);
+int entry_end(const PlanInput& input, int sequence, int entry);
+
+// First entry whose keys reach past `position`; entries needed to cover it.
+int entry_of(const PlanInput& input, int sequence, int position);
+
+// sharing.cpp: every query token against every key it may see, exactly once.
+std::vector<Segment> make_segments(
+    const PlanInput& input,
+    const PlanTarget& target,
+    const PlanOptions& options,
+    std::vector<SharingDecision>& decisions);
+
+// partition.cpp: pieces of one segment's range, in order.
+std::vector<PageRange> cut(
+    const PlanInput& input,
+    const Segment& segment,
+    double item_budget,
+    const PlanTarget& target,
+    const PlanOptions& options);
+
+// Cost that one item may have so that every worker is busy.
+double item_budget(
+    const PlanInput& input,
+    const std::vector<Segment>& segments,
+    const PlanTarget& target);
+
+} // namespace paged_mlx
