@@ -1,0 +1,1 @@
+"""Benchmarks: one harness, one file for each question, results as JSON records."""

@@ -1,0 +1,158 @@
+"""Measure candidates against each other, in one interleaved run, output checked.
+
+A machine that others use drifts, so only ratios inside one run mean anything: candidates
+take turns, A B B A, after each has been warmed up. A record holds the raw samples.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Candidate:
+    """One way to do the same work.
+
+    Attributes:
+        name: What tables call it.
+        run: Does the work once and waits for it; returns the output.
+        nbytes: Bytes of K and V that the work must read, for the bandwidth column.
+    """
+
+    name: str
+    run: Callable[[], object]
+    nbytes: int | None = None
+
+
+@dataclass
+class Case:
+    """One row of a table: candidates that must agree.
+
+    Attributes:
+        check: Called with {name: output}, once before timing; raises if they disagree.
+        clock: "wall", or "cpu" for the process's CPU time.
+    """
+
+    name: str
+    candidates: list[Candidate]
+    check: Callable[[dict[str, object]], None]
+    rounds: int = 10
+    warmups: int = 2
+    clock: str = "wall"
+    about: dict = field(default_factory=dict)
+
+
+def measure(case: Case) -> dict:
+    """Check, warm up and time one case; returns its part of the record."""
+    clock = time.perf_counter if case.clock == "wall" else time.process_time
+    outputs = {c.name: c.run() for c in case.candidates}
+    case.check(outputs)
+    del outputs
+    for _ in range(case.warmups - 1):
+        for candidate in case.candidates:
+            candidate.run()
+    samples: dict[str, list[float]] = {c.name: [] for c in case.candidates}
+    order = []
+    for turn in range(case.rounds):
+        turns = case.candidates if turn % 2 == 0 else case.candidates[::-1]
+        for candidate in turns:
+            start = clock()
+            candidate.run()
+            samples[candidate.name].append(clock() - start)
+            order.append(candidate.name)
+    return {
+        "name": case.name,
+        "about": case.about,
+        "clock": case.clock,
+        "order": order,
+        "candidates": [
+            {"name": c.name, "nbytes": c.nbytes, "seconds": samples[c.name], **_summary(samples[c.name])}
+            for c in case.candidates
+        ],
+    }
+
+
+def _summary(seconds: list[float]) -> dict:
+    p10, median, p90 = np.percentile(seconds, [10, 50, 90])
+    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+
+
+def run(question: str, cases: list[Case], save: bool = True) -> dict:
+    """Measure all cases, print a table, and save the record as ``results/<question>.json``."""
+    record = {"question": question, **environment(), "cases": []}
+    for case in cases:
+        result = measure(case)
+        record["cases"].append(result)
+        print(format_case(result), flush=True)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{question}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def ratio(result: dict, slow: str, fast: str) -> float:
+    """How many times the median of ``slow`` is that of ``fast``, in one case."""
+    medians = {c["name"]: c["median"] for c in result["candidates"]}
+    return medians[slow] / medians[fast]
+
+
+def format_case(result: dict) -> str:
+    first = result["candidates"][0]["median"]
+    lines = [result["name"]]
+    for c in result["candidates"]:
+        speed = f"{c['nbytes'] / c['median'] / 1e9:7.1f} GB/s" if c["nbytes"] else ""
+        lines.append(
+            f"  {c['name']:<34} {c['median'] * 1e3:9.3f} ms  [{c['p10'] * 1e3:.3f}, "
+            f"{c['p90'] * 1e3:.3f}]  {c['median'] / first:7.2f}x  {speed}"
+        )
+    return "\n".join(lines)
+
+
+def environment() -> dict:
+    """Where and with what a record was made."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("mlx", "numpy", "torch", "mlx-lm")},
+        "machine": {
+            "system": platform.system(),
+            "arch": platform.machine(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+    }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,63 @@
+"""Paged attention for MLX: K and V in pages, read directly through a block table."""
+
+import mlx.core as mx
+
+from paged_mlx._native import check_versions
+
+check_versions(mx.__version__)
+
+from paged_mlx import fast  # noqa: E402
+from paged_mlx.allocator import (  # noqa: E402
+    BuddyPageAllocator,
+    FIFOPageAllocator,
+    LRUPageAllocator,
+    PageAllocator,
+)
+from paged_mlx.attention import paged_attention  # noqa: E402
+from paged_mlx.errors import OutOfPages, PageError  # noqa: E402
+from paged_mlx.memory import analyze_memory_efficiency  # noqa: E402
+from paged_mlx.memory_systems import benchmark_memory_systems  # noqa: E402
+from paged_mlx.page_table import (  # noqa: E402
+    PageTable,
+    PageTableEntry,
+    copy_on_write,
+    share_prefix,
+)
+from paged_mlx.plan import AttentionPlan  # noqa: E402
+from paged_mlx.pool import PageBlock, PagePool  # noqa: E402
+from paged_mlx.prefix_cache import PrefixCache  # noqa: E402
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    # mlx-lm is optional: its adapter is imported when it is asked for.
+    if name in ("enable", "explain"):
+        from paged_mlx import mlx_lm
+
+        return getattr(mlx_lm, name)
+    raise AttributeError(f"module 'paged_mlx' has no attribute {name!r}")
+
+
+__all__ = [
+    "AttentionPlan",
+    "BuddyPageAllocator",
+    "FIFOPageAllocator",
+    "LRUPageAllocator",
+    "OutOfPages",
+    "PageAllocator",
+    "PageBlock",
+    "PageError",
+    "PagePool",
+    "PageTable",
+    "PageTableEntry",
+    "PrefixCache",
+    "analyze_memory_efficiency",
+    "benchmark_memory_systems",
+    "copy_on_write",
+    "enable",
+    "explain",
+    "fast",
+    "paged_attention",
+    "share_prefix",
+]

@@ -1,0 +1,430 @@
+"""The raw operations, after ``mx.fast``: arrays in, arrays out, nothing remembered.
+
+Pages are ``[num_pages, num_kv_heads, page_size, head_dim]``, K and V apart.
+Tables and lengths are host data: lists, numpy arrays, or mx.arrays; a lazy
+mx.array is evaluated.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from paged_mlx._native import _ext
+from paged_mlx.host_ints import fail, host_ints
+from paged_mlx.plan import AttentionPlan, plan_array
+
+NO_PAGE = -1
+
+
+def plan(
+    block_tables,
+    context_lens,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    cu_seqlens_q=None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    page_starts=None,
+    page_lens=None,
+    num_pages: int | None = None,
+    dtype: mx.Dtype = mx.float16,
+    share_prefixes: bool = True,
+    fixed_partition: int | None = None,
+    workers: int | None = None,
+    previous: AttentionPlan | None = None,
+) -> AttentionPlan:
+    """Cut one step of attention into work items, once for all layers.
+
+    Args:
+        block_tables: ``int32 [batch, max_pages]``, padded with ``NO_PAGE``.
+        context_lens: ``int32 [batch]``, tokens visible to the last query token,
+            this step's included. 0: the sequence is empty, its rows see nothing.
+        num_q_heads, num_kv_heads, page_size: Geometry of q and of the pages.
+        cu_seqlens_q: ``int32 [batch + 1]``, where each sequence's query tokens
+            begin in q. None: one token each.
+        causal: A token sees no key behind its own position.
+        sliding_window: Keys a token may see, its own included. None: all.
+        page_starts, page_lens: ``int32 [batch, max_pages]`` for ragged tables:
+            position of each page's first token and the number of its tokens.
+        num_pages: Pages of the pool, so that ids outside it are found here.
+        dtype: Of the pages; the cost model asks for it.
+        share_prefixes: Let sequences that begin with the same pages read them once.
+        fixed_partition: Cut at multiples of this many tokens and share nothing, so
+            that a sequence's result has the same bits whatever the batch holds.
+        workers: Items that can run at once. None: the threads of the backend.
+        previous: The plan of the step before; reused when only lengths inside the
+            last pages changed.
+
+    Raises:
+        ValueError: A table, length or id is not what it must be.
+    """
+    tables = host_ints("plan", "block_tables", block_tables)
+    lens = host_ints("plan", "context_lens", context_lens)
+    cu = None if cu_seqlens_q is None else host_ints("plan", "cu_seqlens_q", cu_seqlens_q)
+    if previous is not None and page_starts is None:
+        following = previous.advance(tables, lens, cu)
+        if following is not None:
+            return following
+    native = _native_plan(
+        "plan",
+        tables,
+        lens,
+        cu,
+        page_starts,
+        page_lens,
+        num_pages=-1 if num_pages is None else num_pages,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        page_size=page_size,
+        causal=causal,
+        sliding_window=sliding_window,
+        itemsize=dtype.size,
+        share_prefixes=share_prefixes,
+        fixed_partition=fixed_partition,
+        workers=workers,
+    )
+    return AttentionPlan(native, fixed_partition=fixed_partition or 0)
+
+
+def paged_attention(
+    q: mx.array,
+    k_pages: mx.array,
+    v_pages: mx.array,
+    block_tables=None,
+    context_lens=None,
+    *,
+    scale: float | None = None,
+    cu_seqlens_q=None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: mx.array | None = None,
+    sinks: mx.array | None = None,
+    mask: mx.array | None = None,
+    page_starts=None,
+    page_lens=None,
+    return_lse: bool = False,
+    plan: AttentionPlan | mx.array | None = None,
+    stream: mx.Stream | mx.Device | None = None,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """Attention that reads K and V through a block table.
+
+    Prefill and decode mix freely in one call. A score is ``scale * q.k``, then
+    softcap, then ALiBi, then the mask; what a token cannot see is never read.
+
+    Args:
+        q: ``[tokens, num_q_heads, head_dim]``, the query tokens of all sequences,
+            one after the other. float32, float16 or bfloat16; head_dim a multiple
+            of 8 up to 256, or 512.
+        k_pages: ``[num_pages, num_kv_heads, page_size, head_dim]``, q's dtype.
+        v_pages: ``[num_pages, num_kv_heads, page_size, v_head_dim]``, q's dtype.
+        block_tables: ``int32 [batch, max_pages]``, padded with ``NO_PAGE``.
+        context_lens: ``int32 [batch]``, tokens visible to a sequence's last query
+            token, this step's included; 0 for an empty sequence.
+        scale: None: ``head_dim ** -0.5``.
+        cu_seqlens_q: ``int32 [batch + 1]``, first query token of each sequence.
+            None: decode, one token per sequence.
+        causal: A token sees no key behind its own position.
+        sliding_window: Keys a token may see, its own included.
+        softcap: ``softcap * tanh(score / softcap)``.
+        alibi_slopes: ``[num_q_heads]``; adds ``slope * (key - query position)``.
+        sinks: ``[num_q_heads]``, logits that take weight and give no value.
+        mask: ``[tokens, keys]`` or ``[num_q_heads or 1, tokens, keys]``; column j is
+            key position j. bool (True: visible) or additive.
+        page_starts, page_lens: ``int32 [batch, max_pages]`` for ragged tables.
+        return_lse: Also return the log-sum-exp of the scores, natural log, float32
+            ``[tokens, num_q_heads]``, the sink included.
+        plan: From :func:`plan`, or its ``array``; then no table or length is read,
+            and ``causal`` and ``sliding_window`` are the plan's.
+        stream: Stream or device.
+
+    Returns:
+        ``[tokens, num_q_heads, v_head_dim]`` in q's dtype. A token that sees no key
+        gets 0 and log-sum-exp -inf.
+
+    Raises:
+        ValueError: A shape, dtype, id or length is not what it must be.
+    """
+    op = "paged_attention"
+    if plan is None:
+        plan = _own_plan(
+            q, k_pages, v_pages, block_tables, context_lens, cu_seqlens_q,
+            page_starts, page_lens, causal, sliding_window,
+        )  # fmt: skip
+    else:
+        check_plan_options(op, plan, causal, sliding_window)
+    if isinstance(plan, AttentionPlan):
+        _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
+    out, lse, _, _ = _ext.paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        plan_array(plan),
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        mask=mask,
+        stream=stream,
+    )
+    return (out, lse) if return_lse else out
+
+
+def write_pages(
+    k: mx.array,
+    v: mx.array,
+    k_pages: mx.array,
+    v_pages: mx.array,
+    slot_mapping,
+    *,
+    stream: mx.Stream | mx.Device | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Write new tokens' K and V into their slots.
+
+    In place when nobody else holds the pages, else into a copy, as every MLX
+    operation; a :class:`~paged_mlx.PagePool` writes in place always.
+
+    Args:
+        k: ``[tokens, num_kv_heads, head_dim]``, the dtype of the pages.
+        v: ``[tokens, num_kv_heads, v_head_dim]``.
+        k_pages: ``[num_pages, num_kv_heads, page_size, head_dim]``.
+        v_pages: ``[num_pages, num_kv_heads, page_size, v_head_dim]``.
+        slot_mapping: ``int32 [tokens]``, ``page_id * page_size + offset_in_page``;
+            -1 skips the token. No slot twice.
+
+    Returns:
+        The next versions of ``k_pages`` and ``v_pages``.
+
+    Raises:
+        ValueError: A shape, dtype or slot is not what it must be.
+    """
+    slots = slot_array("write_pages", slot_mapping, k_pages)
+    return tuple(_ext.write_pages(k, v, k_pages, v_pages, slots, stream=stream))
+
+
+def copy_pages(
+    pools: list[mx.array], pairs, *, stream: mx.Stream | mx.Device | None = None
+) -> list[mx.array]:
+    """Copy whole pages, in every array of ``pools`` in one operation.
+
+    Args:
+        pools: Arrays ``[num_pages, num_kv_heads, page_size, head_dim]``.
+        pairs: ``int32 [n, 2]``, source and target page of each copy. A target is
+            named once and is nobody's source.
+
+    Returns:
+        The next versions of the arrays.
+
+    Raises:
+        ValueError: A shape or page id is not what it must be.
+    """
+    num_pages = pools[0].shape[0] if pools and pools[0].ndim else 0
+    return _ext.copy_pages(list(pools), pair_array("copy_pages", pairs, num_pages), stream=stream)
+
+
+def gather_pages(
+    k_pages: mx.array,
+    v_pages: mx.array,
+    block_tables,
+    context_lens,
+    *,
+    page_starts=None,
+    page_lens=None,
+    stream: mx.Stream | mx.Device | None = None,
+) -> tuple[mx.array, mx.array]:
+    """K and V of each sequence, contiguous: what paged attention makes unnecessary.
+
+    Args:
+        k_pages, v_pages, block_tables, context_lens, page_starts, page_lens: As in
+            :func:`paged_attention`.
+
+    Returns:
+        k ``[batch, num_kv_heads, longest context, head_dim]`` and v alike; 0 past a
+        sequence's context and where its table has ``NO_PAGE``.
+
+    Raises:
+        ValueError: A shape, id or length is not what it must be.
+    """
+    arrays = gather_inputs(
+        "gather_pages", k_pages, block_tables, context_lens, page_starts, page_lens
+    )
+    k, v, _, _ = _ext.gather_pages(k_pages, v_pages, **arrays, stream=stream)
+    return k, v
+
+
+def merge_states(
+    outs: list[mx.array], lses: list[mx.array], *, stream: mx.Stream | mx.Device | None = None
+) -> tuple[mx.array, mx.array]:
+    """Join attention over disjoint parts of a context by log-sum-exp.
+
+    Args:
+        outs: Arrays ``[tokens, num_q_heads, v_head_dim]``, one for each part.
+        lses: float32 ``[tokens, num_q_heads]``, natural log; -inf: an empty part.
+
+    Returns:
+        out and lse over all parts.
+
+    Raises:
+        ValueError: The parts do not agree in number, shape or dtype.
+    """
+    return tuple(_ext.merge_states(list(outs), list(lses), stream=stream))
+
+
+def slot_array(op: str, slot_mapping, k_pages: mx.array) -> mx.array:
+    """``slot_mapping`` as int32, checked where its values are known."""
+    if isinstance(slot_mapping, mx.array) and _ext.is_tracer(slot_mapping):
+        return slot_mapping
+    slots = host_ints(op, "slot_mapping", slot_mapping)
+    if slots.ndim != 1:
+        fail(op, "slot_mapping must have shape [tokens]", slots.shape)
+    if k_pages.ndim == 4 and slots.size:
+        num_slots = k_pages.shape[0] * k_pages.shape[2]
+        if slots.max() >= num_slots:
+            must = f"slot_mapping must be less than num_pages * page_size = {num_slots}"
+            fail(op, must, slots.max())
+        if slots.min() < -1:
+            fail(op, "slot_mapping must be a slot, or -1 to skip the token", slots.min())
+        used = np.sort(slots[slots >= 0])
+        repeated = used[1:][used[1:] == used[:-1]]
+        if repeated.size:
+            fail(op, "slot_mapping must name each slot at most once", f"{repeated[0]} twice")
+    return mx.array(slots)
+
+
+def pair_array(op: str, pairs, num_pages: int) -> mx.array:
+    """Page pairs as int32 ``[n, 2]``, checked: no chain, no target twice."""
+    pairs = host_ints(op, "pairs", pairs)
+    if pairs.size == 0:
+        return mx.zeros((0, 2), mx.int32)
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        fail(op, "pairs must have shape [n, 2]", pairs.shape)
+    if pairs.min() < 0 or pairs.max() >= num_pages:
+        worst = pairs.min() if pairs.min() < 0 else pairs.max()
+        fail(op, f"pairs must hold page ids in [0, {num_pages}), the pages of the pool", worst)
+    targets = set(pairs[:, 1].tolist())
+    if len(targets) < len(pairs):
+        fail(op, "pairs must name each target once", f"{len(pairs) - len(targets)} repeats")
+    chained = targets.intersection(pairs[:, 0].tolist())
+    if chained:
+        fail(op, "pairs must not use a page as source and as target", f"page {min(chained)}")
+    return mx.array(pairs)
+
+
+def gather_inputs(op, k_pages, block_tables, context_lens, page_starts, page_lens) -> dict:
+    """Checked arrays for the native gather."""
+    tables = host_ints(op, "block_tables", block_tables)
+    lens = host_ints(op, "context_lens", context_lens)
+    if tables.ndim != 2 or lens.ndim != 1 or len(tables) != len(lens):
+        must = "block_tables must have shape [batch, max_pages] and context_lens [batch]"
+        fail(op, must, f"{tables.shape} and {lens.shape}")
+    if k_pages.ndim != 4:
+        must = "k_pages must have shape [num_pages, num_kv_heads, page_size, head_dim]"
+        fail(op, must, k_pages.shape)
+    if lens.size and lens.min() < 0:
+        fail(op, "context_lens must be at least 0", lens.min())
+    if (page_starts is None) != (page_lens is None):
+        fail(op, "page_starts and page_lens must be given together", "one of them")
+    num_pages, _, page_size, _ = k_pages.shape
+    starts = np.broadcast_to(np.arange(tables.shape[1]) * page_size, tables.shape)
+    spans = np.full(tables.shape, page_size)
+    arrays = {}
+    if page_starts is not None:
+        starts = host_ints(op, "page_starts", page_starts)
+        spans = host_ints(op, "page_lens", page_lens)
+        if starts.shape != tables.shape or spans.shape != tables.shape:
+            must = f"page_starts and page_lens must have the shape of block_tables {tables.shape}"
+            fail(op, must, f"{starts.shape} and {spans.shape}")
+        arrays = {"page_starts": mx.array(starts), "page_lens": mx.array(spans)}
+    used = starts < lens[:, None]
+    covered = np.max(np.where(used, starts + spans, 0), axis=1, initial=0)
+    short = np.flatnonzero(covered < lens)
+    if short.size:
+        b = short[0]
+        must = f"context_lens must be covered by the pages of block_tables ({covered[b]} tokens)"
+        fail(op, must, f"{lens[b]} for sequence {b}")
+    outside = used & ((tables >= num_pages) | (tables < NO_PAGE))
+    if outside.any():
+        b, entry = np.argwhere(outside)[0]
+        must = f"block_tables must hold page ids in [0, {num_pages}), the pages of the pool"
+        fail(op, must, f"{tables[b, entry]} at [{b}, {entry}]")
+    if page_lens is not None and used.any() and spans[used].max() > page_size:
+        fail(op, f"page_lens must be in [0, page_size = {page_size}]", spans[used].max())
+    length = int(lens.max()) if lens.size else 0
+    arrays |= {"block_tables": mx.array(tables), "context_lens": mx.array(lens), "length": length}
+    return arrays
+
+
+def check_plan_options(op: str, plan, causal: bool, sliding_window: int | None) -> None:
+    """A plan has its own causality and window; what is asked for must be left out or agree."""
+    if not isinstance(plan, AttentionPlan):
+        return
+    if not causal and plan.causal:
+        fail(op, "causal must be what the plan was made for (True)", causal)
+    if sliding_window is not None and sliding_window != plan.sliding_window:
+        must = f"sliding_window must be what the plan was made for ({plan.sliding_window})"
+        fail(op, must, sliding_window)
+
+
+def _own_plan(
+    q, k_pages, v_pages, block_tables, context_lens, cu_seqlens_q,
+    page_starts, page_lens, causal, sliding_window,
+):  # fmt: skip
+    op = "paged_attention"
+    if block_tables is None or context_lens is None:
+        fail(op, "block_tables and context_lens must be given, or a plan", "neither")
+    geometry = _ext.attention_geometry(q, k_pages, v_pages)
+    tables = host_ints(op, "block_tables", block_tables)
+    cu = None if cu_seqlens_q is None else host_ints(op, "cu_seqlens_q", cu_seqlens_q)
+    tokens = len(tables) if cu is None else cu[-1] if cu.ndim == 1 and cu.size else 0
+    if tables.ndim == 2 and tokens != geometry["tokens"]:
+        source = "one for each sequence" if cu is None else "as many as cu_seqlens_q ends with"
+        fail(op, f"q must have {tokens} tokens, {source}", geometry["tokens"])
+    native = _native_plan(
+        op,
+        tables,
+        host_ints(op, "context_lens", context_lens),
+        cu,
+        page_starts,
+        page_lens,
+        num_pages=geometry["num_pages"],
+        num_q_heads=geometry["num_q_heads"],
+        num_kv_heads=geometry["num_kv_heads"],
+        page_size=geometry["page_size"],
+        causal=causal,
+        sliding_window=sliding_window,
+        itemsize=q.dtype.size,
+    )
+    return AttentionPlan(native)
+
+
+def _native_plan(
+    op,
+    tables,
+    lens,
+    cu,
+    page_starts,
+    page_lens,
+    *,
+    sliding_window,
+    share_prefixes=True,
+    fixed_partition=None,
+    workers=None,
+    **geometry,
+):
+    for name, value in (("sliding_window", sliding_window), ("fixed_partition", fixed_partition)):
+        if value is not None and value < 1:
+            fail(op, f"{name} must be at least 1, or None", value)
+    return _ext.NativePlan(
+        op=op,
+        block_tables=tables,
+        context_lens=lens,
+        cu_seqlens_q=cu,
+        page_starts=None if page_starts is None else host_ints(op, "page_starts", page_starts),
+        page_lens=None if page_lens is None else host_ints(op, "page_lens", page_lens),
+        sliding_window=sliding_window or 0,
+        share_prefixes=share_prefixes,
+        fixed_partition=fixed_partition or 0,
+        workers=workers or 0,
+        **geometry,
+    )

@@ -1,0 +1,395 @@
+"""The arrays that hold the pages, and their linear versions.
+
+MLX evaluates by dependency, not in program order. So every access to a layer's
+pages consumes the newest version of its arrays and returns the next one, which
+shares the same memory: each order that matters is an edge of the graph, and
+nothing is ever copied (docs/design.md, "Linear versions").
+"""
+
+from collections.abc import Iterator, Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from paged_mlx._native import _ext
+from paged_mlx.fast import gather_inputs, pair_array, slot_array
+from paged_mlx.host_ints import fail
+from paged_mlx.plan import AttentionPlan, plan_array
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class PageBlock:
+    """One page of one layer: a view of a pool, or arrays of its own.
+
+    Args:
+        page_id: The page.
+        tokens_stored: Tokens in the page.
+        max_tokens: Tokens that fit, the page size.
+        ref_count: Sequences that hold the page.
+        key_data: ``[num_kv_heads, max_tokens, head_dim]``.
+        value_data: ``[num_kv_heads, max_tokens, v_head_dim]``.
+    """
+
+    def __init__(self, page_id, tokens_stored, max_tokens, ref_count, key_data, value_data):
+        self.page_id = page_id
+        self.tokens_stored = tokens_stored
+        self.max_tokens = max_tokens
+        self.ref_count = ref_count
+        self._data = (key_data, value_data)
+
+    @property
+    def key_data(self) -> mx.array:
+        return self._data[0]
+
+    @property
+    def value_data(self) -> mx.array:
+        return self._data[1]
+
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}(page_id={self.page_id}, tokens_stored={self.tokens_stored}, "
+            f"max_tokens={self.max_tokens}, ref_count={self.ref_count})"
+        )
+
+
+class PoolPageBlock(PageBlock):
+    """A page of a pool; its data is gathered when it is asked for."""
+
+    def __init__(self, layer: "LayerPages", page_id: int):
+        self._layer = layer
+        self.page_id = page_id
+        self.max_tokens = layer.pool.page_size
+
+    tokens_stored = property(lambda self: int(self._layer.pool.tokens_stored[self.page_id]))
+
+    @property
+    def ref_count(self) -> int:
+        allocator = self._layer.pool.allocator
+        return allocator.ref_count(self.page_id) if allocator is not None else 1
+
+    @property
+    def _data(self):
+        pool, layer = self._layer.pool, self._layer.index
+        k, v = pool.gather(layer, [[self.page_id]], [pool.page_size])
+        return k[0], v[0]
+
+
+class LayerPages(Mapping):
+    """The pages of one layer of a pool: a mapping page_id -> PageBlock.
+
+    :func:`paged_mlx.paged_attention` reads the layer's arrays directly.
+    """
+
+    def __init__(self, pool: "PagePool", index: int):
+        self.pool = pool
+        self.index = index
+
+    def __getitem__(self, page_id: int) -> PageBlock:
+        if not 0 <= page_id < self.pool.num_pages:
+            raise KeyError(page_id)
+        return PoolPageBlock(self, int(page_id))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.pool.num_pages))
+
+    def __len__(self) -> int:
+        return self.pool.num_pages
+
+
+class PagePool:
+    """K and V of all layers, in pages of one size, written in place.
+
+    ``state`` holds the newest version of every array: ``[k0, v0, k1, v1, ...]``, each
+    ``[num_pages, num_kv_heads, page_size, head_dim]``. Evaluate it with the outputs
+    of a step (``mx.async_eval(out, pool.state)``) when a write may have no reader.
+
+    One thread uses a pool at a time; it may pass to another only when ``state`` is
+    evaluated.
+
+    Args:
+        num_layers: Layers.
+        num_pages: Pages; one page id serves every layer.
+        page_size: Tokens in a page.
+        num_kv_heads: Heads of K and V.
+        head_dim: Of K, and of V unless ``v_head_dim`` says otherwise.
+        dtype: float32, float16 or bfloat16.
+        v_head_dim: Of V.
+        allocator: A PageAllocator to attach to: its copy-on-write then copies the
+            page in every layer.
+        fill: Value of fresh pages; NaN shows reads of slots nobody wrote.
+        stream: Stream or device of every operation.
+
+    Raises:
+        ValueError: A size or dtype is not what it must be.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: mx.Dtype = mx.float16,
+        v_head_dim: int | None = None,
+        *,
+        allocator=None,
+        fill: float = 0.0,
+        stream: mx.Stream | mx.Device | None = None,
+    ):
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        sizes = {
+            "num_layers": num_layers,
+            "num_pages": num_pages,
+            "page_size": page_size,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                fail("PagePool", f"{name} must be at least 1", size)
+        if dtype not in FLOATS:
+            fail("PagePool", "dtype must be float32, float16 or bfloat16", dtype)
+        self.num_layers = num_layers
+        self.page_size = page_size
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.v_head_dim = v_head_dim
+        self.dtype = dtype
+        self.allocator = None
+        self.fill = fill
+        self.stream = stream
+        self._base: list[mx.array] = []
+        self.state: list[mx.array] = []
+        self._install(self._fresh(num_pages))
+        self._writes: list[np.ndarray] = []
+        self._tokens_stored = np.zeros(num_pages, np.int32)
+        if allocator is not None:
+            allocator.attach(self)
+            self.allocator = allocator
+
+    # The arrays
+
+    @property
+    def num_pages(self) -> int:
+        return self.state[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages of all layers."""
+        return sum(array.nbytes for array in self._base)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page id, K and V, all layers."""
+        return self.nbytes // self.num_pages
+
+    def _fresh(self, num_pages: int) -> list[mx.array]:
+        """New arrays, memory in hand: running out of it shows here and nowhere later."""
+        arrays = []
+        for head_dim in (self.head_dim, self.v_head_dim) * self.num_layers:
+            shape = (num_pages, self.num_kv_heads, self.page_size, head_dim)
+            arrays.append(mx.full(shape, self.fill, self.dtype, stream=self.stream))
+        mx.eval(arrays)
+        return arrays
+
+    def _install(self, arrays: list[mx.array]) -> None:
+        # While the base is held here, MLX never gives its memory to another operation.
+        self._base = arrays
+        self.state[:] = arrays
+
+    def reset_versions(self) -> None:
+        """Forget pending operations; pages keep what evaluated writes left in them.
+
+        For use after an evaluation that failed: the versions that hung on it can never
+        be evaluated.
+        """
+        self.state[:] = self._base
+
+    def grow(self, num_pages: int) -> None:
+        """Add pages; those that exist keep their ids and contents.
+
+        Raises:
+            ValueError: ``num_pages`` is less than there are.
+        """
+        if num_pages < self.num_pages:
+            fail("PagePool.grow", f"num_pages must be at least {self.num_pages}", num_pages)
+        if num_pages == self.num_pages:
+            return
+        fresh = self._fresh(num_pages - self.num_pages)
+        joined = [
+            mx.concatenate([old, new], axis=0, stream=self.stream)
+            for old, new in zip(self.state, fresh)
+        ]
+        mx.eval(joined)
+        self._fold_writes()
+        self._install(joined)
+        self._tokens_stored = np.pad(
+            self._tokens_stored, (0, num_pages - len(self._tokens_stored))
+        )
+
+    # Access, each the next link of the chain
+
+    def __getitem__(self, layer: int) -> LayerPages:
+        """The pages of one layer."""
+        return LayerPages(self, self._check_layer("PagePool", layer))
+
+    def write(self, layer: int, k: mx.array, v: mx.array, slot_mapping) -> None:
+        """Write new tokens' K and V into their pages.
+
+        Args:
+            layer: Layer index in ``[0, num_layers)``.
+            k: Keys, ``[tokens, num_kv_heads, head_dim]``, the pool's dtype.
+            v: Values, ``[tokens, num_kv_heads, v_head_dim]``.
+            slot_mapping: ``int32 [tokens]``; destination slot of each token,
+                ``page_id * page_size + offset_in_page``; -1 skips the token. A
+                :class:`SlotMapping` is checked once for all layers.
+
+        Lazy: nothing moves until the pool is evaluated.
+
+        Raises:
+            ValueError: A shape, dtype or slot does not match the pool.
+        """
+        i = 2 * self._check_layer("PagePool.write", layer)
+        slots = self.slots(slot_mapping)
+        self.state[i : i + 2] = _ext.write_pages(
+            k, v, self.state[i], self.state[i + 1], slots.array, alias=True, stream=self.stream
+        )
+        if layer == 0 and slots.values is not None:
+            self._remember(slots.values)
+
+    def attend(
+        self,
+        layer: int,
+        q: mx.array,
+        plan: AttentionPlan | mx.array,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: mx.array | None = None,
+        sinks: mx.array | None = None,
+        mask: mx.array | None = None,
+        return_lse: bool = False,
+    ) -> mx.array | tuple[mx.array, mx.array]:
+        """Attention over the pages of one layer; arguments as in ``fast.paged_attention``."""
+        i = 2 * self._check_layer("PagePool.attend", layer)
+        k_pages, v_pages = self.state[i : i + 2]
+        if isinstance(plan, AttentionPlan):
+            _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
+        out, lse, self.state[i], self.state[i + 1] = _ext.paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            plan_array(plan),
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            mask=mask,
+            stream=self.stream,
+        )
+        return (out, lse) if return_lse else out
+
+    def gather(
+        self, layer: int, block_tables, context_lens, *, page_starts=None, page_lens=None
+    ) -> tuple[mx.array, mx.array]:
+        """Contiguous K and V of each sequence, ordered before later writes.
+
+        Arguments and result as in ``fast.gather_pages``.
+        """
+        i = 2 * self._check_layer("PagePool.gather", layer)
+        inputs = gather_inputs(
+            "PagePool.gather", self.state[i], block_tables, context_lens, page_starts, page_lens
+        )
+        k, v, self.state[i], self.state[i + 1] = _ext.gather_pages(
+            self.state[i], self.state[i + 1], **inputs, stream=self.stream
+        )
+        return k, v
+
+    def copy(self, pairs) -> None:
+        """Copy whole pages in all layers, in one operation, before any later write.
+
+        Args:
+            pairs: ``[(source, target), ...]`` page ids.
+
+        Raises:
+            ValueError: An id is outside the pool, a target is named twice or is a source.
+        """
+        array = pair_array("PagePool.copy", pairs, self.num_pages)
+        if array.shape[0] == 0:
+            return
+        self.state[:] = _ext.copy_pages(self.state, array, alias=True, stream=self.stream)
+        self._fold_writes()
+        pairs = np.asarray(pairs)
+        self._tokens_stored[pairs[:, 1]] = self._tokens_stored[pairs[:, 0]]
+
+    def slots(self, slot_mapping) -> "SlotMapping":
+        """``slot_mapping`` checked against this pool, for use with every layer."""
+        if isinstance(slot_mapping, SlotMapping):
+            if slot_mapping.num_slots > self.num_pages * self.page_size:
+                must = f"slot_mapping must be for at most {self.num_pages * self.page_size} slots"
+                fail("PagePool.write", must, slot_mapping.num_slots)
+            return slot_mapping
+        return SlotMapping(slot_mapping, self.state[0])
+
+    # Book-keeping
+
+    @property
+    def tokens_stored(self) -> np.ndarray:
+        """Tokens last written to each page, ``int32 [num_pages]``."""
+        self._fold_writes()
+        return self._tokens_stored
+
+    def _remember(self, slots: np.ndarray) -> None:
+        self._writes.append(slots)
+        if len(self._writes) >= 256:
+            self._fold_writes()
+
+    def _fold_writes(self) -> None:
+        for slots in self._writes:
+            slots = slots[slots >= 0]
+            pages, offsets = slots // self.page_size, slots % self.page_size
+            self._tokens_stored[pages] = 0
+            np.maximum.at(self._tokens_stored, pages, offsets + 1)
+        self._writes.clear()
+
+    def check(self) -> None:
+        """Prove that arrays, versions and allocator agree.
+
+        Raises:
+            AssertionError: They do not; the message says what.
+        """
+        assert len(self.state) == len(self._base) == 2 * self.num_layers, "an array is missing"
+        mx.eval(self.state)
+        for i, (newest, base) in enumerate(zip(self.state, self._base)):
+            name = f"{'kv'[i % 2]} of layer {i // 2}"
+            same = _ext.data_address(newest) == _ext.data_address(base)
+            assert same, f"{name} has left the pool's memory"
+            assert newest.shape == base.shape, f"{name} has another shape"
+        if self.allocator is not None:
+            pages = self.allocator.total_pages
+            assert pages <= self.num_pages, f"{pages} pages allocatable, {self.num_pages} in arrays"
+            self.allocator.check()
+
+    def _check_layer(self, op: str, layer: int) -> int:
+        if not 0 <= layer < self.num_layers:
+            fail(op, f"layer must be in [0, {self.num_layers})", layer)
+        return layer
+
+    def __repr__(self):
+        return (
+            f"PagePool({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens, "
+            f"{self.num_kv_heads} KV heads of {self.head_dim}, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+class SlotMapping:
+    """Slots of a step's new tokens, checked once, used by every layer."""
+
+    def __init__(self, slot_mapping, pages: mx.array):
+        self.num_slots = pages.shape[0] * pages.shape[2]
+        self.array = slot_array("PagePool.write", slot_mapping, pages)
+        traced = isinstance(slot_mapping, mx.array) and _ext.is_tracer(slot_mapping)
+        self.values = None if traced else np.array(self.array)
