@@ -8,6 +8,7 @@
 
 #include "bindings/module.h"
 #include "cpu/attention.h"
+#include "ops/attention.h"
 #include "plan/planner.h"
 #include "plan/targets.h"
 #include "shape_check.h"
@@ -267,6 +268,39 @@ void bind_plan(nb::module_& m) {
       .def("array", &NativePlan::array, "The words of plan_format.h, int32 [words].")
       .def("header", [](const NativePlan& self) { return header_dict(self.plan().header()); })
       .def("decisions", [](const NativePlan& self) { return decision_rows(self.plan()); });
+  m.def(
+      "check_plan",
+      [](const NativePlan& plan,
+         const mx::array& q,
+         const mx::array& k_pages,
+         const mx::array& v_pages,
+         const std::optional<mx::array>& mask) {
+        const auto& words = plan.plan().words;
+        check_plan(
+            plan.plan().header(), words.size(), attention_geometry(q, k_pages, v_pages, mask));
+      },
+      "plan"_a,
+      "q"_a,
+      "k_pages"_a,
+      "v_pages"_a,
+      "mask"_a.none(),
+      "Raise ValueError unless the plan fits the arrays.");
+  m.def(
+      "attention_geometry",
+      [](const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
+        const PlanGeometry g = attention_geometry(q, k_pages, v_pages);
+        nb::dict d;
+        d["tokens"] = g.num_tokens;
+        d["num_q_heads"] = g.num_q_heads;
+        d["num_kv_heads"] = g.num_kv_heads;
+        d["page_size"] = g.page_size;
+        d["num_pages"] = g.num_pages;
+        return d;
+      },
+      "q"_a,
+      "k_pages"_a,
+      "v_pages"_a,
+      "Heads, page size and counts, after checking shapes and dtypes.");
 }
 
 } // namespace paged_mlx

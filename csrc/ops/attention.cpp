@@ -36,20 +36,14 @@ void check_number(const char* name, float value, bool positive) {
   }
 }
 
-void check_inputs(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& plan,
-    ShapeCheck& shape) {
+ShapeCheck check_arrays(const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
+  ShapeCheck shape(kOp);
   shape("q", q, {"tokens", "num_q_heads", "head_dim"});
   shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
   shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
-  shape("plan", plan, {"words"});
   check_float(kOp, "q", q);
   check_dtype(kOp, "k_pages", k_pages, q.dtype(), "the dtype of q");
   check_dtype(kOp, "v_pages", v_pages, q.dtype(), "the dtype of q");
-  check_dtype(kOp, "plan", plan, mx::int32, "the array of an AttentionPlan");
   check_head_dim("q", shape.at("head_dim"));
   check_head_dim("v_pages", shape.at("v_head_dim"));
   if (shape.at("num_kv_heads") == 0 || shape.at("num_q_heads") % shape.at("num_kv_heads") != 0) {
@@ -59,13 +53,11 @@ void check_inputs(
             std::to_string(shape.at("num_kv_heads")) + " from k_pages",
         std::to_string(shape.at("num_q_heads")));
   }
-  if (q.is_tracer() && !k_pages.is_tracer()) {
-    fail(
-        kOp,
-        "k_pages and v_pages must be inputs and outputs of a compiled function "
-        "(mx.compile(f, inputs=pool.state, outputs=pool.state))",
-        "pages captured from outside");
+  if (shape.at("page_size") == 0) {
+    fail(kOp, "k_pages must have a page_size of at least 1", shape_string(k_pages));
   }
+  check_pages_are_traced(kOp, q, k_pages);
+  return shape;
 }
 
 // One value per query head, as float32.
@@ -96,6 +88,21 @@ mx::array normal_mask(const mx::array& mask, const ShapeCheck& shape, mx::Stream
 }
 
 } // namespace
+
+PlanGeometry attention_geometry(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const std::optional<mx::array>& mask) {
+  const ShapeCheck shape = check_arrays(q, k_pages, v_pages);
+  return {
+      shape.at("tokens"),
+      shape.at("num_q_heads"),
+      shape.at("num_kv_heads"),
+      shape.at("page_size"),
+      shape.at("num_pages"),
+      mask && mask->ndim() > 0 ? mask->shape(-1) : -1};
+}
 
 void check_plan(const PlanHeader& plan, size_t num_words, const PlanGeometry& g) {
   auto same = [](const char* name, int planned, int actual, const char* from) {
@@ -142,8 +149,9 @@ std::vector<mx::array> paged_attention(
     const std::optional<mx::array>& mask,
     mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
-  ShapeCheck shape(kOp);
-  check_inputs(q, k_pages, v_pages, plan, shape);
+  ShapeCheck shape = check_arrays(q, k_pages, v_pages);
+  shape("plan", plan, {"words"});
+  check_dtype(kOp, "plan", plan, mx::int32, "the array of an AttentionPlan");
   AttentionOptions options;
   options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
   check_number("scale", options.scale, false);

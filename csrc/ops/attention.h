@@ -31,7 +31,14 @@ struct PlanGeometry {
   int mask_keys; // columns of the mask; -1: no mask
 };
 
-// Throws std::invalid_argument in the one message form.
+// Checks shapes and dtypes. All of these throw std::invalid_argument in the one
+// message form.
+PlanGeometry attention_geometry(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const std::optional<mx::array>& mask = std::nullopt);
+
 void check_plan(const PlanHeader& plan, size_t num_words, const PlanGeometry& geometry);
 
 // Inputs: q [tokens, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads,

@@ -13,16 +13,6 @@ namespace paged_mlx {
 
 namespace {
 
-void check_pool_is_traced(const char* op, const mx::array& fresh, const mx::array& pages) {
-  if (fresh.is_tracer() && !pages.is_tracer()) {
-    fail(
-        op,
-        "the pages must be inputs and outputs of a compiled function "
-        "(mx.compile(f, inputs=pool.state, outputs=pool.state))",
-        "pages captured from outside");
-  }
-}
-
 // One token's K or V goes to its slot, head by head.
 struct TokenWriter {
   const char* tokens;
@@ -119,7 +109,7 @@ std::vector<mx::array> write_pages(
   check_dtype("write_pages", "k", k, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("write_pages", "v", v, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("write_pages", "slot_mapping", slots, mx::int32, "slot numbers");
-  check_pool_is_traced("write_pages", k, k_pages);
+  check_pages_are_traced("write_pages", k, k_pages);
   return mx::array::make_arrays(
       {k_pages.shape(), v_pages.shape()},
       {k_pages.dtype(), v_pages.dtype()},
@@ -187,7 +177,7 @@ std::vector<mx::array> copy_pages(
     shapes.push_back(pool.shape());
     dtypes.push_back(pool.dtype());
   }
-  check_pool_is_traced("copy_pages", pairs, pools[0]);
+  check_pages_are_traced("copy_pages", pairs, pools[0]);
   std::vector<mx::array> inputs = pools;
   inputs.push_back(pairs);
   return mx::array::make_arrays(
