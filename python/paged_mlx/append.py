@@ -1,0 +1,124 @@
+"""Making room for new tokens, for one table or a batch: plan, then do.
+
+The plan counts the pages that all tables need together, those for copies of shared tail
+pages included; they are taken at once or not at all, and only then do the tables change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import OutOfPages, whole_number
+from .page_allocator import PageAllocator
+
+if TYPE_CHECKING:
+    from .page_table import PageTable
+
+
+@dataclass(frozen=True, slots=True)
+class AppendPlan:
+    """What an append has decided.
+
+    Attributes:
+        copies: ``(source, target)`` page ids, announced to the attached pools already.
+        slots: ``int32 [tokens]``, the slot of each new token, in order.
+    """
+
+    copies: list[tuple[int, int]]
+    slots: np.ndarray
+
+
+def append_batch(tables: Sequence[PageTable], num_tokens: Sequence[int], allocator: PageAllocator) -> AppendPlan:
+    """``append_tokens`` for a batch: all tables or none, one copy operation for all.
+
+    Args:
+        tables: Different tables of one allocator.
+        num_tokens: New tokens of each.
+
+    Returns:
+        The plan of the whole batch: slots are those of the first table, then the second's.
+
+    Raises:
+        OutOfPages: There are too few pages for all; nothing has changed.
+        ValueError: An argument is wrong.
+    """
+    counts = [count if type(count) is int and count >= 0 else whole_number("append_tokens", "num_tokens", count) for count in num_tokens]
+    needs = _new_pages(tables, counts, allocator)
+    copied = _shared_tails(tables, counts, allocator)
+    targets, page_ids = _take_pages(len(copied), sum(needs), allocator)
+    still = _shared_tails(tables, counts, allocator) if copied else copied
+    if len(still) < len(copied):  # an eviction has made a table its tail's last holder
+        allocator.free_pages(targets[len(still) :])
+        targets = targets[: len(still)]
+    copies = [(tables[row]._pages[-1], target) for row, target in zip(still, targets)]
+    _announce(copies, targets + page_ids, allocator)
+    for row, target in zip(still, targets):
+        tables[row]._replace(-1, target)
+    slots: list[np.ndarray | int] = []
+    first = 0
+    for table, count, need in zip(tables, counts, needs):
+        if count:
+            table._allocator = allocator
+        slots.append(table._extend(count, page_ids[first : first + need] if need else []))
+        first += need
+    return AppendPlan(copies, _joined(slots))
+
+
+def _new_pages(tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator) -> list[int]:
+    """Return how many pages each table needs beyond its tail page; check the arguments."""
+    if len(tables) != len(counts):
+        raise ValueError(f"[append_tokens] num_tokens must have one count per table, {len(tables)}; got {len(counts)}.")
+    if len(tables) > 1 and len(set(map(id, tables))) < len(tables):
+        raise ValueError("[append_tokens] tables must be different ones; got one twice.")
+    size = allocator.page_size
+    needs = []
+    for table, count in zip(tables, counts):
+        if table._allocator is not allocator or table._page_size != size:
+            table._check_allocator("append_tokens", allocator)
+        missing = count - table._room()
+        needs.append(-(-missing // size) if missing > 0 else 0)
+    return needs
+
+
+def _shared_tails(tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator) -> list[int]:
+    """Return the rows that would write to a tail page others hold too; the last holder never copies."""
+    rows: list[int] = []
+    leaving: dict[int, int] = {}
+    for row, (table, count) in enumerate(zip(tables, counts)):
+        if count and table._room():
+            tail = table._pages[-1]
+            if allocator.ref_count(tail) - leaving.get(tail, 0) > 1:
+                rows.append(row)
+                leaving[tail] = leaving.get(tail, 0) + 1
+    return rows
+
+
+def _take_pages(num_copies: int, num_new: int, allocator: PageAllocator) -> tuple[list[int], list[int]]:
+    """Take pages to copy to and new pages, all or none; new pages get the lower ids of a fresh pool."""
+    wanted = num_copies + num_new
+    page_ids = allocator.allocate_pages(wanted) if wanted else []
+    if page_ids is None:
+        raise OutOfPages(
+            f"[append_tokens] the pool must have {wanted} pages to give, {num_copies} of them for copies; "
+            f"got {allocator.num_available} of {allocator.total_pages}."
+        )
+    return page_ids[num_new:], page_ids[:num_new]
+
+
+def _announce(copies: list[tuple[int, int]], taken: list[int], allocator: PageAllocator) -> None:
+    """Have the pools copy; if one cannot, give back what was taken."""
+    try:
+        allocator.copy_pages(copies)
+    except BaseException:
+        allocator.free_pages(taken)
+        raise
+
+
+def _joined(slots: list[np.ndarray | int]) -> np.ndarray:
+    if all(type(slot) is int for slot in slots):
+        return np.array(slots, np.int32)
+    return np.concatenate([np.atleast_1d(np.asarray(slot, np.int32)) for slot in slots])

@@ -1,0 +1,45 @@
+"""The errors of the page manager, in one form.
+
+Every message reads ``[function] name must <what>, <why>; got <what>.`` A caller's
+mistake is a ``ValueError``; an empty pool is ``OutOfPages``. A call that raises has
+changed nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+
+
+class PageError(ValueError):
+    """A page id was used in a way its state does not allow."""
+
+
+class UnknownPage(PageError):
+    """The page id does not belong to this allocator."""
+
+
+class DoubleFree(PageError):
+    """The page is free: it was freed before, or never allocated."""
+
+
+class UseAfterFree(PageError):
+    """The page is free, and the call needs one that somebody holds."""
+
+
+class OutOfPages(RuntimeError):
+    """The pool has too few pages left, counting those that could be evicted."""
+
+
+def whole_number(function: str, name: str, value: object, minimum: int = 0) -> int:
+    """Return ``value`` as an int, which must be at least ``minimum``.
+
+    Raises:
+        ValueError: ``value`` is no whole number, or too small.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = minimum - 1
+    if number < minimum:
+        raise ValueError(f"[{function}] {name} must be a whole number of at least {minimum}; got {value!r}.")
+    return number

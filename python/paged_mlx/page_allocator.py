@@ -1,0 +1,423 @@
+"""Which pages are free, and how often each of the others is held.
+
+An allocator knows page ids and nothing about arrays. A page is *free* (ref_count 0),
+*owned* (1) or *shared* (more). Pools that hold the arrays attach themselves and are told
+which pages to copy. Evictors, such as a prefix cache, hold references like any sequence
+and give pages back when the free list is empty.
+
+Not thread-safe: an allocator and its tables belong to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import DoubleFree, PageError, UnknownPage, UseAfterFree, whole_number
+from .eviction import Evictor
+
+MAX_SLOTS = 2**31 - 1  # a slot is an int32
+
+
+class PageAllocator:
+    """Hands out page ids and counts who holds them; the page freed last is reused first.
+
+    Args:
+        total_pages: Pages in the pool; ids are ``[0, total_pages)``.
+        page_size: Tokens in a page.
+        max_pages: Where growth on demand ends; default ``total_pages``, so no growth.
+        slab_pages: Pages added by each growth on demand; default ``total_pages``.
+
+    Every operation is O(1) per page.
+    """
+
+    def __init__(
+        self,
+        total_pages: int,
+        page_size: int,
+        *,
+        max_pages: int | None = None,
+        slab_pages: int | None = None,
+    ) -> None:
+        name = type(self).__name__
+        self._total = whole_number(name, "total_pages", total_pages, 1)
+        self._page_size = whole_number(name, "page_size", page_size, 1)
+        self._max_pages = whole_number(name, "max_pages", self._total if max_pages is None else max_pages, self._total)
+        self._slab_pages = whole_number(name, "slab_pages", self._total if slab_pages is None else slab_pages, 1)
+        if self._max_pages * self._page_size > MAX_SLOTS:
+            raise ValueError(
+                f"[{name}] total_pages * page_size must be at most {MAX_SLOTS}, "
+                f"because a slot is an int32; got {self._max_pages * self._page_size}."
+            )
+        self._evictors: list[Evictor] = []
+        self._watchers: dict[int, Evictor] = {}
+        self._pools: list[weakref.ref[Any]] = []
+        self._set_counts(array("i", bytes(4 * self._total)))
+        self._reset_free(range(self._total))
+
+    # The free list: the only part that a policy changes.
+
+    def _reset_free(self, page_ids: Iterable[int]) -> None:
+        """Make exactly ``page_ids``, ascending, the free pages."""
+        self._free = list(page_ids)[::-1]
+
+    def _take(self, num_pages: int) -> list[int]:
+        """Remove ``num_pages`` pages from the free list, which has that many."""
+        if num_pages == 1:
+            return [self._free.pop()]
+        taken = self._free[: -num_pages - 1 : -1]
+        del self._free[len(self._free) - num_pages :]
+        return taken
+
+    def _put(self, page_ids: Sequence[int]) -> None:
+        """Add pages whose last reference is gone to the free list."""
+        self._free.extend(page_ids)
+
+    def _free_ids(self) -> Iterator[int]:
+        """Every id on the free list."""
+        return iter(self._free)
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody holds."""
+        return len(self._free)
+
+    # Figures.
+
+    @property
+    def total_pages(self) -> int:
+        """Pages in the pool, free or not."""
+        return self._total
+
+    @property
+    def max_pages(self) -> int:
+        """Pages the pool may grow to on demand."""
+        return self._max_pages
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self._page_size
+
+    @property
+    def num_used(self) -> int:
+        """Pages that somebody holds."""
+        return self._total - self.num_free
+
+    @property
+    def num_evictable(self) -> int:
+        """Pages that evictors hold and nobody else."""
+        return sum(evictor.num_evictable for evictor in self._evictors)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that an allocation could get: free, evictable, or not grown yet."""
+        return self.num_free + self.num_evictable + self._max_pages - self._total
+
+    def ref_count(self, page_id: int) -> int:
+        """How many tables and caches hold the page; 0 for a free page."""
+        return self._refs[self._known("ref_count", page_id)]
+
+    def fragmentation(self) -> float:
+        """How far the free pages are from forming one run, from 0 (not at all) to 1.
+
+        ``1 - longest / possible``, in pages: ``longest`` is the longest free run that is
+        a power of two and aligned to its size, ``possible`` the longest that as many free
+        pages could form. O(total_pages); a buddy allocator answers in O(log).
+        """
+        if not self.num_free:
+            return 0.0
+        free = self._counts == 0
+        longest = 1
+        while free.size >= 2:
+            free = free[: free.size // 2 * 2].reshape(-1, 2).all(axis=1)
+            if not free.any():
+                break
+            longest *= 2
+        return 1.0 - longest / (1 << (self.num_free.bit_length() - 1))
+
+    # Allocate, share, free.
+
+    def allocate_page(self) -> int | None:
+        """Take one free page, held once; None when the pool is empty."""
+        if not self.num_free and not self._make_room(1):
+            return None
+        page_id = self._take(1)[0]
+        self._refs[page_id] = 1
+        return page_id
+
+    def allocate_pages(self, num_pages: int) -> list[int] | None:
+        """Take ``num_pages`` free pages, each held once; None, and nothing taken, when too few."""
+        num_pages = whole_number("allocate_pages", "num_pages", num_pages)
+        if num_pages > self.num_free and not self._make_room(num_pages):
+            return None
+        if not num_pages:
+            return []
+        page_ids = self._take(num_pages)
+        refs = self._refs
+        for page_id in page_ids:
+            refs[page_id] = 1
+        return page_ids
+
+    def share_page(self, page_id: int) -> None:
+        """Add a holder to a page that has one.
+
+        Raises:
+            UseAfterFree: Nobody holds the page.
+            UnknownPage: The id is not of this pool.
+        """
+        page_id = self._known("share_page", page_id)
+        count = self._refs[page_id]
+        if not count:
+            raise UseAfterFree(f"[share_page] page_id must be held by somebody, because free pages are reused; got {page_id}.")
+        self._refs[page_id] = count + 1
+        if count == 1 and page_id in self._watchers:
+            self._watchers[page_id].pages_busy((page_id,))
+
+    def free_page(self, page_id: int) -> None:
+        """Remove a holder; the page becomes free with its last one.
+
+        Stale bytes stay in the arrays: nothing outside a context is ever read.
+
+        Raises:
+            DoubleFree: Nobody holds the page.
+            UnknownPage: The id is not of this pool.
+        """
+        page_id = self._known("free_page", page_id)
+        count = self._refs[page_id] - 1
+        if count < 0:
+            raise DoubleFree(f"[free_page] page_id must be held by somebody; got {page_id}, which is free.")
+        self._refs[page_id] = count
+        if not count:
+            self._put((page_id,))
+        elif count == 1 and page_id in self._watchers:
+            self._watchers[page_id].pages_idle((page_id,))
+
+    def share_pages(self, page_ids: array[int] | Sequence[int]) -> None:
+        """``share_page`` for many different pages at once, all or nothing."""
+        ids = self._distinct("share_pages", page_ids)
+        before = self._counts[ids]
+        if not before.all():
+            page_id = int(ids[np.argmin(before)])
+            raise UseAfterFree(f"[share_pages] page_ids must be held by somebody, because free pages are reused; got {page_id}.")
+        self._counts[ids] = before + 1
+        if self._watchers:
+            self._notify(ids[before == 1].tolist(), "pages_busy")
+
+    def free_pages(self, page_ids: array[int] | Sequence[int]) -> None:
+        """``free_page`` for many different pages at once, all or nothing."""
+        ids = self._distinct("free_pages", page_ids)
+        before = self._counts[ids]
+        if not before.all():
+            page_id = int(ids[np.argmin(before)])
+            raise DoubleFree(f"[free_pages] page_ids must be held by somebody; got {page_id}, which is free.")
+        self._counts[ids] = before - 1
+        self._put(ids[before == 1].tolist())
+        if self._watchers:
+            self._notify(ids[before == 2].tolist(), "pages_idle")
+
+    # Evictors.
+
+    def add_evictor(self, evictor: Evictor) -> None:
+        """Ask ``evictor`` for pages, after those added before it, when none is free."""
+        self._evictors.append(evictor)
+
+    def remove_evictor(self, evictor: Evictor) -> None:
+        """Ask ``evictor`` no more; it must watch no page.
+
+        Raises:
+            ValueError: It was never added, or still watches pages.
+        """
+        if evictor not in self._evictors or evictor in self._watchers.values():
+            raise ValueError("[remove_evictor] evictor must be one that was added and watches no page.")
+        self._evictors.remove(evictor)
+
+    def watch(self, page_id: int, evictor: Evictor) -> None:
+        """Tell ``evictor`` whenever it becomes, or stops being, the page's only holder.
+
+        The evictor holds a reference already. One evictor watches a page.
+        """
+        if not self._refs[self._known("watch", page_id)]:
+            raise UseAfterFree(f"[watch] page_id must be held by the evictor; got {page_id}, which is free.")
+        if page_id in self._watchers:
+            raise PageError(f"[watch] page_id must be watched by one evictor alone; got {page_id}.")
+        self._watchers[page_id] = evictor
+
+    def unwatch(self, page_id: int) -> None:
+        """End ``watch``."""
+        if page_id not in self._watchers:
+            raise PageError(f"[unwatch] page_id must be watched; got {page_id}.")
+        del self._watchers[page_id]
+
+    def _notify(self, page_ids: list[int], method: str) -> None:
+        told: dict[int, tuple[Evictor, list[int]]] = {}
+        for page_id in dict.fromkeys(page_ids):
+            evictor = self._watchers.get(page_id)
+            if evictor is not None:
+                told.setdefault(id(evictor), (evictor, []))[1].append(page_id)
+        for evictor, watched in told.values():
+            getattr(evictor, method)(watched)
+
+    def _make_room(self, num_pages: int) -> bool:
+        """Grow, then evict, until ``num_pages`` are free; change nothing if that cannot be."""
+        if num_pages > self.num_available:
+            return False
+        while num_pages > self.num_free and self._total < self._max_pages:
+            self.grow(min(self._slab_pages, self._max_pages - self._total))
+        for evictor in self._evictors:
+            if num_pages > self.num_free:
+                evictor.evict(num_pages - self.num_free)
+        return num_pages <= self.num_free
+
+    # Pools.
+
+    def attach(self, pool: Any) -> None:
+        """Tell ``pool`` which pages to copy (``pool.copy(pairs)``) and how many ids exist.
+
+        A pool with ``num_pages`` is told to ``grow(num_pages)`` before ids pass its end, and
+        to ``shrink(num_pages)``, if it can, when the allocator does. The pool is referenced weakly. Attaching twice is the same as once.
+
+        Raises:
+            ValueError: The pool has fewer pages than ids exist, or pages of another size.
+        """
+        if getattr(pool, "page_size", self._page_size) != self._page_size:
+            raise ValueError(f"[attach] pool.page_size must be {self._page_size}, as the allocator's; got {pool.page_size}.")
+        if getattr(pool, "num_pages", self._total) < self._total:
+            raise ValueError(f"[attach] pool.num_pages must be at least {self._total}, as the allocator's; got {pool.num_pages}.")
+        if not any(attached is pool for attached in self.pools):
+            self._pools.append(weakref.ref(pool))
+
+    def detach(self, pool: Any) -> None:
+        """Undo ``attach``; a pool that is not attached is left alone."""
+        self._pools = [ref for ref in self._pools if ref() is not None and ref() is not pool]
+
+    @property
+    def pools(self) -> list[Any]:
+        """The attached pools that are still alive."""
+        return [pool for pool in (ref() for ref in self._pools) if pool is not None]
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Have every attached pool copy whole pages, in one operation for all layers.
+
+        Args:
+            pairs: ``(source, target)`` page ids; each page is held by somebody.
+        """
+        for page_id in (page_id for pair in pairs for page_id in pair):
+            if not self._refs[self._known("copy_pages", page_id)]:
+                raise UseAfterFree(f"[copy_pages] pairs must name pages that somebody holds; got {page_id}, which is free.")
+        if pairs:
+            for pool in self.pools:
+                pool.copy(list(pairs))
+
+    # Size.
+
+    def grow(self, num_pages: int) -> None:
+        """Add ``num_pages`` free pages with new ids; attached pools grow first.
+
+        An error of a pool that cannot grow passes through; the allocator is as before.
+        """
+        total = self._total + whole_number("grow", "num_pages", num_pages, 1)
+        if total * self._page_size > MAX_SLOTS:
+            raise ValueError(f"[grow] num_pages must keep slots below {MAX_SLOTS}, because a slot is an int32; got {num_pages}.")
+        self._grow_pools(total)
+        added = range(self._total, total)
+        counts = self._refs[:]
+        counts.extend(0 for _ in added)
+        self._set_counts(counts)
+        self._total, self._max_pages = total, max(total, self._max_pages)
+        self._put(added[::-1])
+
+    def shrink(self, num_pages: int | None = None) -> int:
+        """Remove up to ``num_pages`` free pages (default: all) from the top of the id range.
+
+        Returns:
+            Pages removed. A page in use, and every id below it, stays; so does page 0.
+        """
+        wanted = self._total - 1 if num_pages is None else whole_number("shrink", "num_pages", num_pages)
+        used = np.flatnonzero(self._counts)
+        lowest = max(int(used[-1]) + 1 if used.size else 1, self._total - wanted)
+        if lowest >= self._total:
+            return 0
+        for pool in self.pools:
+            if hasattr(pool, "shrink"):
+                pool.shrink(lowest)
+        removed, self._total = self._total - lowest, lowest
+        self._set_counts(self._refs[:lowest])
+        self._reset_free(np.flatnonzero(self._counts == 0).tolist())
+        return removed
+
+    def _grow_pools(self, total_pages: int) -> None:
+        short = [pool for pool in self.pools if getattr(pool, "num_pages", total_pages) < total_pages]
+        for pool in short:
+            if not hasattr(pool, "grow"):
+                raise ValueError(f"[grow] the attached pools must be able to grow to {total_pages} pages; got {pool!r}.")
+        for pool in short:
+            pool.grow(total_pages)
+
+    def _set_counts(self, refs: array[int]) -> None:
+        """One buffer, two views: ``_refs`` is fast for one page, ``_counts`` for many."""
+        self._refs = refs
+        self._counts = np.frombuffer(refs, dtype=np.int32)
+
+    # Checks.
+
+    def _known(self, function: str, page_id: int) -> int:
+        try:
+            if 0 <= page_id < self._total:
+                return page_id
+        except TypeError:
+            pass
+        raise UnknownPage(f"[{function}] page_id must be in [0, {self._total}), the pages of this pool; got {page_id!r}.")
+
+    def _distinct(self, function: str, page_ids: array[int] | Sequence[int]) -> np.ndarray:
+        """Return known ids, each given once. A table's pages, an array, differ already."""
+        if isinstance(page_ids, array):
+            ids = np.frombuffer(page_ids, np.int32) if page_ids else np.empty(0, np.int32)
+        else:
+            ids = np.array([self._known(function, page_id) for page_id in page_ids], np.int32)
+            if len(set(page_ids)) < len(ids):
+                raise PageError(f"[{function}] page_ids must be different pages; got one twice.")
+        if ids.size and int(ids.view(np.uint32).max()) >= self._total:
+            page_id = int(ids[np.argmax(ids.view(np.uint32))])
+            raise UnknownPage(f"[{function}] page_ids must be in [0, {self._total}), the pages of this pool; got {page_id}.")
+        return ids
+
+    def check(self, tables: Iterable[Any] | None = None, caches: Iterable[Any] = ()) -> None:
+        """Prove that reference counts, free list and watchers agree.
+
+        Args:
+            tables: Every page table on this allocator; then each count must equal its holders.
+            caches: Every prefix cache on it, counted with the tables.
+
+        Raises:
+            AssertionError: With what disagrees.
+        """
+        free = sorted(self._free_ids())
+        assert len(free) == self.num_free, f"num_free is {self.num_free}, the free list has {len(free)} pages"
+        assert len(self._refs) == self._total, f"{len(self._refs)} counts for {self._total} pages"
+        assert (self._counts >= 0).all(), "a reference count is negative"
+        assert free == np.flatnonzero(self._counts == 0).tolist(), "the free list is not the pages of count 0, each once"
+        for page_id in self._watchers:
+            assert self._refs[page_id] > 0, f"page {page_id} is watched and free"
+        for evictor in self._evictors:
+            if evictor is not self and hasattr(evictor, "check"):
+                evictor.check()
+        if tables is not None:
+            self._check_holders([*tables, *caches])
+
+    def _check_holders(self, holders: Sequence[Any]) -> None:
+        held = self._own_references()
+        for holder in holders:
+            ids = np.asarray(holder.page_ids, dtype=np.int64)
+            assert not ids.size or (0 <= ids.min() and ids.max() < self._total), f"{holder!r} holds an unknown page"
+            np.add.at(held, ids, 1)
+        for page_id in np.flatnonzero(held != self._counts).tolist():
+            raise AssertionError(f"page {page_id} has ref_count {self._refs[page_id]} and {held[page_id]} holders")
+
+    def _own_references(self) -> np.ndarray:
+        """References that the allocator itself holds, per page."""
+        return np.zeros(self._total, dtype=np.int64)

@@ -1,0 +1,404 @@
+"""One sequence's pages: from logical positions to page ids.
+
+A table holds one reference to each of its pages. Entry i covers positions
+``[i * page_size, (i + 1) * page_size)`` unless the table is *ragged*: a sealed page may be
+left part-filled in the middle of a sequence. Entries behind a sliding window that were
+given back keep their place and hold NO_PAGE.
+
+Every change is planned first and done second, so a call that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .append import AppendPlan, append_batch
+from .errors import OutOfPages, whole_number
+from .page_allocator import PageAllocator
+
+NO_PAGE = -1
+
+_versions = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PageTableEntry:
+    """Positions ``[logical_start, logical_end)`` lie in one page, from its first slot on.
+
+    ``is_cow``: somebody else holds the page too, so a write to it copies it first.
+    """
+
+    logical_start: int
+    logical_end: int
+    physical_page_id: int
+    is_cow: bool
+
+
+class PageTable:
+    """The page table of one sequence, empty at first.
+
+    A table belongs to one allocator from its first page until it is released.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = whole_number("PageTable", "page_size", page_size, 1)
+        self._allocator: PageAllocator | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pages = array("i")
+        self._starts: array[int] | None = None  # of every entry, when ragged
+        self._num_tokens = 0
+        self._num_freed = 0  # leading entries that hold NO_PAGE
+        self._sealed = False
+        self._touch()
+
+    def _touch(self) -> None:
+        """Name the new content of the entries; equal versions mean equal entries."""
+        self._version = next(_versions)
+
+    # Reading.
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self._page_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions in the table, those behind a window included."""
+        return self._num_tokens
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that the table holds."""
+        return len(self._pages) - self._num_freed
+
+    @property
+    def num_freed(self) -> int:
+        """Leading entries whose pages were given back by ``free_before``."""
+        return self._num_freed
+
+    @property
+    def page_ids(self) -> list[int]:
+        """The pages held, in logical order."""
+        return self._pages[self._num_freed :].tolist()
+
+    @property
+    def allocator(self) -> PageAllocator | None:
+        """The allocator of the pages; None while there are none."""
+        return self._allocator
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a page before the last is part-filled."""
+        return self._starts is not None
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the next token starts a new page whatever the tail page has room for."""
+        return self._sealed
+
+    @property
+    def entries(self) -> list[PageTableEntry]:
+        """The entries that hold a page, in logical order; a snapshot."""
+        shared = [self._allocator.ref_count(page_id) > 1 for page_id in self.page_ids] if self._allocator else []
+        bounds = [*(self._start(i) for i in range(self._num_freed, len(self._pages))), self._num_tokens]
+        return [
+            PageTableEntry(start, end, page_id, is_cow)
+            for start, end, page_id, is_cow in zip(bounds, bounds[1:], self.page_ids, shared)
+        ]
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def __repr__(self) -> str:
+        return f"PageTable(num_tokens={self._num_tokens}, page_ids={self.page_ids})"
+
+    def logical_to_physical(self, logical_pos: int) -> tuple[int, int]:
+        """Return ``(page_id, offset)`` of a position; O(1), or O(log) in a ragged table.
+
+        Raises:
+            ValueError: The position is not in the table, or its page was given back.
+        """
+        index, offset = self._locate("logical_to_physical", logical_pos)
+        return self._pages[index], offset
+
+    def slots(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the slots of positions ``[start, stop)``, ``int32``.
+
+        Raises:
+            ValueError: A position is not in the table, or its page was given back.
+        """
+        stop = self._num_tokens if stop is None else stop
+        if not 0 <= start <= stop <= self._num_tokens:
+            raise ValueError(f"[slots] start and stop must lie in order in [0, {self._num_tokens}]; got {start} and {stop}.")
+        if start == stop:
+            return np.empty(0, np.int32)
+        self._locate("slots", start)
+        positions = np.arange(start, stop, dtype=np.int32)
+        if self._starts is None:
+            index = positions // self._page_size
+            offset = positions - index * self._page_size
+        else:
+            starts = np.array(self._starts, np.int32)
+            index = np.searchsorted(starts, positions, side="right") - 1
+            offset = positions - starts[index]
+        return np.array(self._pages, np.int32)[index] * np.int32(self._page_size) + offset
+
+    def _start(self, index: int) -> int:
+        return index * self._page_size if self._starts is None else self._starts[index]
+
+    def _locate(self, function: str, logical_pos: int) -> tuple[int, int]:
+        if type(logical_pos) is not int:
+            logical_pos = whole_number(function, "logical_pos", logical_pos)
+        if not 0 <= logical_pos < self._num_tokens:
+            raise ValueError(f"[{function}] logical_pos must be in [0, {self._num_tokens}), the tokens of the table; got {logical_pos}.")
+        if self._starts is None:
+            index, offset = divmod(logical_pos, self._page_size)
+        else:
+            index = bisect_right(self._starts, logical_pos) - 1
+            offset = logical_pos - self._starts[index]
+        if index < self._num_freed:
+            raise ValueError(
+                f"[{function}] logical_pos must be at least {self._first_kept()}, "
+                f"because the pages before were given back; got {logical_pos}."
+            )
+        return index, offset
+
+    def _first_kept(self) -> int:
+        """The first position whose page is held; num_tokens when none is."""
+        return self._start(self._num_freed) if self._num_freed < len(self._pages) else self._num_tokens
+
+    def _tail_len(self) -> int:
+        """Tokens in the last page; page_size when there is none, so there is no room."""
+        return self._num_tokens - self._start(len(self._pages) - 1) if self._pages else self._page_size
+
+    def _room(self) -> int:
+        """Tokens that the tail page can still take."""
+        return 0 if self._sealed or not self._pages else self._page_size - self._tail_len()
+
+    # Changing.
+
+    def append_tokens(self, num_tokens: int, allocator: PageAllocator) -> AppendPlan:
+        """Make room for ``num_tokens`` more tokens at the end.
+
+        A part-filled tail page that others hold too is copied first, unless it is sealed.
+
+        Raises:
+            OutOfPages: The allocator has too few pages; nothing has changed, anywhere.
+            ValueError: The allocator is not the table's, or has another page size.
+        """
+        return append_batch([self], [num_tokens], allocator)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens at ``[length, num_tokens)`` and give back pages without any left.
+
+        Raises:
+            ValueError: ``length`` is past the end, or before a page that was given back.
+        """
+        length = whole_number("truncate", "length", length)
+        if length > self._num_tokens:
+            raise ValueError(f"[truncate] length must be at most {self._num_tokens}, the tokens of the table; got {length}.")
+        if length == self._num_tokens:
+            return
+        if not length:
+            return self._drop_all()
+        if length < self._first_kept():
+            raise ValueError(
+                f"[truncate] length must be 0 or at least {self._first_kept()}, "
+                f"because the pages before were given back; got {length}."
+            )
+        kept = self._entries_covering(length)
+        self._give_back(kept, len(self._pages))
+        del self._pages[kept:]
+        if self._starts is not None:
+            del self._starts[kept:]
+            if self._starts[-1] == (kept - 1) * self._page_size:
+                self._starts = None
+        self._num_tokens = length
+        self._sealed = kept == self._num_freed  # a tail that was given back takes no tokens
+        self._touch()
+
+    def fork(self) -> PageTable:
+        """Return a table of the same tokens on the same pages; no bytes move."""
+        if self._allocator is not None:
+            self._allocator.share_pages(self._pages[self._num_freed :])
+        child = PageTable.__new__(PageTable)
+        child._page_size = self._page_size
+        child._allocator = self._allocator
+        child._pages = self._pages[:]
+        child._starts = None if self._starts is None else self._starts[:]
+        child._num_tokens = self._num_tokens
+        child._num_freed = self._num_freed
+        child._sealed = self._sealed
+        child._version = self._version
+        return child
+
+    def release(self) -> None:
+        """Give back every page; the table is empty and belongs to no allocator."""
+        self._drop_all()
+        self._allocator = None
+
+    def seal(self) -> None:
+        """Leave the tail page as it is for good: the next token starts a new page."""
+        self._sealed = True
+
+    def free_before(self, position: int) -> int:
+        """Give back the pages whose tokens all lie before ``position``.
+
+        Positions keep their numbers. A part-filled tail page stays.
+
+        Returns:
+            Pages given back.
+        """
+        position = whole_number("free_before", "position", position)
+        if position > self._num_tokens:
+            raise ValueError(f"[free_before] position must be at most {self._num_tokens}, the tokens of the table; got {position}.")
+        first = self._num_freed
+        end = self._entries_ending_by(position)
+        if end <= first:
+            return 0
+        self._give_back(first, end)
+        for index in range(first, end):
+            self._pages[index] = NO_PAGE
+        self._num_freed = end
+        self._touch()
+        return end - first
+
+    def _entries_covering(self, length: int) -> int:
+        """Entries that positions [0, length) touch."""
+        if self._starts is None:
+            return -(-length // self._page_size)
+        return bisect_right(self._starts, length - 1)
+
+    def _entries_ending_by(self, position: int) -> int:
+        """Leading entries without a token at ``position`` or later, nor room for one."""
+        if position == self._num_tokens and self._tail_len() == self._page_size:
+            return len(self._pages)
+        return position // self._page_size if self._starts is None else max(0, bisect_right(self._starts, position) - 1)
+
+    def _give_back(self, first: int, end: int) -> None:
+        """Release entries [first, end), the last one first."""
+        first = max(first, self._num_freed)
+        if end > first:
+            self._allocator.free_pages(self._pages[first:end][::-1])
+
+    def _drop_all(self) -> None:
+        self._give_back(0, len(self._pages))
+        self._clear()
+
+    def _check_allocator(self, function: str, allocator: PageAllocator) -> None:
+        if allocator is not self._allocator and self._allocator is not None:
+            raise ValueError(f"[{function}] allocator must be the one that the table's pages came from; got {allocator!r}.")
+        if allocator.page_size != self._page_size:
+            raise ValueError(f"[{function}] allocator.page_size must be {self._page_size}, as the table's; got {allocator.page_size}.")
+
+    def _replace(self, index: int, page_id: int) -> None:
+        """Put a page of ours in an entry's place and give the old one back."""
+        old = self._pages[index]
+        self._pages[index] = page_id
+        self._touch()
+        self._allocator.free_page(old)
+
+    def _adopt(self, page_ids: Sequence[int], num_tokens: int, allocator: PageAllocator) -> None:
+        """Fill an empty table with pages that somebody holds, sharing them."""
+        allocator.share_pages(page_ids)
+        self._clear()
+        self._allocator = allocator
+        self._pages.extend(page_ids)
+        self._num_tokens = num_tokens
+
+    def _extend(self, num_tokens: int, page_ids: list[int]) -> np.ndarray | int:
+        """Append tokens on the tail page and ``page_ids``; return their slots."""
+        size, tail_len, index = self._page_size, self._tail_len(), len(self._pages) - 1
+        if self._sealed and num_tokens:
+            if tail_len < size and self._starts is None:
+                self._starts = array("i", range(0, len(self._pages) * size, size))
+            self._sealed, tail_len = False, size
+        if page_ids:
+            if self._starts is not None:
+                first = self._num_tokens + size - tail_len
+                self._starts.extend(range(first, first + len(page_ids) * size, size))
+            self._pages.extend(page_ids)
+            self._touch()
+        self._num_tokens += num_tokens
+        if num_tokens == 1:
+            return self._pages[-1] * size + (0 if page_ids else tail_len)
+        run = np.array(self._pages[max(index, 0) :], np.int32) * np.int32(size)
+        first = tail_len if index >= 0 else 0
+        return (run[:, None] + np.arange(size, dtype=np.int32)).ravel()[first : first + num_tokens]
+
+
+def share_prefix(source_table: PageTable, target_table: PageTable, prefix_length: int, partial: str = "copy") -> None:
+    """Let an empty table begin with the first ``prefix_length`` tokens of another.
+
+    Args:
+        source_table: Holds the tokens.
+        target_table: Empty; shares the pages afterwards.
+        prefix_length: Tokens to share.
+        partial: What happens to a page that the prefix fills in part. ``"copy"``: whoever
+            writes to it first copies it, except its last holder. ``"seal"``: it stays
+            shared for good, and the next token after the prefix starts a new page.
+
+    Raises:
+        ValueError: An argument is wrong, or the source gave back pages of the prefix.
+    """
+    name, source, target = "share_prefix", source_table, target_table
+    prefix_length = whole_number(name, "prefix_length", prefix_length)
+    if partial not in ("copy", "seal"):
+        raise ValueError(f'[{name}] partial must be "copy" or "seal"; got {partial!r}.')
+    if prefix_length > source._num_tokens:
+        raise ValueError(f"[{name}] prefix_length must be at most {source._num_tokens}, the tokens of the source; got {prefix_length}.")
+    if target._num_tokens or target is source:
+        raise ValueError(f"[{name}] target_table must be empty and not the source; got {target!r}.")
+    if target._page_size != source._page_size:
+        raise ValueError(f"[{name}] target_table.page_size must be {source._page_size}, as the source's; got {target._page_size}.")
+    if target._allocator not in (None, source._allocator):
+        raise ValueError(f"[{name}] target_table must belong to no allocator, or to the source's; got {target._allocator!r}.")
+    if not prefix_length:
+        return
+    if source._num_freed:
+        raise ValueError(f"[{name}] source_table must hold its whole prefix; got one whose pages before position {source._first_kept()} were given back.")
+    kept = source._entries_covering(prefix_length)
+    target._adopt(source._pages[:kept], prefix_length, source._allocator)
+    if source._starts is not None and source._starts[kept - 1] != (kept - 1) * source._page_size:
+        target._starts = source._starts[:kept]
+    if partial == "seal" and target._tail_len() < target._page_size:
+        target.seal()
+        if source._num_tokens == prefix_length:
+            source.seal()
+
+
+def copy_on_write(page_table: PageTable, logical_pos: int, page_allocator: PageAllocator) -> bool:
+    """Make the page of a position the table's own before it is written to.
+
+    Returns:
+        True when the page was shared and has been copied; False when the table is its
+        last holder, who never copies.
+
+    Raises:
+        OutOfPages: There is no page to copy to; nothing has changed.
+        ValueError: The position is not in the table, or the allocator is not its own.
+    """
+    page_table._check_allocator("copy_on_write", page_allocator)
+    index, _ = page_table._locate("copy_on_write", logical_pos)
+    source = page_table._pages[index]
+    if page_allocator.ref_count(source) == 1:
+        return False
+    target = page_allocator.allocate_page()
+    if target is None:
+        raise OutOfPages(f"[copy_on_write] the pool must have a free page; got 0 of {page_allocator.total_pages}.")
+    try:
+        page_allocator.copy_pages([(source, target)])
+    except BaseException:
+        page_allocator.free_page(target)
+        raise
+    page_table._replace(index, target)
+    return True
