@@ -110,32 +110,52 @@ std::vector<mx::array> write_pages(
   check_dtype("write_pages", "v", v, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("write_pages", "slot_mapping", slots, mx::int32, "slot numbers");
   check_pages_are_traced("write_pages", k, k_pages);
+  const auto write = std::make_shared<WritePages>(s, mode);
+  const auto k_rows = mx::contiguous(k, false, s), v_rows = mx::contiguous(v, false, s);
+  if (mode == WriteMode::donate) { // outputs of one node hold its inputs: nothing could be donated
+    return {
+        mx::array(k_pages.shape(), k_pages.dtype(), write, {k_rows, k_pages, slots}),
+        mx::array(v_pages.shape(), v_pages.dtype(), write, {v_rows, v_pages, slots})};
+  }
   return mx::array::make_arrays(
       {k_pages.shape(), v_pages.shape()},
       {k_pages.dtype(), v_pages.dtype()},
-      std::make_shared<WritePages>(s, mode),
-      {mx::contiguous(k, false, s), mx::contiguous(v, false, s), k_pages, v_pages, slots});
+      write,
+      {k_rows, v_rows, k_pages, v_pages, slots});
 }
 
+std::vector<mx::Shape> WritePages::output_shapes(const std::vector<mx::array>& inputs) {
+  std::vector<mx::Shape> shapes;
+  for (size_t i = inputs.size() / 2; i + 1 < inputs.size(); i++) {
+    shapes.push_back(inputs[i].shape());
+  }
+  return shapes;
+}
+
+// Inputs: the tokens of each output, the pages of each output, the slots.
 void WritePages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  const auto& slots = inputs[4];
-  const auto copy_k = reuse(inputs[2], outputs[0], mode_);
-  const auto copy_v = reuse(inputs[3], outputs[1], mode_);
+  struct Target {
+    BufferCopy old;
+    TokenWriter write;
+  };
+  const auto& slots = inputs.back();
   auto& encoder = mx::cpu::get_command_encoder(stream());
+  std::vector<Target> targets;
+  for (size_t i = 0; i < outputs.size(); i++) {
+    const auto old = reuse(inputs[outputs.size() + i], outputs[i], mode_);
+    targets.push_back({old, token_writer(inputs[i], outputs[i])});
+    encoder.set_output_array(outputs[i]);
+  }
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
   }
-  encoder.set_output_array(outputs[0]);
-  encoder.set_output_array(outputs[1]);
-  encoder.dispatch([copy_k,
-                    copy_v,
-                    write_k = token_writer(inputs[0], outputs[0]),
-                    write_v = token_writer(inputs[1], outputs[1]),
+  encoder.dispatch([targets,
                     slots = slots.data<int32_t>(),
                     tokens = int64_t(slots.size()),
                     num_slots = int64_t(outputs[0].shape(0)) * outputs[0].shape(2)]() {
-    copy_k.run();
-    copy_v.run();
+    for (const Target& target : targets) {
+      target.old.run();
+    }
     for (int64_t t = 0; t < tokens; t++) {
       if (slots[t] >= num_slots) {
         fail(
@@ -143,9 +163,11 @@ void WritePages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
             "slot_mapping must be less than num_pages * page_size = " + std::to_string(num_slots),
             std::to_string(slots[t]));
       }
-      if (slots[t] >= 0) {
-        write_k(t, slots[t]);
-        write_v(t, slots[t]);
+      if (slots[t] < 0) {
+        continue;
+      }
+      for (const Target& target : targets) {
+        target.write(t, slots[t]);
       }
     }
   });
@@ -178,10 +200,17 @@ std::vector<mx::array> copy_pages(
     dtypes.push_back(pool.dtype());
   }
   check_pages_are_traced("copy_pages", pairs, pools[0]);
+  const auto copy = std::make_shared<CopyPages>(s, mode);
+  if (mode == WriteMode::donate) { // as in write_pages
+    std::vector<mx::array> copied;
+    for (const auto& pool : pools) {
+      copied.emplace_back(pool.shape(), pool.dtype(), copy, std::vector<mx::array>{pool, pairs});
+    }
+    return copied;
+  }
   std::vector<mx::array> inputs = pools;
   inputs.push_back(pairs);
-  return mx::array::make_arrays(
-      std::move(shapes), dtypes, std::make_shared<CopyPages>(s, mode), std::move(inputs));
+  return mx::array::make_arrays(std::move(shapes), dtypes, copy, std::move(inputs));
 }
 
 std::vector<mx::Shape> CopyPages::output_shapes(const std::vector<mx::array>& inputs) {
