@@ -10,6 +10,7 @@ Not thread-safe: an allocator and its tables belong to one thread at a time.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -368,7 +369,7 @@ class PageAllocator:
     def _known(self, function: str, page_id: int) -> int:
         try:
             if 0 <= page_id < self._total:
-                return page_id
+                return operator.index(page_id)
         except TypeError:
             pass
         raise UnknownPage(f"[{function}] page_id must be in [0, {self._total}), the pages of this pool; got {page_id!r}.")
