@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,8 +88,11 @@ def _summary(seconds: list[float]) -> dict:
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
-def run(question: str, cases: list[Case], save: bool = True) -> dict:
-    """Measure all cases, print a table, and save the record as ``results/<question>.json``."""
+def run(question: str, cases: Iterable[Case], save: bool = True) -> dict:
+    """Measure all cases, print a table, and save the record as ``results/<question>.json``.
+
+    Cases may come from a generator, so that only one holds its K and V at a time.
+    """
     record = {"question": question, **environment(), "cases": []}
     for case in cases:
         result = measure(case)

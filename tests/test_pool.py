@@ -238,6 +238,21 @@ def test_growing_keeps_ids_and_contents():
     pool.check()
 
 
+def test_shrinking_keeps_the_pages_below_and_gives_memory_back():
+    pool = make_pool(num_pages=4096)
+    write_all(pool, 6, count=PAGE, slot=PAGE)
+    mx.eval(pool.state)
+    before = mx.get_active_memory(), pool.nbytes
+    pool.shrink(2)
+    mx.synchronize()
+    assert (pool.num_pages, pool.nbytes) == (2, before[1] // 2048)
+    assert before[0] - mx.get_active_memory() >= 0.99 * before[1]
+    assert mx.all(attend(pool, PAGE, page=1) == 6)
+    pool.check()
+    with pytest.raises(ValueError, match=r"num_pages must be in \[1, 2\]; got 0"):
+        pool.shrink(0)
+
+
 def test_fresh_pages_can_be_filled_with_nan():
     pool = make_pool(fill=float("nan"))
     write_all(pool, 2)

@@ -94,10 +94,14 @@ def _pack_query(query: mx.array, batch: int, query_lens) -> tuple[mx.array, np.n
         )
         fail(_OP, must, query.shape)
     if query_lens is None:
+        if query.shape[0] != batch:
+            fail(_OP, f"query must have {batch} tokens, one for each table", query.shape[0])
         return query, None
     lens = host_ints(_OP, "query_lens", query_lens)
     if lens.shape != (batch,):
         fail(_OP, f"query_lens must have shape [batch], where batch = {batch}", lens.shape)
+    if query.shape[0] != lens.sum():
+        fail(_OP, f"query must have {lens.sum()} tokens, as query_lens say", query.shape[0])
     return query, np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
 
 

@@ -230,6 +230,23 @@ class PagePool:
             self._tokens_stored, (0, num_pages - len(self._tokens_stored))
         )
 
+    def shrink(self, num_pages: int) -> None:
+        """Drop the pages with ids from ``num_pages`` on and give their memory back.
+
+        Raises:
+            ValueError: ``num_pages`` is not in [1, the pages there are].
+        """
+        if not 1 <= num_pages <= self.num_pages:
+            fail("PagePool.shrink", f"num_pages must be in [1, {self.num_pages}]", num_pages)
+        if num_pages == self.num_pages:
+            return
+        pages = mx.arange(num_pages)  # a slice would keep the whole buffer alive
+        kept = [mx.take(array, pages, axis=0, stream=self.stream) for array in self.state]
+        mx.eval(kept)
+        self._fold_writes()
+        self._install(kept)
+        self._tokens_stored = self._tokens_stored[:num_pages].copy()
+
     # Access, each the next link of the chain
 
     def __getitem__(self, layer: int) -> LayerPages:

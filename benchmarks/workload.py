@@ -1,0 +1,156 @@
+"""Batches to measure: the same K and V contiguous and in shuffled pages."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from paged_mlx import PagePool, fast
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Heads, dims and pages of a workload."""
+
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: str = "float16"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V of one token, one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * DTYPES[self.dtype].size
+
+
+class Workload:
+    """Layers of K and V for sequences that attend with their last tokens.
+
+    Layers take turns, so that a layer that fits a cache is not served from it, as in a
+    real model.
+
+    Args:
+        lengths: Context of each sequence.
+        query_lens: New tokens of each; default one (decode).
+        shared: Tokens that all sequences have in common, page for page.
+        layers: Copies of K and V to rotate through.
+    """
+
+    def __init__(self, lengths, geometry=Geometry(), query_lens=None, shared=0, layers=1, seed=0):
+        self.lengths, self.g = list(lengths), geometry
+        self.query_lens = [1] * len(self.lengths) if query_lens is None else list(query_lens)
+        rng = np.random.default_rng(seed)
+        g, self.dtype = geometry, DTYPES[geometry.dtype]
+        self.tables = self._tables(rng, shared)
+        num_pages = int(self.tables.max()) + 1
+        self.pool = PagePool(layers, num_pages, g.page_size, g.num_kv_heads, g.head_dim, self.dtype)
+        shape = (num_pages, g.num_kv_heads, g.page_size, g.head_dim)
+        for i in range(2 * layers):
+            values = mx.random.normal(shape, dtype=mx.float32, key=mx.random.key(seed + i))
+            filled = values.astype(self.dtype)
+            mx.eval(filled)
+            self.pool._base[i] = self.pool.state[i] = filled
+        q_shape = (sum(self.query_lens), g.num_q_heads, g.head_dim)
+        self.q = mx.array(rng.standard_normal(q_shape).astype(np.float32)).astype(self.dtype)
+        self.cu = np.concatenate([[0], np.cumsum(self.query_lens)]).astype(np.int32)
+        mx.eval(self.q)
+        self._turn = 0
+
+    def _tables(self, rng, shared):
+        size = self.g.page_size
+        counts = [-(-n // size) for n in self.lengths]
+        common = shared // size
+        ids = rng.permutation(common + sum(c - common for c in counts)).astype(np.int32)
+        tables = np.full((len(counts), max(counts)), fast.NO_PAGE, np.int32)
+        tables[:, :common] = ids[:common]
+        at = common
+        for row, count in zip(tables, counts):
+            row[common:count] = ids[at : at + count - common]
+            at += count - common
+        return tables
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V that a step reads when nothing is shared."""
+        return sum(self.lengths) * self.g.bytes_per_token
+
+    def next_layer(self) -> int:
+        self._turn = (self._turn + 1) % self.pool.num_layers
+        return self._turn
+
+    def plan(self, **options) -> fast.AttentionPlan:
+        g = self.g
+        return fast.plan(
+            self.tables,
+            self.lengths,
+            num_q_heads=g.num_q_heads,
+            num_kv_heads=g.num_kv_heads,
+            page_size=g.page_size,
+            cu_seqlens_q=self.cu,
+            dtype=self.dtype,
+            **options,
+        )
+
+    # The ways to do it. Each returns [tokens, num_q_heads, head_dim], evaluated.
+
+    def paged(self, layer=0, plan=None) -> mx.array:
+        """Read through the block table; the plan is made in the call unless given."""
+        out = self.pool.attend(layer, self.q, self.plan() if plan is None else plan)
+        mx.eval(out)
+        return out
+
+    def naive_gather(self, layer=0) -> mx.array:
+        """Gather the pages with mx.take, then mx.fast SDPA with a mask."""
+        k_pages, v_pages = self.pool.state[2 * layer : 2 * layer + 2]
+        out = self._dense(self._take(k_pages), self._take(v_pages))
+        mx.eval(out)
+        return out
+
+    def contiguous(self, k, v) -> mx.array:
+        """mx.fast SDPA on K and V that are contiguous already."""
+        out = self._dense(k, v)
+        mx.eval(out)
+        return out
+
+    def contiguous_kv(self, layer=0) -> tuple[mx.array, mx.array]:
+        """K and V ``[batch, num_kv_heads, longest, head_dim]``."""
+        pages = self.pool.state[2 * layer : 2 * layer + 2]
+        k, v = (mx.contiguous(self._take(x)) for x in pages)
+        mx.eval(k, v)
+        return k, v
+
+    def _take(self, pages: mx.array) -> mx.array:
+        g, batch = self.g, len(self.lengths)
+        tables = mx.array(np.maximum(self.tables, 0))
+        x = mx.take(pages, tables, axis=0)  # [batch, pages, heads, page_size, dim]
+        x = x.swapaxes(1, 2).reshape(batch, g.num_kv_heads, -1, g.head_dim)
+        return x[:, :, : max(self.lengths)]
+
+    def _dense(self, k, v) -> mx.array:
+        batch, length, g = len(self.lengths), max(self.query_lens), self.g
+        if len(set(self.query_lens)) > 1:
+            raise ValueError("[Workload] contiguous attention must have one query length; got several.")
+        q = self.q.reshape(batch, length, g.num_q_heads, g.head_dim).swapaxes(1, 2)
+        mask = None
+        if length > 1 and len(set(self.lengths)) == 1:
+            mask = "causal"
+        elif len(set(self.lengths)) > 1 or length > 1:
+            ends = mx.array(self.lengths)[:, None] - length + mx.arange(1, length + 1)
+            mask = (mx.arange(max(self.lengths)) < ends[..., None])[:, None]
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=g.head_dim**-0.5, mask=mask)
+        return out.swapaxes(1, 2).reshape(-1, g.num_q_heads, g.head_dim)
+
+
+def agree(outputs: dict, tolerance: float = 0.05) -> None:
+    """All outputs are the same attention, up to half precision.
+
+    Raises:
+        AssertionError: Two candidates differ.
+    """
+    (first_name, first), *others = outputs.items()
+    for name, out in others:
+        error = mx.abs(out.astype(mx.float32) - first.astype(mx.float32)).max().item()
+        assert error < tolerance, f"{name} and {first_name} differ by {error}"
