@@ -1,18 +1,48 @@
 """The conformance suite: can a paged attention tell a right page from a wrong one?
 
-numpy only. A backend is a function from a ``Problem`` to ``(out, lse)``::
+A backend is a function from a ``Problem`` (numpy arrays) to ``(out, lse)``. To run the suite
+on a kernel of your own::
 
-    from paged_mlx.testing import Case
+    from paged_mlx.testing import Backend, grid, report, run_suite
 
-    problem = Case(dtype="float16", sequences=((1, 300), (7, 40))).build()
-    out, lse = my_attention(problem.q, problem.k_pages, ...)
-    assert problem.judge(out, lse), problem.judge(out, lse).reason
+    mine = Backend("mine", attend=lambda problem: my_attention(problem.q, ...))
+    print(report.table(run_suite(grid.quick(), [mine])))
 
-``python -m paged_mlx.testing`` runs the whole suite and prints a table.
+``python -m paged_mlx.testing`` runs it on this package's own backends.
+
+    oracle     attention from the definition, float64
+    yardstick  float32 attention and ``judge``: the one home of tolerances
+    case       a call by its numbers; problem, tables: its arrays, poisoned
+    needle     a key in every page that one query must find
+    walk       a readable paged attention; faults: what it can get wrong
+    checks     what is asked of a result; grid, pairwise: of which cases
+    runner     groups x backends; report: the table; shrink: the smallest failing case
+    fuzz       malformed metadata
 """
 
+from . import backends, faults, grid, needle, report
+from .backends import Backend
 from .case import Case
+from .checks import Check, Outcome, run
 from .problem import Problem
+from .runner import first_failure, run_suite
 from .yardstick import Verdict, judge, judge_lse
 
-__all__ = ["Case", "Problem", "Verdict", "judge", "judge_lse"]
+__all__ = [
+    "Backend",
+    "Case",
+    "Check",
+    "Outcome",
+    "Problem",
+    "Verdict",
+    "backends",
+    "faults",
+    "first_failure",
+    "grid",
+    "judge",
+    "judge_lse",
+    "needle",
+    "report",
+    "run",
+    "run_suite",
+]

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import dtypes
 from .problem import Problem
-from .tables import lay_out
+from .tables import Tables, lay_out
 
 POISONS = ("nan", "inf", "huge", "denormal", "mixed", "zero")
 MASKS = (None, "boolean", "boolean_per_head", "additive", "additive_per_head")
@@ -33,6 +33,7 @@ class Case:
         ragged: Pages are part-filled in the middle of a sequence.
         spread: Standard deviation of the scores, in nats.
         shift: Nats added to every score, through one dimension of q and k.
+        alibi: Factor of the usual slopes ``2 ** (-8 h / num_q_heads)``; 0 is no ALiBi.
         sinks: ``"random"``, or one logit for every head.
         mask: One of ``MASKS``.
         mask_density: Share of keys that a mask hides.
@@ -51,7 +52,7 @@ class Case:
     causal: bool = True
     sliding_window: int | None = None
     softcap: float | None = None
-    alibi: bool = False
+    alibi: float = 0.0
     sinks: float | str | None = None
     mask: str | None = None
     mask_density: float = 0.3
@@ -173,6 +174,11 @@ def _shift_root(case: Case) -> np.float32:
     return np.float32((abs(case.shift) / case.softmax_scale) ** 0.5)
 
 
+def page_tables(case: Case) -> Tables:
+    """Which page holds which tokens; from ``seed`` and ``layout`` alone."""
+    return lay_out(case, np.random.default_rng([case.seed, case.layout, 2]))
+
+
 def assemble(case: Case, q: np.ndarray, keys: list, values: list) -> Problem:
     """Put contiguous K and V into shuffled pages; poison everything else.
 
@@ -181,8 +187,8 @@ def assemble(case: Case, q: np.ndarray, keys: list, values: list) -> Problem:
         keys: ``[context_len, num_kv_heads, head_dim]`` of each sequence, rounded.
         values: The same with ``v_head_dim``.
     """
-    rng = np.random.default_rng([case.seed, case.layout, 2])
-    tables = lay_out(case, rng)
+    tables = page_tables(case)
+    rng = np.random.default_rng([case.seed, case.layout, 4])
     query_lens = [query_len for query_len, _ in case.sequences]
     unpacked = all(n == 1 for n in query_lens) and not case.packed
     options = np.random.default_rng([case.seed, 3])
@@ -212,7 +218,7 @@ def _alibi_slopes(case: Case):
     if not case.alibi:
         return None
     heads = np.arange(1, case.num_q_heads + 1, dtype=np.float32)
-    return np.exp2(-8 * heads / case.num_q_heads).astype(np.float32)
+    return np.float32(case.alibi) * np.exp2(-8 * heads / case.num_q_heads).astype(np.float32)
 
 
 def _sinks(case: Case, rng):

@@ -1,0 +1,174 @@
+"""What is under test: a name and functions over numpy arrays.
+
+``attend`` is enough. The rest is optional; checks that need what a backend lacks are skipped
+and the report says so. This package's own backends are ``cpu()`` and ``metal()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from . import dtypes
+from .case import Case
+from .problem import Problem
+
+Result = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A paged attention.
+
+    Attributes:
+        name: Column of the report.
+        attend: ``problem -> (out, lse)``: out ``[tokens, num_q_heads, v_head_dim]`` as float32,
+            lse ``[tokens, num_q_heads]``; lse may be None.
+        attend_fixed: The same, with bits that do not depend on the rest of the batch.
+        merge: ``(outs, lses, dtype) -> (out, lse)``; outs stored, see ``dtypes``.
+        write: ``(k, v, k_pages, v_pages, slot_mapping, dtype) -> (k_pages, v_pages)``.
+        copy: ``(pools, pairs, dtype) -> pools``.
+        gather: ``problem -> (k, v)``, ``[batch, num_kv_heads, longest, dim]`` stored.
+        offers: Whether a case is within what the backend promises.
+        snippet: Expression that makes the backend, for what is printed to be pasted.
+        stream: MLX stream or device of the backend, None if it is not MLX.
+    """
+
+    name: str
+    attend: Callable[[Problem], Result]
+    attend_fixed: Callable[[Problem], Result] | None = None
+    merge: Callable | None = None
+    write: Callable | None = None
+    copy: Callable | None = None
+    gather: Callable | None = None
+    offers: Callable[[Case], bool] = lambda case: True
+    snippet: str = ""
+    stream: object | None = None
+
+
+def cpu() -> Backend:
+    """This package's operations on the CPU."""
+    import mlx.core as mx
+
+    return _mlx_backend("cpu", mx.cpu)
+
+
+def metal() -> Backend | None:
+    """This package's operations on the GPU; None where there is none."""
+    import mlx.core as mx
+
+    return _mlx_backend("metal", mx.gpu) if mx.metal.is_available() else None
+
+
+def reference() -> Backend:
+    """The small walk that faults are planted in; it proves the suite, not the library."""
+    from . import walk
+
+    return Backend("reference", walk.attend, snippet="backends.reference()")
+
+
+def to_mlx(stored: np.ndarray, dtype: str):
+    """A stored array as an ``mx.array``, bit for bit."""
+    import mlx.core as mx
+
+    array = mx.array(stored)
+    return array.view(mx.bfloat16) if dtype == "bfloat16" else array
+
+
+def from_mlx(array) -> np.ndarray:
+    """An ``mx.array`` as a stored numpy array, bit for bit."""
+    import mlx.core as mx
+
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def op_arguments(problem: Problem) -> tuple[list, dict]:
+    """Positional and keyword arguments of ``fast.paged_attention``."""
+    import mlx.core as mx
+
+    arrays = [to_mlx(a, problem.dtype) for a in (problem.q, problem.k_pages, problem.v_pages)]
+    options = dict(problem.options)
+    for name in ("alibi_slopes", "sinks", "mask"):
+        if name in options:
+            options[name] = mx.array(options[name])
+    return [*arrays, problem.block_tables, problem.context_lens], options
+
+
+def _mlx_backend(name: str, stream) -> Backend:
+    return Backend(
+        name,
+        attend=partial(_attend, stream=stream),
+        attend_fixed=partial(_attend, stream=stream, fixed_partition=64),
+        merge=partial(_merge, stream=stream),
+        write=partial(_write, stream=stream),
+        copy=partial(_copy, stream=stream),
+        gather=partial(_gather, stream=stream),
+        offers=lambda case: all(_is_offered(dim) for dim in (case.head_dim, case.value_dim)),
+        snippet=f"backends.{name}()",
+        stream=stream,
+    )
+
+
+def _is_offered(head_dim: int) -> bool:
+    return head_dim % 8 == 0 and (head_dim <= 256 or head_dim == 512)
+
+
+def _attend(problem: Problem, *, stream, fixed_partition: int | None = None) -> Result:
+    from paged_mlx import fast
+
+    arguments, options = op_arguments(problem)
+    if fixed_partition:
+        q, k_pages, v_pages, tables, lens = arguments
+        planned = {
+            name: options.pop(name, None)
+            for name in ("cu_seqlens_q", "page_starts", "page_lens", "sliding_window")
+        }
+        options["plan"] = fast.plan(
+            tables,
+            lens,
+            num_q_heads=q.shape[1],
+            num_kv_heads=k_pages.shape[1],
+            page_size=k_pages.shape[2],
+            causal=options.pop("causal"),
+            fixed_partition=fixed_partition,
+            **planned,
+        )
+        options["causal"] = problem.causal
+        arguments = [q, k_pages, v_pages]
+    out, lse = fast.paged_attention(*arguments, **options, return_lse=True, stream=stream)
+    return dtypes.decode(from_mlx(out), problem.dtype), np.array(lse)
+
+
+def _merge(outs, lses, dtype: str, *, stream) -> Result:
+    import mlx.core as mx
+    from paged_mlx import fast
+
+    arrays = [to_mlx(out, dtype) for out in outs], [mx.array(lse) for lse in lses]
+    out, lse = fast.merge_states(*arrays, stream=stream)
+    return dtypes.decode(from_mlx(out), dtype), np.array(lse)
+
+
+def _write(k, v, k_pages, v_pages, slot_mapping, dtype: str, *, stream):
+    from paged_mlx import fast
+
+    arrays = (to_mlx(a, dtype) for a in (k, v, k_pages, v_pages))
+    pages = fast.write_pages(*arrays, slot_mapping, stream=stream)
+    return tuple(from_mlx(p) for p in pages)
+
+
+def _copy(pools, pairs, dtype: str, *, stream):
+    from paged_mlx import fast
+
+    copies = fast.copy_pages([to_mlx(p, dtype) for p in pools], pairs, stream=stream)
+    return [from_mlx(p) for p in copies]
+
+
+def _gather(problem: Problem, *, stream):
+    from paged_mlx import fast
+
+    arguments, options = op_arguments(problem)
+    ragged = {n: options[n] for n in ("page_starts", "page_lens") if n in options}
+    return tuple(from_mlx(a) for a in fast.gather_pages(*arguments[1:], **ragged, stream=stream))

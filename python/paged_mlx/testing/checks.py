@@ -1,0 +1,264 @@
+"""A ``Check`` is a case and what is asked of the result; ``run`` asks it of a backend."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import dtypes, needle, yardstick
+from .backends import Backend
+from .case import Case
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of work. ``ask`` names a function of ``ASKS``."""
+
+    group: str
+    case: Case
+    ask: str = "oracle"
+
+    def __repr__(self):
+        return f"Check({self.group!r}, {self.case!r}, {self.ask!r})"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``ratio``: worst error over its bound. ``skipped``: the backend does not offer it."""
+
+    right: bool
+    ratio: float = 0.0
+    reason: str = ""
+    skipped: bool = False
+
+
+def run(check: Check, backend: Backend) -> Outcome:
+    """Ask one check of one backend. What the backend raises is a failure, not an error."""
+    if not backend.offers(check.case) or not _can(check.ask, backend):
+        return Outcome(True, skipped=True)
+    try:
+        return ASKS[check.ask](check.case, backend)
+    except Exception:
+        return Outcome(False, np.inf, traceback.format_exc(limit=-3))
+
+
+def _can(ask: str, backend: Backend) -> bool:
+    return all(getattr(backend, name) is not None for name in NEEDS.get(ask, ()))
+
+
+def _judged(problem: Problem, backend: Backend) -> Outcome:
+    verdict = problem.judge(*backend.attend(problem))
+    return Outcome(verdict.right, verdict.ratio, verdict.reason)
+
+
+def _oracle(case: Case, backend: Backend) -> Outcome:
+    """As close to the oracle as the yardstick allows; every round of a needle case."""
+    problems = needle.build(case) if case.values == "needles" else [case.build()]
+    worst = Outcome(True)
+    for problem in problems:
+        outcome = _judged(problem, backend)
+        if not outcome.right:
+            return outcome
+        worst = max(worst, outcome, key=lambda o: o.ratio)
+    return worst
+
+
+def _same_bits(one, other, what: str) -> Outcome:
+    for name, a, b in zip(("out", "lse"), one, other, strict=True):
+        if a is None and b is None:
+            continue
+        a, b = (np.ascontiguousarray(x, np.float32).view(np.uint32) for x in (a, b))
+        if a.shape != b.shape or (a != b).any():
+            count = (a != b).sum() if a.shape == b.shape else "all"
+            return Outcome(False, np.inf, f"{count} values of {name} depend on {what}")
+    return Outcome(True)
+
+
+def _poison(case: Case, backend: Backend) -> Outcome:
+    """No bit depends on what lies outside the contexts or in the padding."""
+    one, clean = (backend.attend(c.build()) for c in (case, case.replace(poison="zero")))
+    outcome = _same_bits(one, clean, f"slots outside the contexts ({case.poison})")
+    return outcome if not outcome.right else _judged(case.build(), backend)
+
+
+def _layout(case: Case, backend: Backend) -> Outcome:
+    """No bit depends on which physical pages hold the tokens."""
+    layouts = (case.replace(layout=case.layout + i) for i in range(2))
+    return _same_bits(*(backend.attend(c.build()) for c in layouts), "page ids")
+
+
+def _again(case: Case, backend: Backend) -> Outcome:
+    """The same call gives the same bits."""
+    problem = case.build()
+    return _same_bits(backend.attend(problem), backend.attend(problem), "the run")
+
+
+def _exact(case: Case, backend: Backend) -> Outcome:
+    """One key: the output is its value, bit for bit."""
+    problem = case.build()
+    out, _ = backend.attend(problem)
+    expected = np.zeros_like(out)
+    for s, begin in enumerate(problem.query_bounds[:-1]):
+        if problem.query_bounds[s + 1] > begin and len(problem.values[s]):
+            expected[begin] = np.repeat(problem.values[s][0], case.gqa_factor, axis=0)
+    return _same_bits((out, None), (expected, None), "more than the one key")
+
+
+def _neighbours(case: Case, backend: Backend) -> Outcome:
+    """With fixed partitions no bit depends on the rest of the batch."""
+    problem = case.build()
+    out, lse = backend.attend_fixed(problem)
+    for s in range(len(case.sequences)):
+        rows = slice(*problem.query_bounds[s : s + 2])
+        alone = backend.attend_fixed(_alone(problem, s))
+        outcome = _same_bits((out[rows], lse[rows]), alone, f"the neighbours of sequence {s}")
+        if not outcome.right:
+            return outcome
+    verdict = problem.judge(out, lse)
+    return Outcome(verdict.right, verdict.ratio, verdict.reason)
+
+
+def _alone(problem: Problem, s: int) -> Problem:
+    """The call with one sequence of the batch and the same pages."""
+    from dataclasses import replace
+
+    rows = slice(*problem.query_bounds[s : s + 2])
+    row = slice(s, s + 1)
+    ragged = problem.page_starts is not None
+    return replace(
+        problem,
+        q=problem.q[rows],
+        block_tables=problem.block_tables[row],
+        context_lens=problem.context_lens[row],
+        cu_seqlens_q=np.array([0, rows.stop - rows.start], np.int32),
+        page_starts=problem.page_starts[row] if ragged else None,
+        page_lens=problem.page_lens[row] if ragged else None,
+        mask=None if problem.mask is None else problem.mask[..., rows, :],
+        keys=problem.keys[row],
+        values=problem.values[row],
+    )
+
+
+def _merge(case: Case, backend: Backend) -> Outcome:
+    """Parts of a context, empty ones among them, merge to the whole."""
+    problem = case.build()
+    num_keys = [len(k) for k in problem.keys]
+    cuts = np.array([[0, n // 3, n // 3, n // 2, n] for n in num_keys])  # the second part is empty
+    outs, lses = zip(*(_part(problem, cuts[:, i], cuts[:, i + 1]) for i in range(4)), strict=True)
+    stored = [dtypes.encode(out, case.dtype) for out in outs]
+    out, lse = backend.merge(stored, [part.astype(np.float32) for part in lses], case.dtype)
+    exact = _merged([dtypes.decode(o, case.dtype) for o in stored], lses)
+    rounded = dtypes.round_to(exact[0], case.dtype)
+    verdicts = (
+        yardstick.judge(out, exact[0], rounded, case.dtype),
+        yardstick.judge_lse(lse, exact[1], exact[1].astype(np.float32)),
+    )
+    worst = max(verdicts, key=lambda v: v.ratio)
+    return Outcome(worst.right, worst.ratio, worst.reason)
+
+
+def _part(problem: Problem, begins, ends):
+    """Yardstick state of decode rows over the keys ``[begin, end)`` of each sequence."""
+    states = [
+        yardstick.attention(problem.queries[s : s + 1], k[b:e], v[b:e], problem.dtype)
+        for s, (k, v, b, e) in enumerate(zip(problem.keys, problem.values, begins, ends, strict=True))
+    ]
+    return tuple(np.concatenate(parts) for parts in zip(*states, strict=True))
+
+
+def _merged(outs, lses):
+    """The merge from its definition, float64."""
+    lses = np.stack([np.asarray(lse, np.float32).astype(np.float64) for lse in lses])
+    largest = lses.max(axis=0)
+    largest = np.where(np.isneginf(largest), 0, largest)
+    weights = np.exp(lses - largest)
+    total = weights.sum(axis=0)
+    mixed = (np.stack(outs).astype(np.float64) * weights[..., None]).sum(axis=0)
+    with np.errstate(divide="ignore"):
+        lse = largest + np.log(total)
+    return mixed / np.where(total > 0, total, 1)[..., None], lse
+
+
+def _write(case: Case, backend: Backend) -> Outcome:
+    """New tokens land in their slots, bit for bit; nothing else changes; -1 skips."""
+    problem, rng = case.build(), np.random.default_rng([case.seed, 6])
+    num_slots = problem.k_pages.shape[0] * case.page_size
+    slots = rng.permutation(num_slots)[: max(1, num_slots // 3)].astype(np.int32)
+    slots[rng.random(len(slots)) < 0.2] = -1
+    dims = (case.head_dim, case.value_dim)
+    new = [rng.standard_normal((len(slots), case.num_kv_heads, d), np.float32) for d in dims]
+    new = [dtypes.encode(a, case.dtype) for a in new]
+    pages = [problem.k_pages.copy(), problem.v_pages.copy()]
+    expected = [p.copy() for p in pages]
+    for target, tokens in zip(expected, new, strict=True):
+        kept = slots >= 0
+        target[slots[kept] // case.page_size, :, slots[kept] % case.page_size] = tokens[kept]
+    written = backend.write(*new, *pages, slots, case.dtype)
+    return _same_stored(written, expected, "write_pages")
+
+
+def _copy(case: Case, backend: Backend) -> Outcome:
+    """Every named page is copied in every array, bit for bit; nothing else changes."""
+    problem, rng = case.build(), np.random.default_rng([case.seed, 7])
+    order = rng.permutation(len(problem.k_pages))
+    count = max(1, len(order) // 3)
+    sources = order[rng.integers(0, count, count)]  # a page may be the source of several
+    pairs = np.stack([sources, order[-count:]], axis=1).astype(np.int32)
+    pools = [problem.k_pages, problem.v_pages, problem.k_pages[..., ::-1].copy()]
+    expected = [p.copy() for p in pools]
+    for pool, target in zip(pools, expected, strict=True):
+        target[pairs[:, 1]] = pool[pairs[:, 0]]
+    return _same_stored(backend.copy(pools, pairs, case.dtype), expected, "copy_pages")
+
+
+def _gather(case: Case, backend: Backend) -> Outcome:
+    """Each context, contiguous, and zeros after it."""
+    problem = case.build()
+    longest = max(len(k) for k in problem.keys)
+    expected = []
+    for contexts in (problem.keys, problem.values):
+        shape = (len(contexts), case.num_kv_heads, longest, contexts[0].shape[2])
+        whole = np.zeros(shape, np.float32)
+        for s, context in enumerate(contexts):
+            whole[s, :, : len(context)] = np.moveaxis(context, 0, 1)
+        expected.append(dtypes.encode(whole, case.dtype))
+    return _same_stored(backend.gather(problem), expected, "gather_pages")
+
+
+def _same_stored(found, expected, what: str) -> Outcome:
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if a.shape != b.shape:
+            return Outcome(False, np.inf, f"{what}: array {i} has shape {a.shape}, not {b.shape}")
+        unsigned = np.uint32 if b.dtype.itemsize == 4 else np.uint16
+        different = a.view(unsigned) != np.ascontiguousarray(b).view(unsigned)
+        if different.any():
+            at = tuple(int(x) for x in np.argwhere(different)[0])
+            return Outcome(False, np.inf, f"{what}: {different.sum()} values wrong, first at {at}")
+    return Outcome(True)
+
+
+ASKS: dict[str, Callable[[Case, Backend], Outcome]] = {
+    "oracle": _oracle,
+    "poison": _poison,
+    "layout": _layout,
+    "again": _again,
+    "exact": _exact,
+    "neighbours": _neighbours,
+    "merge": _merge,
+    "write": _write,
+    "copy": _copy,
+    "gather": _gather,
+}
+
+#: Optional functions of a backend that an ask needs.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "neighbours": ("attend_fixed",),
+    "merge": ("merge",),
+    "write": ("write",),
+    "copy": ("copy",),
+    "gather": ("gather",),
+}
