@@ -254,6 +254,10 @@ class PageAllocator:
             raise PageError(f"[unwatch] page_id must be watched; got {page_id}.")
         del self._watchers[page_id]
 
+    def is_watched(self, page_id: int) -> bool:
+        """Whether an evictor watches the page."""
+        return page_id in self._watchers
+
     def _notify(self, page_ids: list[int], method: str) -> None:
         told: dict[int, tuple[Evictor, list[int]]] = {}
         for page_id in dict.fromkeys(page_ids):

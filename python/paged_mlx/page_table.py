@@ -152,6 +152,15 @@ class PageTable:
             offset = positions - starts[index]
         return np.array(self._pages, np.int32)[index] * np.int32(self._page_size) + offset
 
+    def full_pages(self, num_tokens: int) -> list[int]:
+        """Return the pages of entries i = 0, 1, ... that are full of ``[0, num_tokens)``, as
+        long as entry i covers ``[i * page_size, (i + 1) * page_size)``; NO_PAGE if given back."""
+        count = min(num_tokens, self._num_tokens) // self._page_size
+        if self._starts is not None:
+            uniform = (start == i * self._page_size for i, start in enumerate(self._starts[1 : count + 1], 1))
+            count = min(count, sum(itertools.takewhile(bool, uniform)))
+        return self._pages[:count].tolist()
+
     def _start(self, index: int) -> int:
         return index * self._page_size if self._starts is None else self._starts[index]
 

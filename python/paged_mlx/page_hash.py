@@ -1,0 +1,114 @@
+"""The name of a page's content: a SHA-256 chain over tokens.
+
+    hash of page i = SHA-256(hash of page i - 1, tokens of page i, extra keys of page i)
+
+so equal hashes mean equal tokens from position 0 on, and equal keys. The hash does not
+depend on process, machine or Python version.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+
+from .errors import whole_number
+
+TOKEN_BYTES = 4  # a token id is packed as a little-endian int32
+
+Tokens = Sequence[int] | np.ndarray
+HashPage = Callable[[bytes, bytes, bytes], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraKey:
+    """Something besides tokens that K and V depend on.
+
+    Attributes:
+        kind: What the value is, such as ``"adapter"``, ``"salt"`` or ``"image"``. Equal
+            values of different kinds never match.
+        value: The adapter's name, the salt, the digest of the image.
+        position: The first position it bears on; pages from there on have other hashes.
+    """
+
+    kind: str
+    value: str | bytes | int
+    position: int = 0
+
+
+def root_hash(page_size: int) -> bytes:
+    """The parent hash of every first page."""
+    return sha256(b"paged_mlx pages of %d int32 tokens" % page_size).digest()
+
+
+def hash_page(parent_hash: bytes, tokens: bytes, keys: bytes) -> bytes:
+    """Return a page's hash from its parent's, its packed tokens and its packed keys."""
+    return sha256(parent_hash + tokens + keys).digest()
+
+
+def page_hashes(
+    tokens: Tokens, page_size: int, keys: Iterable[ExtraKey] = (), hash_page: HashPage = hash_page
+) -> list[bytes]:
+    """Return the hash of each full page of a sequence, 32 bytes each."""
+    packed, packed_keys = pack_tokens(tokens), pack_keys(keys, page_size)
+    width = page_size * TOKEN_BYTES
+    hashes, parent, no_keys = [], root_hash(page_size), b""
+    for index in range(len(packed) // width):
+        page_keys = packed_keys.get(index, no_keys) if packed_keys else no_keys
+        parent = hash_page(parent, packed[index * width : (index + 1) * width], page_keys)
+        hashes.append(parent)
+    return hashes
+
+
+def pack_tokens(tokens: Tokens) -> bytes:
+    """Return token ids as little-endian int32.
+
+    Raises:
+        ValueError: A token is no whole number, or does not fit.
+    """
+    try:
+        if isinstance(tokens, (list, tuple)):
+            return struct.pack(f"<{len(tokens)}i", *tokens)
+        array = np.asarray(tokens)
+        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size):
+            packed = array.astype("<i4", copy=False)
+            if array.dtype == packed.dtype or (packed == array).all():
+                return packed.tobytes()
+    except (struct.error, TypeError, ValueError):
+        pass
+    raise ValueError("[pack_tokens] tokens must be a sequence of token ids, whole numbers below 2**31; got something else.")
+
+
+def unpack_tokens(packed: bytes) -> tuple[int, ...]:
+    """Undo ``pack_tokens``."""
+    return struct.unpack(f"<{len(packed) // TOKEN_BYTES}i", packed)
+
+
+def pack_keys(keys: Iterable[ExtraKey], page_size: int) -> dict[int, bytes]:
+    """Return, for each page that keys bear on first, their packed form; order does not matter.
+
+    Every part has its type and length before it, so no two sets of keys pack alike.
+    """
+    packed: dict[int, list[bytes]] = {}
+    for key in keys:
+        if not isinstance(key, ExtraKey):
+            raise ValueError(f"[pack_keys] keys must be ExtraKey objects; got {key!r}.")
+        position = whole_number("pack_keys", "position", key.position)
+        parts = (_packed_value(key.kind), _packed_value(key.value), _packed_value(position))
+        packed.setdefault(position // page_size, []).append(b"".join(parts))
+    return {index: b"".join(sorted(parts)) for index, parts in packed.items()}
+
+
+def _packed_value(value: str | bytes | int) -> bytes:
+    if isinstance(value, str):
+        kind, data = b"s", value.encode()
+    elif isinstance(value, bytes):
+        kind, data = b"b", value
+    elif isinstance(value, int):
+        kind, data = b"i", b"%d" % value
+    else:
+        raise ValueError(f"[pack_keys] an extra key's value must be a str, bytes or int; got {value!r}.")
+    return kind + struct.pack("<Q", len(data)) + data
