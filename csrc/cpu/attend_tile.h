@@ -1,0 +1,211 @@
+// Decode attention: the rows of all KV heads of one item against its pages.
+//
+//   q    [kv_head, row, D]   float, lane order   scratch
+//   acc  [kv_head, row, Dv]  float, lane order   scratch
+//
+// Pages are the outer loop and KV heads the inner one, so that memory is read
+// in whole pages, and each K and V once for all rows. Blocks of keys start at
+// positions that depend on page_size alone, so a row's numbers do not depend on
+// the rest of its item.
+#pragma once
+
+#include "cpu/tile_block.h"
+
+namespace paged_mlx::cpu {
+namespace {
+
+constexpr int kMaxTileRows = 64;               // rows of a KV head in one pass
+constexpr size_t kTileStateBytes = 512 * 1024; // q and acc of one pass
+constexpr int64_t kPrefetchBytes = 128 * 1024; // how far ahead of the walk
+
+// The keys that some row of a group sees.
+struct GroupRange {
+  int begin;
+  int end;
+};
+
+GroupRange join(GroupRange a, GroupRange b) {
+  if (a.begin >= a.end) {
+    return b;
+  }
+  return b.begin >= b.end ? a : GroupRange{min_int(a.begin, b.begin), max_int(a.end, b.end)};
+}
+
+GroupRange group_range(const TilePass& pass, int first_row) {
+  GroupRange range = {0, 0};
+  for (int r = first_row; r < min_int(first_row + kRowGroup, pass.num_rows); r++) {
+    range = join(range, {pass.rows[r].begin, pass.rows[r].end});
+  }
+  return range;
+}
+
+// Where the walk will be, `units` (span, KV head) steps from now.
+struct Ahead {
+  int span;
+  int64_t head_row;
+};
+
+Ahead look_ahead(const Job& job, int span, int kv_head, int units) {
+  const int at = kv_head + units;
+  return {span + at / job.num_kv_heads, int64_t(at % job.num_kv_heads) * job.page_size};
+}
+
+int prefetch_units(const Job& job, int span_keys, int itemsize) {
+  const int64_t bytes = int64_t(span_keys) * (job.head_dim + job.v_head_dim) * itemsize;
+  return clamp_int(int(kPrefetchBytes / (bytes > 0 ? bytes : 1)), 1, job.num_kv_heads);
+}
+
+// Rows of the pool for keys [first, first + 16) of a span, of which the item
+// may read those in [low, high).
+void locate(const Walk& walk, const Span& span, int first, int ahead_span, Block& block) {
+  for (int j = 0; j < kBlockKeys; j++) {
+    const int key = first + clamp_int(j, block.low, block.high - 1);
+    block.rows[j] = walk.row(span, key);
+    block.ahead[j] = walk.row_ahead(ahead_span, min_int(first + j, span.keys - 1));
+  }
+}
+
+// All row groups of one KV head against one block.
+template <typename X>
+void attend_rows(
+    const TilePass& pass,
+    const GroupRange* groups,
+    const Block& whole,
+    const State& state,
+    int kv_head,
+    int64_t ahead_row) {
+  Block block = whole;
+  const int64_t head_row = int64_t(kv_head) * pass.job.page_size;
+  bool first = true;
+  for (int r = 0; r < pass.num_rows; r += kRowGroup) {
+    const GroupRange range = groups[r / kRowGroup];
+    block.low = max_int(range.begin - block.position, whole.low);
+    block.high = min_int(range.end - block.position, whole.high);
+    if (block.low >= block.high) {
+      continue;
+    }
+    if (first) {
+      attend_group<X, true>(pass, block, state, r, kv_head, head_row, ahead_row);
+    } else {
+      attend_group<X, false>(pass, block, state, r, kv_head, head_row, ahead_row);
+    }
+    first = false;
+  }
+}
+
+template <typename X>
+void attend_span(
+    const TilePass& pass,
+    const Walk& walk,
+    int index,
+    const GroupRange& all,
+    const GroupRange* groups,
+    const State* states) {
+  const Job& job = pass.job;
+  const Span span = walk.span(index);
+  const int begin = max_int(all.begin - span.position, 0);
+  const int end = min_int(all.end - span.position, span.keys);
+  const int units = prefetch_units(job, span.keys, sizeof(typename X::T));
+  for (int h = 0; h < job.num_kv_heads; h++) {
+    const Ahead ahead = look_ahead(job, index, h, units);
+    for (int first = begin / kBlockKeys * kBlockKeys; first < end; first += kBlockKeys) {
+      Block block;
+      block.position = span.position + first;
+      block.low = max_int(begin - first, 0);
+      block.high = min_int(end - first, kBlockKeys);
+      locate(walk, span, first, ahead.span, block);
+      attend_rows<X>(pass, groups, block, states[h], h, ahead.head_row);
+    }
+  }
+}
+
+template <typename X>
+void start_states(const TilePass& pass, Scratch& scratch, State* states) {
+  using T = typename X::T;
+  const Job& job = pass.job;
+  for (int h = 0; h < job.num_kv_heads; h++) {
+    State& state = states[h];
+    state.q = scratch.take<float>(size_t(pass.num_rows) * pass.q_stride);
+    state.acc = scratch.take<float>(size_t(pass.num_rows) * pass.acc_stride);
+    state.most = scratch.take<float>(pass.num_rows);
+    state.sums = scratch.take<float>(size_t(pass.num_rows) * kLanes);
+    memset(state.acc, 0, sizeof(float) * pass.num_rows * pass.acc_stride);
+    memset(state.sums, 0, sizeof(float) * pass.num_rows * kLanes);
+    for (int r = 0; r < pass.num_rows; r++) {
+      const Row& row = pass.rows[r];
+      const int64_t at =
+          int64_t(row.token) * job.num_q_heads + row.head + h * job.gqa_factor;
+      widen_row<X>(
+          static_cast<const T*>(job.q) + at * job.head_dim,
+          job.head_dim,
+          state.q + int64_t(r) * pass.q_stride);
+      state.most[r] = kNegInf;
+    }
+  }
+}
+
+template <typename X>
+void finish_states(const TilePass& pass, const State* states) {
+  for (int h = 0; h < pass.job.num_kv_heads; h++) {
+    for (int r = 0; r < pass.num_rows; r++) {
+      Row row = pass.rows[r];
+      row.head += h * pass.job.gqa_factor;
+      finish_row<X>(
+          pass.job,
+          row,
+          states[h].acc + int64_t(r) * pass.acc_stride,
+          states[h].most[r],
+          sum(load(states[h].sums + r * kLanes)));
+    }
+  }
+}
+
+// Rows of a KV head that one pass over the pages can hold the states of.
+int tile_rows(const Job& job) {
+  const size_t row = sizeof(float) * (padded(job.head_dim) + padded(job.v_head_dim) + kLanes);
+  const int rows = int(kTileStateBytes / (row * job.num_kv_heads)) / kRowGroup * kRowGroup;
+  return clamp_int(rows, kRowGroup, kMaxTileRows);
+}
+
+size_t tile_scratch_bytes(const Job& job) {
+  const size_t row = sizeof(float) * (padded(job.head_dim) + padded(job.v_head_dim) + kLanes + 1);
+  return job.num_kv_heads * (tile_rows(job) * row + sizeof(State) + 5 * 64) +
+      kMaxTileRows * (sizeof(Row) + sizeof(GroupRange)) + 4 * 64;
+}
+
+template <typename X>
+void attend_pass(const TilePass& pass, Scratch scratch) {
+  State* const states = scratch.take<State>(pass.job.num_kv_heads);
+  GroupRange* const groups = scratch.take<GroupRange>(kMaxTileRows / kRowGroup);
+  GroupRange all = {0, 0};
+  for (int r = 0; r < pass.num_rows; r += kRowGroup) {
+    groups[r / kRowGroup] = group_range(pass, r);
+    all = join(all, groups[r / kRowGroup]);
+  }
+  start_states<X>(pass, scratch, states);
+  const Walk walk(pass.job, pass.item);
+  for (int i = 0; i < walk.count(); i++) {
+    attend_span<X>(pass, walk, i, all, groups, states);
+  }
+  finish_states<X>(pass, states);
+}
+
+template <typename X>
+void attend_tile(const Job& job, int index, char* memory) {
+  const PlanItem& item = job.items[index];
+  Scratch scratch{memory};
+  Row* const rows = scratch.take<Row>(kMaxTileRows);
+  const int num_rows = item.row_count * job.gqa_factor;
+  const int step = tile_rows(job);
+  for (int first = 0; first < num_rows; first += step) {
+    const int count = min_int(step, num_rows - first);
+    for (int r = 0; r < count; r++) {
+      rows[r] = make_row(job, item, 0, first + r);
+    }
+    attend_pass<X>(
+        {job, item, rows, count, padded(job.head_dim), padded(job.v_head_dim)}, scratch);
+  }
+}
+
+} // namespace
+} // namespace paged_mlx::cpu

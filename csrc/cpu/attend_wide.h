@@ -1,0 +1,408 @@
+// Prefill attention: many rows of one KV head of one item.
+//
+//   q       [panel, D, kPanel]    float, scratch: lanes are rows
+//   acc     [panel, Dv, kPanel]   float, scratch
+//   k_tile  [kTileKeys, D]        float, scratch: 64 keys, converted once for all panels
+//   v_tile  [kTileKeys, Dv]       float, scratch
+//
+// With rows in the lanes, an element of K or V is a broadcast, so nothing is
+// transposed but the queries, and the softmax has no horizontal step.
+//   Phase 1: scores of a tile, kMicroKeys keys x three vectors of rows at a time.
+//   Phase 2: online softmax, down the tile.
+//   Phase 3: values, kMicroDims elements x three vectors of rows at a time.
+// Tiles start at multiples of kTileKeys; lanes never meet: a row's numbers do
+// not depend on the rows beside it.
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace paged_mlx::cpu {
+namespace {
+
+constexpr int kPanelVecs = 3;
+constexpr int kPanel = kPanelVecs * kLanes;
+constexpr int kTileKeys = 64;
+constexpr int kMicroKeys = kManyRegisters ? 8 : 4;
+constexpr int kMicroDims = kMicroKeys;
+constexpr int kMaxWideRows = 384;
+constexpr size_t kWideStateBytes = 448 * 1024; // q and acc of one pass
+
+// One pass: up to kMaxWideRows rows of one KV head, in panels of lanes.
+struct WidePass {
+  const Job& job;
+  const PlanItem& item;
+  int kv_head;
+  int first_row;
+  int num_rows;
+  int dim;   // padded head_dim
+  int v_dim; // padded v_head_dim
+  int num_panels;
+
+  Row* rows;     // [panels * kPanel]; lanes without a row see nothing
+  float* q;      // [panel, dim, kPanel]
+  float* acc;    // [panel, v_dim, kPanel]
+  float* most;   // [panel, kPanel]
+  float* sums;   // [panel, kPanel]
+  float* k_tile; // [kTileKeys, dim]
+  float* v_tile; // [kTileKeys, v_dim]
+  float* scores; // [kTileKeys, kPanel]
+  int32_t* begins; // [panel, kPanel]
+  int32_t* ends;   // [panel, kPanel]
+};
+
+// Four rows of floats at a time become four lanes of `count` columns.
+void transpose_in(const float* const* rows, int count, float* to) {
+  for (int d = 0; d < count; d += 4) {
+    Vec4 a = load4(rows[0] + d), b = load4(rows[1] + d);
+    Vec4 c = load4(rows[2] + d), e = load4(rows[3] + d);
+    transpose4(a, b, c, e);
+    store4(to + (d + 0) * kPanel, a);
+    store4(to + (d + 1) * kPanel, b);
+    store4(to + (d + 2) * kPanel, c);
+    store4(to + (d + 3) * kPanel, e);
+  }
+}
+
+void transpose_out(const float* from, int count, float* const* rows) {
+  for (int d = 0; d < count; d += 4) {
+    Vec4 a = load4(from + (d + 0) * kPanel), b = load4(from + (d + 1) * kPanel);
+    Vec4 c = load4(from + (d + 2) * kPanel), e = load4(from + (d + 3) * kPanel);
+    transpose4(a, b, c, e);
+    store4(rows[0] + d, a);
+    store4(rows[1] + d, b);
+    store4(rows[2] + d, c);
+    store4(rows[3] + d, e);
+  }
+}
+
+template <typename X>
+void pack_queries(const WidePass& pass, float* wide_rows) {
+  const Job& job = pass.job;
+  const auto* const q = static_cast<const typename X::T*>(job.q);
+  float* rows[4];
+  for (int i = 0; i < 4; i++) {
+    rows[i] = wide_rows + i * pass.dim;
+  }
+  for (int r = 0; r < pass.num_panels * kPanel; r += 4) {
+    for (int i = 0; i < 4; i++) {
+      if (r + i < pass.num_rows) {
+        const Row& row = pass.rows[r + i];
+        const int64_t at = int64_t(row.token) * job.num_q_heads + row.head;
+        widen_row<X>(q + at * job.head_dim, job.head_dim, rows[i]);
+      } else {
+        memset(rows[i], 0, pass.dim * sizeof(float));
+      }
+    }
+    const size_t panel = r / kPanel;
+    transpose_in(rows, pass.dim, pass.q + panel * pass.dim * kPanel + r % kPanel);
+  }
+}
+
+template <typename X>
+void start_pass(const WidePass& pass) {
+  const int lanes = pass.num_panels * kPanel;
+  for (int r = 0; r < lanes; r++) {
+    const bool real = r < pass.num_rows;
+    pass.rows[r] = real ? make_row(pass.job, pass.item, pass.kv_head, pass.first_row + r)
+                        : Row{0, 0, 0, 0, 0, -1};
+    pass.begins[r] = pass.rows[r].begin;
+    pass.ends[r] = pass.rows[r].end;
+    pass.most[r] = kNegInf;
+    pass.sums[r] = 0.0f;
+  }
+  memset(pass.acc, 0, sizeof(float) * pass.v_dim * lanes);
+  pack_queries<X>(pass, pass.k_tile);
+}
+
+template <typename X>
+void finish_pass(const WidePass& pass) {
+  float* rows[4];
+  for (int i = 0; i < 4; i++) {
+    rows[i] = pass.v_tile + i * pass.v_dim;
+  }
+  for (int r = 0; r < pass.num_rows; r += 4) {
+    const size_t panel = r / kPanel;
+    transpose_out(pass.acc + panel * pass.v_dim * kPanel + r % kPanel, pass.v_dim, rows);
+    for (int i = 0; i < 4 && r + i < pass.num_rows; i++) {
+      finish_row<X>(pass.job, pass.rows[r + i], rows[i], pass.most[r + i], pass.sums[r + i]);
+    }
+  }
+}
+
+// The keys that rows [first, first + count) see: the least begin, the last end.
+struct KeyRange {
+  int begin;
+  int end;
+};
+
+KeyRange seen_by(const WidePass& pass, int first, int count) {
+  KeyRange range = {0, 0};
+  for (int r = first; r < first + count; r++) {
+    const int begin = pass.begins[r], end = pass.ends[r];
+    if (begin >= end) {
+      continue;
+    }
+    const bool empty = range.begin >= range.end;
+    range.begin = empty ? begin : min_int(range.begin, begin);
+    range.end = empty ? end : max_int(range.end, end);
+  }
+  return range;
+}
+
+// Keys [keys.begin, keys.end) of the tile at `position` are converted; `page` is
+// the first page that may hold one of them.
+template <typename X>
+void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
+  using T = typename X::T;
+  const Job& job = pass.job;
+  const int64_t head = int64_t(pass.kv_head) * job.page_size;
+  auto page_end = [&](int i) {
+    return page_start(job, pass.item, i) + page_len(job, pass.item, i);
+  };
+  while (page < pass.item.page_count && page_end(page) <= keys.begin) {
+    page++;
+  }
+  for (int i = page; i < pass.item.page_count; i++) {
+    const int start = page_start(job, pass.item, i);
+    const int begin = max_int(start, keys.begin), end = min_int(page_end(i), keys.end);
+    if (start >= keys.end) {
+      break;
+    }
+    const int64_t row = page_row(job, pass.item, i) + head - start;
+    for (int key = begin; key < end; key++) {
+      const int64_t at = row + key;
+      widen_row<X>(
+          static_cast<const T*>(job.k_pages) + at * job.head_dim,
+          job.head_dim,
+          pass.k_tile + (key - position) * pass.dim);
+      widen_row<X>(
+          static_cast<const T*>(job.v_pages) + at * job.v_head_dim,
+          job.v_head_dim,
+          pass.v_tile + (key - position) * pass.v_dim);
+    }
+  }
+}
+
+// Phase 1: scores of kMicroKeys keys with the rows of a panel.
+void score_keys(const float* q, const float* keys, int dim, Vec scale, float* scores) {
+  Vec dots[kMicroKeys][kPanelVecs];
+  for (int j = 0; j < kMicroKeys; j++) {
+    for (int x = 0; x < kPanelVecs; x++) {
+      dots[j][x] = Vec{};
+    }
+  }
+  for (int d = 0; d < dim; d++) {
+    Vec row[kPanelVecs];
+    for (int x = 0; x < kPanelVecs; x++) {
+      row[x] = load(q + d * kPanel + x * kLanes);
+    }
+    for (int j = 0; j < kMicroKeys; j++) {
+      const Vec key = splat(keys[j * dim + d]);
+      for (int x = 0; x < kPanelVecs; x++) {
+        dots[j][x] = fma(key, row[x], dots[j][x]);
+      }
+    }
+  }
+  for (int j = 0; j < kMicroKeys; j++) {
+    for (int x = 0; x < kPanelVecs; x++) {
+      store(scores + j * kPanel + x * kLanes, dots[j][x] * scale);
+    }
+  }
+}
+
+// Scores that are more than scale * dot, or hidden from some row.
+void finish_scores(const WidePass& pass, int panel, int position, KeyRange keys) {
+  const Job& job = pass.job;
+  for (int x = 0; x < kPanelVecs; x++) {
+    const int first = panel * kPanel + x * kLanes;
+    const Row* const rows = pass.rows + first;
+    const VecI begin = (VecI)load(reinterpret_cast<const float*>(pass.begins + first));
+    const VecI end = (VecI)load(reinterpret_cast<const float*>(pass.ends + first));
+    Vec slope = {}, at = {};
+    for (int i = 0; i < kLanes; i++) {
+      slope[i] = job.alibi_slopes ? job.alibi_slopes[rows[i].head] : 0.0f;
+      at[i] = float(rows[i].position);
+    }
+    for (int key = keys.begin; key < keys.end; key++) {
+      float* const s = pass.scores + (key - position) * kPanel + x * kLanes;
+      Vec score = load(s);
+      if (!job.plain) {
+        Vec bias = {};
+        for (int i = 0; job.mask && i < kLanes; i++) {
+          const bool seen = key >= rows[i].begin && key < rows[i].end;
+          bias[i] = seen ? mask_bias(job, mask_row(job, rows[i]), key) : 0.0f;
+        }
+        score = (to_score(job, score, slope, splat(float(key)) - at) + bias) * splat(kLog2e);
+      }
+      const VecI seen = (splat_int(key) >= begin) & (splat_int(key) < end);
+      store(s, select(seen, score, splat(kNegInf)));
+    }
+  }
+}
+
+// Phase 2: scores of keys [low, high) of the tile become weights; `shrink` is
+// what the sums so far shrink by. Even and odd keys are added up apart.
+void soften(
+    float* scores, int low, int high, float* most, float* sums, Vec (&shrink)[kPanelVecs]) {
+  for (int x = 0; x < kPanelVecs; x++) {
+    float* const column = scores + x * kLanes;
+    const Vec before = load(most + x * kLanes);
+    Vec top = before;
+    for (int j = low; j < high; j++) {
+      top = max(load(column + j * kPanel), top);
+    }
+    const Vec base = select(top == splat(kNegInf), Vec{}, top);
+    shrink[x] = exp2(before - base);
+    auto soften_one = [&](int j) __attribute__((always_inline)) {
+      const Vec weight = exp2(load(column + j * kPanel) - base);
+      store(column + j * kPanel, weight);
+      return weight;
+    };
+    Vec even = {}, odd = {};
+    if (low & 1) {
+      odd = soften_one(low);
+    }
+    for (int j = low + (low & 1); j < high; j += 2) {
+      even += soften_one(j);
+      if (j + 1 < high) {
+        odd += soften_one(j + 1);
+      }
+    }
+    store(most + x * kLanes, top);
+    store(sums + x * kLanes, fma(load(sums + x * kLanes), shrink[x], even + odd));
+  }
+}
+
+// Phase 3: kMicroDims elements of the accumulators of a panel.
+void add_values(
+    const float* weights,
+    const float* values,
+    int count,
+    int v_dim,
+    const Vec (&shrink)[kPanelVecs],
+    float* acc) {
+  Vec sum[kMicroDims][kPanelVecs];
+  for (int d = 0; d < kMicroDims; d++) {
+    for (int x = 0; x < kPanelVecs; x++) {
+      sum[d][x] = load(acc + d * kPanel + x * kLanes) * shrink[x];
+    }
+  }
+  for (int j = 0; j < count; j++) {
+    Vec weight[kPanelVecs];
+    for (int x = 0; x < kPanelVecs; x++) {
+      weight[x] = load(weights + j * kPanel + x * kLanes);
+    }
+    for (int d = 0; d < kMicroDims; d++) {
+      const Vec value = splat(values[j * v_dim + d]);
+      for (int x = 0; x < kPanelVecs; x++) {
+        sum[d][x] = fma(value, weight[x], sum[d][x]);
+      }
+    }
+  }
+  for (int d = 0; d < kMicroDims; d++) {
+    for (int x = 0; x < kPanelVecs; x++) {
+      store(acc + d * kPanel + x * kLanes, sum[d][x]);
+    }
+  }
+}
+
+// A tile of keys against the rows of one panel.
+void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) {
+  const KeyRange seen = seen_by(pass, panel * kPanel, kPanel);
+  const KeyRange keys = {max_int(tile.begin, seen.begin), min_int(tile.end, seen.end)};
+  if (keys.begin >= keys.end) {
+    return;
+  }
+  const Job& job = pass.job;
+  const float* const q = pass.q + size_t(panel) * pass.dim * kPanel;
+  const Vec scale = splat(job.plain ? job.scale * kLog2e : 1.0f);
+  const int low = keys.begin - position, high = keys.end - position;
+  for (int j = low / kMicroKeys * kMicroKeys; j < high; j += kMicroKeys) {
+    score_keys(q, pass.k_tile + j * pass.dim, pass.dim, scale, pass.scores + j * kPanel);
+  }
+  bool whole = job.plain;
+  for (int r = panel * kPanel; whole && r < (panel + 1) * kPanel; r++) {
+    whole = pass.begins[r] <= keys.begin && pass.ends[r] >= keys.end;
+  }
+  if (!whole) {
+    finish_scores(pass, panel, position, keys);
+  }
+  Vec shrink[kPanelVecs];
+  soften(
+      pass.scores, low, high, pass.most + panel * kPanel, pass.sums + panel * kPanel, shrink);
+  const float* const weights = pass.scores + low * kPanel;
+  float* const acc = pass.acc + size_t(panel) * pass.v_dim * kPanel;
+  for (int d = 0; d < pass.v_dim; d += kMicroDims) {
+    add_values(
+        weights, pass.v_tile + low * pass.v_dim + d, high - low, pass.v_dim, shrink,
+        acc + size_t(d) * kPanel);
+  }
+}
+
+template <typename X>
+void attend_pass(const WidePass& pass) {
+  start_pass<X>(pass);
+  memset(pass.k_tile, 0, sizeof(float) * kTileKeys * pass.dim);
+  const KeyRange all = seen_by(pass, 0, pass.num_rows);
+  int page = 0;
+  for (int at = all.begin / kTileKeys * kTileKeys; at < all.end; at += kTileKeys) {
+    const KeyRange tile = {max_int(at, all.begin), min_int(at + kTileKeys, all.end)};
+    load_tile<X>(pass, at, tile, page);
+    for (int panel = 0; panel < pass.num_panels; panel++) {
+      attend_panel(pass, panel, at, tile);
+    }
+  }
+  finish_pass<X>(pass);
+}
+
+// Rows that one pass holds: whole panels.
+int wide_rows(const Job& job) {
+  const size_t panel = sizeof(float) * kPanel * (padded(job.head_dim) + padded(job.v_head_dim));
+  return clamp_int(int(kWideStateBytes / panel) * kPanel, kPanel, kMaxWideRows / kPanel * kPanel);
+}
+
+size_t wide_scratch_bytes(const Job& job) {
+  const size_t dims = padded(job.head_dim) + padded(job.v_head_dim);
+  const size_t row = dims * sizeof(float) + sizeof(Row) + 4 * sizeof(float);
+  return wide_rows(job) * row + kTileKeys * (dims + kPanel) * sizeof(float) + 16 * 64;
+}
+
+WidePass make_pass(
+    const Job& job, const PlanItem& item, int kv_head, int first_row, int num_rows, char* memory) {
+  const int panels = (num_rows + kPanel - 1) / kPanel;
+  const int dim = padded(job.head_dim), v_dim = padded(job.v_head_dim);
+  const size_t lanes = size_t(panels) * kPanel;
+  Scratch scratch{memory};
+  return {
+      job,
+      item,
+      kv_head,
+      first_row,
+      num_rows,
+      dim,
+      v_dim,
+      panels,
+      scratch.take<Row>(lanes),
+      scratch.take<float>(lanes * dim),
+      scratch.take<float>(lanes * v_dim),
+      scratch.take<float>(lanes),
+      scratch.take<float>(lanes),
+      scratch.take<float>(size_t(kTileKeys) * dim),
+      scratch.take<float>(size_t(kTileKeys) * v_dim),
+      scratch.take<float>(size_t(kTileKeys) * kPanel),
+      scratch.take<int32_t>(lanes),
+      scratch.take<int32_t>(lanes)};
+}
+
+template <typename X>
+void attend_wide(const Job& job, int index, int kv_head, char* memory) {
+  const PlanItem& item = job.items[index];
+  const int total = item.row_count * job.gqa_factor;
+  const int step = wide_rows(job);
+  for (int first = 0; first < total; first += step) {
+    attend_pass<X>(make_pass(job, item, kv_head, first, min_int(step, total - first), memory));
+  }
+}
+
+} // namespace
+} // namespace paged_mlx::cpu

@@ -1,0 +1,177 @@
+// attend(): the items of a plan over the thread pool, then the merges.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "cpu/dispatch.h"
+#include "cpu/job.h"
+#include "cpu/thread_pool.h"
+
+namespace paged_mlx::cpu {
+
+namespace {
+
+// What one microsecond of one thread does, to tell small jobs from large ones.
+constexpr double kBytesPerMicrosecond = 18e3;
+constexpr double kFlopsPerMicrosecond = 80e3;
+constexpr double kMicrosecondsPerThread = 60; // less is not worth waking a thread for
+constexpr int kMergesPerUnit = 16;
+
+// Memory that a thread keeps from call to call.
+class Workspace {
+ public:
+  ~Workspace() {
+    std::free(data_);
+  }
+  char* get(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+      if (!data_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+int num_items(const PlanHeader& plan) {
+  return plan.num_items[kVectorItem] + plan.num_items[kTileItem] + plan.num_items[kWideItem];
+}
+
+Job make_job(const AttentionArgs& args) {
+  const int32_t* const words = args.plan;
+  const auto* const plan = reinterpret_cast<const PlanHeader*>(words);
+  Job job{};
+  job.q = args.q;
+  job.k_pages = args.k_pages;
+  job.v_pages = args.v_pages;
+  job.out = args.out;
+  job.lse = args.lse;
+  job.plan = plan;
+  job.items = reinterpret_cast<const PlanItem*>(words + plan->items);
+  job.row_tokens = words + plan->row_tokens;
+  job.positions = words + plan->positions;
+  job.row_ends = words + plan->row_ends;
+  job.pages = words + plan->pages;
+  job.page_starts = plan->page_starts ? words + plan->page_starts : nullptr;
+  job.page_lens = plan->page_lens ? words + plan->page_lens : nullptr;
+  job.merges = reinterpret_cast<const PlanMerge*>(words + plan->merges);
+  job.parts = words + plan->parts;
+  job.num_q_heads = plan->num_q_heads;
+  job.num_kv_heads = plan->num_kv_heads;
+  job.gqa_factor = plan->num_q_heads / plan->num_kv_heads;
+  job.page_size = plan->page_size;
+  job.head_dim = args.head_dim;
+  job.v_head_dim = args.v_head_dim;
+  job.sliding_window = plan->sliding_window;
+  job.scale = args.scale;
+  job.softcap = args.softcap;
+  job.alibi_slopes = args.alibi_slopes;
+  job.sinks = args.sinks;
+  job.mask = args.mask.kind == MaskKind::none ? nullptr : &args.mask;
+  job.plain = !job.mask && !job.alibi_slopes && job.softcap == 0;
+  job.partial_stride = (args.v_head_dim + kDimAlign - 1) / kDimAlign * kDimAlign;
+  return job;
+}
+
+// Time that the items take on one thread, roughly.
+double estimate_microseconds(const Job& job, int itemsize) {
+  double bytes = 0, flops = 0;
+  const double dims = job.head_dim + job.v_head_dim;
+  for (int i = 0; i < num_items(*job.plan); i++) {
+    const PlanItem& item = job.items[i];
+    const double keys = double(item.key_end - item.key_begin);
+    bytes += keys * job.num_kv_heads * dims * itemsize;
+    flops += keys * item.row_count * job.num_q_heads * dims * 2;
+  }
+  return std::max(bytes / kBytesPerMicrosecond, flops / kFlopsPerMicrosecond);
+}
+
+// One call in flight: what a unit of work needs.
+struct Call {
+  Job job;
+  const Kernels* kernels;
+  int dtype;
+  size_t scratch_bytes;
+  int wide_units; // (wide item, KV head) pairs come first, then the other items
+  int other_items;
+
+  char* scratch() const {
+    thread_local Workspace workspace;
+    return workspace.get(scratch_bytes);
+  }
+
+  void attend(int unit) const {
+    if (unit < wide_units) {
+      const int item = other_items + unit / job.num_kv_heads;
+      kernels->attend_wide[dtype](job, item, unit % job.num_kv_heads, scratch());
+    } else {
+      kernels->attend_tile[dtype](job, unit - wide_units, scratch());
+    }
+  }
+
+  void merge(int unit) const {
+    const int begin = unit * kMergesPerUnit;
+    const int end = std::min(begin + kMergesPerUnit, job.plan->num_merges);
+    kernels->merge[dtype](job, begin, end, scratch());
+  }
+};
+
+void place_partials(Job& job, Workspace& workspace) {
+  const size_t states = size_t(job.plan->num_partials) * job.num_q_heads;
+  if (states == 0) {
+    return;
+  }
+  auto* const at = reinterpret_cast<float*>(
+      workspace.get(states * (job.partial_stride + 2) * sizeof(float)));
+  job.partial_acc = at;
+  job.partial_max = at + states * job.partial_stride;
+  job.partial_sum = job.partial_max + states;
+}
+
+} // namespace
+
+void attend(const AttentionArgs& args) {
+  thread_local Workspace partials;
+  Call call{make_job(args), &kernels(), int(args.dtype), 0, 0, 0};
+  const PlanHeader& plan = *call.job.plan;
+  call.scratch_bytes = call.kernels->scratch_bytes(call.job);
+  call.wide_units = plan.num_items[kWideItem] * plan.num_kv_heads;
+  call.other_items = plan.num_items[kVectorItem] + plan.num_items[kTileItem];
+  place_partials(call.job, partials);
+
+  const double time = estimate_microseconds(call.job, args.dtype == DType::float32 ? 4 : 2);
+  const int threads =
+      std::clamp(int(std::min(time / kMicrosecondsPerThread, 1e6)), 1, num_threads());
+  call.job.prefetch_next_item = threads == 1;
+  run_parallel(
+      call.wide_units + call.other_items,
+      threads,
+      [](void* context, int i) { static_cast<const Call*>(context)->attend(i); },
+      &call);
+  const int merge_units = (plan.num_merges + kMergesPerUnit - 1) / kMergesPerUnit;
+  run_parallel(
+      merge_units,
+      threads,
+      [](void* context, int i) { static_cast<const Call*>(context)->merge(i); },
+      &call);
+}
+
+void set_num_threads(int n) {
+  set_pool_size(n);
+}
+
+int num_threads() {
+  return pool_size();
+}
+
+} // namespace paged_mlx::cpu

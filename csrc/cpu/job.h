@@ -1,0 +1,75 @@
+// One call of attend(), as the kernels see it.
+//
+// Included by translation units that are compiled for different instruction
+// sets: plain data only, no functions, no standard library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/attention.h"
+#include "plan_format.h"
+
+namespace paged_mlx::cpu {
+
+// Head dims of scratch and partial rows are padded to a multiple of this, twice
+// the lanes of the widest vector.
+constexpr int kDimAlign = 32;
+
+struct Job {
+  const void* q;
+  const void* k_pages;
+  const void* v_pages;
+  void* out;
+  float* lse;
+
+  const PlanHeader* plan;
+  const PlanItem* items;
+  const int32_t* row_tokens;
+  const int32_t* positions;
+  const int32_t* row_ends;
+  const int32_t* pages;
+  const int32_t* page_starts; // null: not ragged
+  const int32_t* page_lens;
+  const PlanMerge* merges;
+  const int32_t* parts;
+
+  int num_q_heads;
+  int num_kv_heads;
+  int gqa_factor;
+  int page_size;
+  int head_dim;
+  int v_head_dim;
+  int sliding_window;
+
+  float scale;
+  float softcap;
+  const float* alibi_slopes;
+  const float* sinks;
+  const Mask* mask;
+  bool plain; // a score is scale * dot, nothing else
+
+  bool prefetch_next_item; // the caller will run item i + 1 after item i
+
+  // One partial state per (partial slot, query head).
+  float* partial_acc; // [num_partials, num_q_heads, partial_stride]
+  float* partial_max; // [num_partials, num_q_heads], base 2
+  float* partial_sum; // [num_partials, num_q_heads]
+  int partial_stride;
+};
+
+constexpr int kNumDTypes = 3; // indexed by DType
+
+// What a translation unit for one instruction set exports. `scratch` belongs to
+// the calling thread, is aligned to 64 bytes and holds scratch_bytes(job).
+struct Kernels {
+  size_t (*scratch_bytes)(const Job& job);
+  // All KV heads of one vector or tile item.
+  void (*attend_tile[kNumDTypes])(const Job& job, int item, char* scratch);
+  // One KV head of one wide item.
+  void (*attend_wide[kNumDTypes])(const Job& job, int item, int kv_head, char* scratch);
+  // Merges [begin, end).
+  void (*merge[kNumDTypes])(const Job& job, int begin, int end, char* scratch);
+};
+
+} // namespace paged_mlx::cpu

@@ -1,0 +1,351 @@
+// Decode attention, the inner part: a block of 16 keys against up to four rows
+// of one KV head.
+//   Phase 1: scores, four keys x four rows at a time, each dot product in an
+//            accumulator of its own.
+//   Phase 2: online softmax of the block, row by row.
+//   Phase 3: values, four rows x four vectors at a time.
+// Cache lines of K and V that are wanted soon are prefetched between the
+// multiplications of phases 1 and 3, a line at a time.
+//
+// A row's numbers are the same whichever rows stand beside it: every dot
+// product and every accumulator is added up in an order of its own.
+#pragma once
+
+#include "cpu/walk.h"
+
+namespace paged_mlx::cpu {
+namespace {
+
+constexpr int kRowGroup = 4;
+constexpr int kQuad = 4;                             // keys scored together
+constexpr int kValuePairs = kManyRegisters ? 2 : 1;  // vector pairs of V at a time
+
+// Keys [low, high) of one block, and the pool rows that hold them.
+struct Block {
+  int position; // of key 0
+  int low;
+  int high;
+  int64_t rows[kBlockKeys];   // those outside [low, high) repeat the nearest inside
+  int64_t ahead[kBlockKeys];  // what to prefetch while this block is worked on
+};
+
+// The softmax state of the rows of one KV head.
+struct State {
+  float* q;    // [rows, q_stride]
+  float* acc;  // [rows, acc_stride]
+  float* most; // [rows]
+  float* sums; // [rows, kLanes]: partial sums, one per lane
+};
+
+struct TilePass {
+  const Job& job;
+  const PlanItem& item;
+  const Row* rows; // of KV head 0
+  int num_rows;
+  int q_stride;
+  int acc_stride;
+};
+
+// Prefetches the lines of `bytes` bytes at `offset` of a row, each line once.
+template <int kBytes>
+PAGED_MLX_INLINE void prefetch_part(const char* row, int offset) {
+  if constexpr (kBytes >= 64) {
+    for (int b = 0; b < kBytes; b += 64) {
+      prefetch(row + offset + b);
+    }
+  } else if ((offset & 63) == 0) {
+    prefetch(row + offset);
+  }
+}
+
+// Dot products of kKeys keys with kRows rows.
+template <typename X, int kRows, int kKeys, bool kAhead>
+PAGED_MLX_INLINE void dot_products(
+    const float* q,
+    int q_stride,
+    const typename X::T* const* keys,
+    const char* const* ahead,
+    int dim,
+    Vec (&dots)[kRows][kKeys]) {
+  for (int r = 0; r < kRows; r++) {
+    for (int j = 0; j < kKeys; j++) {
+      dots[r][j] = Vec{};
+    }
+  }
+  auto step = [&](int d, auto load_key) __attribute__((always_inline)) {
+    Pair k[kKeys];
+    for (int j = 0; j < kKeys; j++) {
+      k[j] = load_key(keys[j] + d);
+    }
+    for (int r = 0; r < kRows; r++) {
+      const Vec qa = load(q + r * q_stride + d), qb = load(q + r * q_stride + d + kLanes);
+      for (int j = 0; j < kKeys; j++) {
+        dots[r][j] = fma(qa, k[j].a, dots[r][j]);
+      }
+      for (int j = 0; j < kKeys; j++) {
+        dots[r][j] = fma(qb, k[j].b, dots[r][j]);
+      }
+    }
+  };
+  int d = 0;
+  for (; d + kPair <= dim; d += kPair) {
+    if constexpr (kAhead) {
+      for (int j = 0; j < kKeys; j++) {
+        prefetch_part<kPair * sizeof(typename X::T)>(ahead[j], d * sizeof(typename X::T));
+      }
+    }
+    step(d, [](const typename X::T* p) __attribute__((always_inline)) { return X::load2(p); });
+  }
+  if (d < dim) {
+    const int left = dim - d;
+    step(d, [left](const typename X::T* p) __attribute__((always_inline)) {
+      return load2_part<X>(p, left);
+    });
+  }
+}
+
+// Phase 1 for four keys: scores[r * kBlockKeys + 0..3].
+template <typename X, int kRows, bool kAhead>
+PAGED_MLX_INLINE void score_quad(
+    const TilePass& pass,
+    const float* q,
+    const typename X::T* const* keys,
+    const char* const* ahead,
+    float* scores) {
+  const int dim = pass.job.head_dim;
+  if constexpr (kManyRegisters) {
+    Vec dots[kRows][4];
+    dot_products<X, kRows, 4, kAhead>(q, pass.q_stride, keys, ahead, dim, dots);
+    for (int r = 0; r < kRows; r++) {
+      const Vec4 ab = fold_two(fold(dots[r][0]), fold(dots[r][1]));
+      const Vec4 cd = fold_two(fold(dots[r][2]), fold(dots[r][3]));
+      store4(scores + r * kBlockKeys, sum_four(ab, cd));
+    }
+  } else {
+    Vec4 halves[2][kRows];
+    for (int half = 0; half < 2; half++) {
+      Vec dots[kRows][2];
+      dot_products<X, kRows, 2, kAhead>(
+          q, pass.q_stride, keys + 2 * half, ahead + 2 * half, dim, dots);
+      for (int r = 0; r < kRows; r++) {
+        halves[half][r] = fold_two(fold(dots[r][0]), fold(dots[r][1]));
+      }
+    }
+    for (int r = 0; r < kRows; r++) {
+      store4(scores + r * kBlockKeys, sum_four(halves[0][r], halves[1][r]));
+    }
+  }
+}
+
+// Scores of the block in base 2; -inf where the row may not see the key.
+void finish_scores(const TilePass& pass, const Block& block, const Row& row, float* scores) {
+  const Job& job = pass.job;
+  float bias[kBlockKeys] = {};
+  if (job.mask) {
+    const char* const mask = mask_row(job, row);
+    for (int j = block.low; j < block.high; j++) {
+      bias[j] = mask_bias(job, mask, block.position + j);
+    }
+  }
+  const Vec slope = splat(job.alibi_slopes ? job.alibi_slopes[row.head] : 0.0f);
+  const VecI begin = splat_int(max_int(row.begin, block.position + block.low));
+  const VecI end = splat_int(min_int(row.end, block.position + block.high));
+  for (int j = 0; j < kBlockKeys; j += kLanes) {
+    const VecI key = iota() + splat_int(block.position + j);
+    const Vec distance = __builtin_convertvector(key - splat_int(row.position), Vec);
+    const Vec s = to_score(job, load(scores + j), slope, distance) + load(bias + j);
+    const VecI seen = (key >= begin) & (key < end);
+    store(scores + j, select(seen, s * splat(kLog2e), splat(kNegInf)));
+  }
+}
+
+// The same when the row sees every key of the block and a score is scale * dot.
+PAGED_MLX_INLINE void scale_scores(float scale, float* scores) {
+  for (int j = 0; j < kBlockKeys; j += kLanes) {
+    store(scores + j, load(scores + j) * splat(scale));
+  }
+}
+
+// A new maximum: what was added up so far shrinks.
+__attribute__((noinline)) void
+raise_maximum(const float* scores, float& most, float* sums, float* acc, int acc_stride) {
+  Vec top = load(scores);
+  for (int j = kLanes; j < kBlockKeys; j += kLanes) {
+    top = max(top, load(scores + j));
+  }
+  const float next = max_lane(top);
+  const Vec shrink = exp2(splat(most - next));
+  most = next;
+  store(sums, load(sums) * shrink);
+  for (int d = 0; d < acc_stride; d += kLanes) {
+    store(acc + d, load(acc + d) * shrink);
+  }
+}
+
+// Phase 2 for one row: scores become weights.
+PAGED_MLX_INLINE void
+soften(float* scores, float& most, float* sums, float* acc, int acc_stride) {
+  Vec top = load(scores);
+  for (int j = kLanes; j < kBlockKeys; j += kLanes) {
+    top = max(load(scores + j), top);
+  }
+  if (any_greater(top, splat(most))) {
+    raise_maximum(scores, most, sums, acc, acc_stride);
+  }
+  const Vec base = splat(most == kNegInf ? 0.0f : most);
+  Vec total = load(sums);
+  for (int j = 0; j < kBlockKeys; j += kLanes) {
+    const Vec weight = exp2(load(scores + j) - base);
+    total += weight;
+    store(scores + j, weight);
+  }
+  store(sums, total);
+}
+
+// Phase 3 for kPairs vector pairs of V, from element d on.
+template <typename X, int kRows, int kPairs, bool kAhead, typename Load>
+PAGED_MLX_INLINE void add_columns(
+    const TilePass& pass,
+    const Block& block,
+    int64_t head_row,
+    int64_t ahead_row,
+    const float* weights,
+    float* acc,
+    int d,
+    Load load_value) {
+  using T = typename X::T;
+  const int64_t dim = pass.job.v_head_dim;
+  const T* const v_pages = static_cast<const T*>(pass.job.v_pages);
+  Vec sum[kRows][2 * kPairs];
+  for (int r = 0; r < kRows; r++) {
+    for (int i = 0; i < 2 * kPairs; i++) {
+      sum[r][i] = load(acc + r * pass.acc_stride + d + i * kLanes);
+    }
+  }
+  for (int j = block.low; j < block.high; j++) {
+    const T* const value = v_pages + (block.rows[j] + head_row) * dim + d;
+    if constexpr (kAhead) {
+      const char* const next =
+          reinterpret_cast<const char*>(v_pages + (block.ahead[j] + ahead_row) * dim);
+      prefetch_part<kPairs * kPair * sizeof(T)>(next, d * sizeof(T));
+    }
+    Pair v[kPairs];
+    for (int i = 0; i < kPairs; i++) {
+      v[i] = load_value(value + i * kPair);
+    }
+    for (int r = 0; r < kRows; r++) {
+      const Vec weight = splat(weights[r * kBlockKeys + j]);
+      for (int i = 0; i < kPairs; i++) {
+        sum[r][2 * i] = fma(weight, v[i].a, sum[r][2 * i]);
+        sum[r][2 * i + 1] = fma(weight, v[i].b, sum[r][2 * i + 1]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    for (int i = 0; i < 2 * kPairs; i++) {
+      store(acc + r * pass.acc_stride + d + i * kLanes, sum[r][i]);
+    }
+  }
+}
+
+template <typename X, int kRows, bool kAhead>
+PAGED_MLX_INLINE void add_values(
+    const TilePass& pass,
+    const Block& block,
+    int64_t head_row,
+    int64_t ahead_row,
+    const float* weights,
+    float* acc) {
+  using T = typename X::T;
+  const int dim = pass.job.v_head_dim;
+  auto whole = [](const T* p) __attribute__((always_inline)) { return X::load2(p); };
+  int d = 0;
+  for (; d + kValuePairs * kPair <= dim; d += kValuePairs * kPair) {
+    add_columns<X, kRows, kValuePairs, kAhead>(
+        pass, block, head_row, ahead_row, weights, acc, d, whole);
+  }
+  for (; d + kPair <= dim; d += kPair) {
+    add_columns<X, kRows, 1, kAhead>(pass, block, head_row, ahead_row, weights, acc, d, whole);
+  }
+  if (d < dim) {
+    const int left = dim - d;
+    add_columns<X, kRows, 1, kAhead>(
+        pass, block, head_row, ahead_row, weights, acc, d,
+        [left](const T* p) __attribute__((always_inline)) { return load2_part<X>(p, left); });
+  }
+}
+
+// A block of keys against kRows rows of one KV head.
+template <typename X, int kRows, bool kAhead>
+__attribute__((noinline)) void attend_block(
+    const TilePass& pass,
+    const Block& block,
+    const State& state,
+    int first_row,
+    int kv_head,
+    int64_t head_row,
+    int64_t ahead_row) {
+  using T = typename X::T;
+  const Job& job = pass.job;
+  const T* const k_pages = static_cast<const T*>(job.k_pages);
+  const float* const q = state.q + int64_t(first_row) * pass.q_stride;
+  float* const acc = state.acc + int64_t(first_row) * pass.acc_stride;
+  alignas(64) float scores[kRows * kBlockKeys] = {};
+  for (int j = block.low / kQuad * kQuad; j < block.high; j += kQuad) {
+    const T* keys[kQuad];
+    const char* ahead[kQuad];
+    for (int i = 0; i < kQuad; i++) {
+      keys[i] = k_pages + (block.rows[j + i] + head_row) * job.head_dim;
+      ahead[i] =
+          reinterpret_cast<const char*>(k_pages + (block.ahead[j + i] + ahead_row) * job.head_dim);
+    }
+    score_quad<X, kRows, kAhead>(pass, q, keys, ahead, scores + j);
+  }
+  for (int r = 0; r < kRows; r++) {
+    Row row = pass.rows[first_row + r];
+    row.head += kv_head * job.gqa_factor;
+    float* const row_scores = scores + r * kBlockKeys;
+    const bool whole = block.low == 0 && block.high == kBlockKeys &&
+        row.begin <= block.position && row.end >= block.position + kBlockKeys;
+    if (job.plain && whole) {
+      scale_scores(job.scale * kLog2e, row_scores);
+    } else {
+      finish_scores(pass, block, row, row_scores);
+    }
+    soften(
+        row_scores,
+        state.most[first_row + r],
+        state.sums + (first_row + r) * kLanes,
+        acc + r * pass.acc_stride,
+        pass.acc_stride);
+  }
+  add_values<X, kRows, kAhead>(pass, block, head_row, ahead_row, scores, acc);
+}
+
+template <typename X, bool kAhead>
+void attend_group(
+    const TilePass& pass,
+    const Block& block,
+    const State& state,
+    int first_row,
+    int kv_head,
+    int64_t head_row,
+    int64_t ahead_row) {
+  switch (min_int(kRowGroup, pass.num_rows - first_row)) {
+    case 1:
+      return attend_block<X, 1, kAhead>(
+          pass, block, state, first_row, kv_head, head_row, ahead_row);
+    case 2:
+      return attend_block<X, 2, kAhead>(
+          pass, block, state, first_row, kv_head, head_row, ahead_row);
+    case 3:
+      return attend_block<X, 3, kAhead>(
+          pass, block, state, first_row, kv_head, head_row, ahead_row);
+    default:
+      return attend_block<X, 4, kAhead>(
+          pass, block, state, first_row, kv_head, head_row, ahead_row);
+  }
+}
+
+} // namespace
+} // namespace paged_mlx::cpu
