@@ -1,0 +1,399 @@
+"""Every page operation in random order, against sequences that are plain lists of tokens.
+
+The model of the arrays is a dict from slot to token: appends write it, announced copies
+copy it, freed pages are wiped. So a page that is written while somebody else holds it, a
+copy that comes too late or a page reused too early shows as a wrong token.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+
+from paged_mlx.allocator import (
+    BuddyPageAllocator,
+    FIFOPageAllocator,
+    LRUPageAllocator,
+    PageAllocator,
+)
+from paged_mlx.append import append_batch
+from paged_mlx.block_table import BlockTable, pack
+from paged_mlx.cache_events import CacheCleared, PagesStored
+from paged_mlx.errors import DoubleFree, OutOfPages, UnknownPage, UseAfterFree
+from paged_mlx.page_hash import ExtraKey
+from paged_mlx.page_table import PageTable, copy_on_write, share_prefix
+from paged_mlx.prefix_cache import PrefixCache
+
+WIPED = -7
+
+
+class SlotPool:
+    """Slots that hold tokens, and a note of who may be right about them."""
+
+    def __init__(self, page_size):
+        self.page_size = page_size
+        self.tokens = {}
+
+    def write(self, slots, tokens):
+        for slot, token in zip(slots.tolist(), tokens):
+            self.tokens[slot] = token
+
+    def copy(self, pairs):
+        copied = {}
+        for source, target in pairs:
+            for offset in range(self.page_size):
+                copied[target * self.page_size + offset] = self.tokens.get(source * self.page_size + offset, WIPED)
+        self.tokens.update(copied)
+
+    def grow(self, num_pages):
+        pass
+
+    def wipe(self, allocator):
+        """Forget what free pages hold."""
+        for page_id in allocator._free_ids():
+            for offset in range(self.page_size):
+                self.tokens[page_id * self.page_size + offset] = WIPED
+
+
+class Sequence:
+    """A page table and the tokens that it should hold; those before ``kept`` are gone."""
+
+    def __init__(self, table, tokens=(), kept=0, salt=0):
+        self.table, self.tokens, self.kept, self.salt = table, list(tokens), kept, salt
+
+    @property
+    def keys(self):
+        return [ExtraKey("salt", self.salt)] if self.salt else []
+
+
+class PageMachine(RuleBasedStateMachine):
+    """All operations on one allocator, its tables, its cache and one block table."""
+
+    sequences = Bundle("sequences")
+
+    @initialize(
+        kind=st.sampled_from([PageAllocator, FIFOPageAllocator, LRUPageAllocator, BuddyPageAllocator]),
+        total_pages=st.integers(1, 24),
+        page_size=st.sampled_from([1, 2, 3, 4]),
+        growth=st.integers(0, 6),
+        cache_pages=st.sampled_from([None, 1, 5]),
+    )
+    def begin(self, kind, total_pages, page_size, growth, cache_pages):
+        self.allocator = kind(total_pages, page_size, max_pages=total_pages + growth, slab_pages=2)
+        self.pool = SlotPool(page_size)
+        self.allocator.attach(self.pool)
+        self.cache = PrefixCache(self.allocator, max_pages=cache_pages, max_events=10000)
+        self.index = set()
+        self.live = []
+        self.block_table = BlockTable()
+        self.stray = []  # pages held by nobody's table
+
+    def add(self, sequence):
+        self.live.append(sequence)
+        return sequence
+
+    def state(self):
+        """All that a failed call must leave alone; evictions are allowed and left out."""
+        return [(s.table.entries, s.table.num_tokens, s.table.is_sealed) for s in self.live], dict(self.pool.tokens)
+
+    def append(self, sequence, tokens):
+        before = self.state()
+        try:
+            plan = sequence.table.append_tokens(len(tokens), self.allocator)
+        except OutOfPages:
+            assert self.state() == before
+            return False
+        assert len(plan.copies) <= 1
+        self.pool.write(plan.slots, tokens)
+        sequence.tokens.extend(tokens)
+        return True
+
+    @rule(target=sequences)
+    def new(self):
+        return self.add(Sequence(PageTable(self.allocator.page_size)))
+
+    @rule(sequence=sequences, tokens=st.lists(st.integers(0, 2), max_size=11))
+    def append_some(self, sequence, tokens):
+        self.append(sequence, tokens)
+
+    @rule(chosen=st.lists(st.tuples(sequences, st.lists(st.integers(0, 2), max_size=3)), max_size=6, unique_by=lambda c: id(c[0])))
+    def append_to_a_batch(self, chosen):
+        before = self.state()
+        try:
+            plan = append_batch([s.table for s, _ in chosen], [len(tokens) for _, tokens in chosen], self.allocator)
+        except OutOfPages:
+            assert self.state() == before
+            return
+        self.pool.write(plan.slots, [token for _, tokens in chosen for token in tokens])
+        for sequence, tokens in chosen:
+            sequence.tokens.extend(tokens)
+
+    @rule(target=sequences, sequence=sequences)
+    def fork(self, sequence):
+        used = self.allocator.num_used
+        child = Sequence(sequence.table.fork(), sequence.tokens, sequence.kept, sequence.salt)
+        assert self.allocator.num_used == used
+        return self.add(child)
+
+    @rule(sequence=sequences, data=st.data())
+    def truncate(self, sequence, data):
+        length = data.draw(st.integers(0, len(sequence.tokens)))
+        if 0 < length < sequence.kept:
+            with pytest.raises(ValueError, match="were given back"):
+                sequence.table.truncate(length)
+            return
+        sequence.table.truncate(length)
+        del sequence.tokens[length:]
+        sequence.kept = sequence.kept if length else 0
+
+    @rule(sequence=consumes(sequences))
+    def release(self, sequence):
+        sequence.table.release()
+        assert sequence.table.num_pages == 0
+        self.live.remove(sequence)
+
+    @rule(sequence=sequences)
+    def seal(self, sequence):
+        sequence.table.seal()
+
+    @rule(sequence=sequences, data=st.data())
+    def free_before(self, sequence, data):
+        position = data.draw(st.integers(0, len(sequence.tokens)))
+        ends = [e.logical_end for e in sequence.table.entries]
+        expected = sum(end <= position for end in ends)
+        freed = sequence.table.free_before(position)
+        # a tail page with room stays
+        assert freed in (expected, expected - 1) and (freed == expected or position == len(sequence.tokens))
+        if freed:
+            sequence.kept = ends[freed - 1]
+
+    @rule(target=sequences, sequence=sequences, partial=st.sampled_from(["copy", "seal"]), data=st.data())
+    def share(self, sequence, partial, data):
+        length = data.draw(st.integers(0, len(sequence.tokens)))
+        table = PageTable(self.allocator.page_size)
+        if sequence.table.num_freed and length:
+            with pytest.raises(ValueError, match="must hold its whole prefix"):
+                share_prefix(sequence.table, table, length, partial=partial)
+            return multiple()
+        share_prefix(sequence.table, table, length, partial=partial)
+        return self.add(Sequence(table, sequence.tokens[:length], salt=sequence.salt))
+
+    @rule(sequence=sequences, data=st.data())
+    def write_in_place(self, sequence, data):
+        if sequence.kept == len(sequence.tokens):
+            return
+        position = data.draw(st.integers(sequence.kept, len(sequence.tokens) - 1))
+        page_id, _ = sequence.table.logical_to_physical(position)
+        shared = self.allocator.ref_count(page_id) > 1
+        before = self.state()
+        try:
+            assert copy_on_write(sequence.table, position, self.allocator) == shared
+        except OutOfPages:
+            assert shared and self.state() == before
+            return
+        page_id, offset = sequence.table.logical_to_physical(position)
+        assert self.allocator.ref_count(page_id) == 1
+        sequence.tokens[position] = (sequence.tokens[position] + 1) % 3
+        self.pool.tokens[page_id * self.allocator.page_size + offset] = sequence.tokens[position]
+
+    # The prefix cache.
+
+    @rule(sequence=sequences, data=st.data())
+    def cache_it(self, sequence, data):
+        length = data.draw(st.integers(0, len(sequence.tokens)))
+        free = self.allocator.num_free
+        self.cache.insert(sequence.tokens[:length], sequence.table, sequence.keys)
+        assert self.allocator.num_free >= free
+
+    @rule(
+        target=sequences,
+        prompt=st.one_of(st.none(), sequences),
+        tail=st.lists(st.integers(0, 2), max_size=6),
+        salt=st.integers(0, 1),
+        data=st.data(),
+    )
+    def reuse(self, prompt, tail, salt, data):
+        head = [] if prompt is None else prompt.tokens[: data.draw(st.integers(0, len(prompt.tokens)))]
+        tokens = [*head, *tail]
+        sequence = Sequence(PageTable(self.allocator.page_size), salt=salt)
+        used, match = self.allocator.num_used, self.cache.match(tokens, sequence.keys)
+        saved = self.cache.reuse(tokens, sequence.table, sequence.keys)
+        assert match.num_tokens == saved <= max(0, len(tokens) - 1)
+        assert match.page_ids == sequence.table.page_ids and self.allocator.num_used == used
+        sequence.tokens = tokens[:saved]
+        self.add(sequence)
+        self.append(sequence, tokens[saved:])
+        return sequence
+
+    @rule(num_pages=st.integers(1, 4))
+    def evict(self, num_pages):
+        evictable, free = self.cache.num_evictable, self.allocator.num_free
+        assert self.cache.evict(num_pages) == min(num_pages, evictable)
+        assert self.allocator.num_free == free + min(num_pages, evictable)
+
+    @rule(data=st.data())
+    def forget(self, data):
+        if self.cache.num_pages:
+            page_id = data.draw(st.sampled_from(self.cache.page_ids))
+            assert self.cache.forget([page_id]) >= 1
+
+    @rule()
+    def reset_cache(self):
+        self.cache.reset()
+        assert self.cache.num_pages == 0
+
+    # The allocator itself.
+
+    @rule(num_pages=st.integers(0, 5))
+    def allocate(self, num_pages):
+        available = self.allocator.num_available
+        page_ids = self.allocator.allocate_pages(num_pages)
+        assert (page_ids is None) == (num_pages > available)
+        self.stray.extend(page_ids or [])
+
+    @rule(num_pages=st.integers(1, 5))
+    @precondition(lambda self: isinstance(self.allocator, BuddyPageAllocator))
+    def allocate_run(self, num_pages):
+        page_ids = self.allocator.allocate_run(num_pages)
+        if page_ids is not None:
+            assert page_ids == list(range(page_ids[0], page_ids[0] + num_pages))
+            assert page_ids[0] % (1 << (num_pages - 1).bit_length()) == 0
+            self.stray.extend(page_ids)
+
+    @rule(data=st.data())
+    def free(self, data):
+        if self.stray:
+            page_id = data.draw(st.sampled_from(self.stray))
+            self.stray.remove(page_id)
+            self.allocator.free_page(page_id)
+
+    @rule(data=st.data())
+    @precondition(lambda self: isinstance(self.allocator, LRUPageAllocator))
+    def keep_stray_page(self, data):
+        fresh = [page_id for page_id in self.stray if not self.allocator.is_watched(page_id)]
+        if fresh:
+            self.allocator.cache_page(data.draw(st.sampled_from(fresh)))
+
+    @rule(data=st.data())
+    def misuse_a_free_page(self, data):
+        free = sorted(self.allocator._free_ids())
+        if free:
+            page_id = data.draw(st.sampled_from(free))
+            for call, error in [
+                (self.allocator.free_page, DoubleFree),
+                (self.allocator.share_page, UseAfterFree),
+                (lambda page_id: self.allocator.free_pages([page_id]), DoubleFree),
+                (lambda page_id: self.allocator.share_pages([page_id]), UseAfterFree),
+            ]:
+                with pytest.raises(error):
+                    call(page_id)
+        with pytest.raises(UnknownPage):
+            self.allocator.free_page(self.allocator.total_pages)
+
+    @rule(num_pages=st.integers(1, 3))
+    def shrink(self, num_pages):
+        assert self.allocator.shrink(num_pages) <= num_pages
+
+    # Invariants.
+
+    @invariant()
+    def the_books_agree(self):
+        if not hasattr(self, "allocator"):
+            return
+        holders = [sequence.table for sequence in self.live]
+        holders += [Held([page_id]) for page_id in self.stray]
+        self.allocator.check(holders, [self.cache])
+        assert self.allocator.num_free + self.allocator.num_used == self.allocator.total_pages
+        self.pool.wipe(self.allocator)
+
+    @invariant()
+    def every_sequence_reads_its_own_tokens(self):
+        for sequence in getattr(self, "live", ()):
+            table = sequence.table
+            assert table.num_tokens == len(sequence.tokens)
+            read = [self.pool.tokens[slot] for slot in table.slots(sequence.kept).tolist()]
+            assert read == sequence.tokens[sequence.kept :]
+            entries = table.entries
+            assert [e.logical_end for e in entries[:-1]] == [e.logical_start for e in entries[1:]]
+            if entries:
+                assert entries[0].logical_start == sequence.kept and entries[-1].logical_end == table.num_tokens
+
+    @invariant()
+    def cached_pages_hold_the_tokens_they_are_named_for(self):
+        if not hasattr(self, "cache"):
+            return
+        size = self.allocator.page_size
+        for page in self.cache._by_page.values():
+            slots = range(page.page_id * size, (page.page_id + 1) * size)
+            assert [self.pool.tokens[slot] for slot in slots] == np.frombuffer(page.tokens, "<i4").tolist()
+
+    @invariant()
+    def events_tell_what_is_cached(self):
+        if not hasattr(self, "cache"):
+            return
+        for event in self.cache.take_events():
+            if isinstance(event, PagesStored):
+                self.index.update(event.page_hashes)
+            elif isinstance(event, CacheCleared):
+                self.index.clear()
+            else:
+                self.index.remove(event.page_hash)
+        assert self.index == set(self.cache._by_hash)
+
+    @invariant()
+    def the_packed_batch_is_that_of_fresh_tables(self):
+        if not getattr(self, "live", ()):
+            return
+        tables = [sequence.table for sequence in self.live]
+        kept, fresh = self.block_table.update(tables), pack(tables)
+        width = fresh.block_tables.shape[1]
+        assert (kept.block_tables[:, :width] == fresh.block_tables).all()
+        assert (kept.block_tables[:, width:] == -1).all()
+        assert (kept.context_lens == fresh.context_lens).all()
+        for row, sequence in enumerate(self.live):
+            assert packed_slots(fresh, row, sequence.kept, self.allocator.page_size) == sequence.table.slots(sequence.kept).tolist()
+
+    def teardown(self):
+        if hasattr(self, "allocator"):
+            for sequence in self.live:
+                sequence.table.release()
+            for page_id in self.stray:
+                self.allocator.free_page(page_id)
+            self.cache.close()
+            self.allocator.check([], [])
+
+
+class Held:
+    """Somebody who is not a table and holds pages."""
+
+    def __init__(self, page_ids):
+        self.page_ids = page_ids
+
+
+def packed_slots(packed, row, first, page_size):
+    """The slots of a row's positions from ``first`` on, read as the kernel reads them."""
+    slots = []
+    for column, page_id in enumerate(packed.block_tables[row].tolist()):
+        start = column * page_size if packed.page_starts is None else int(packed.page_starts[row, column])
+        size = page_size if packed.page_lens is None else int(packed.page_lens[row, column])
+        for position in range(max(start, first), min(start + size, int(packed.context_lens[row]))):
+            assert page_id >= 0
+            slots.append(page_id * page_size + position - start)
+    return slots
+
+
+def machine(examples, steps):
+    """A test of ``examples * steps`` operations at most."""
+    case = type("Pages", (PageMachine,), {}).TestCase
+    case.settings = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return case
+
+
+TestPages = machine(80, 50)
+TestPagesLong = pytest.mark.long(machine(1500, 100))
