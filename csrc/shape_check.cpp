@@ -70,14 +70,4 @@ void check_float(const std::string& op, const char* name, const mx::array& a) {
   }
 }
 
-void check_pages_are_traced(const std::string& op, const mx::array& fresh, const mx::array& pages) {
-  if (fresh.is_tracer() && !pages.is_tracer()) {
-    fail(
-        op,
-        "the pages must be inputs and outputs of a compiled function "
-        "(mx.compile(f, inputs=pool.state, outputs=pool.state))",
-        "pages captured from outside");
-  }
-}
-
 } // namespace paged_mlx

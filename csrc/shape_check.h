@@ -45,10 +45,6 @@ void check_dtype(const std::string& op, const char* name, const mx::array& a, mx
 // `a` must be float32, float16 or bfloat16.
 void check_float(const std::string& op, const char* name, const mx::array& a);
 
-// While mx.compile traces, pages that are not traced would be captured as
-// constants and their writes lost.
-void check_pages_are_traced(const std::string& op, const mx::array& fresh, const mx::array& pages);
-
 std::string shape_string(const mx::array& a);
 std::string dtype_string(mx::Dtype dtype);
 

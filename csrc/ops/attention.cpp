@@ -56,7 +56,6 @@ ShapeCheck check_arrays(const mx::array& q, const mx::array& k_pages, const mx::
   if (shape.at("page_size") == 0) {
     fail(kOp, "k_pages must have a page_size of at least 1", shape_string(k_pages));
   }
-  check_pages_are_traced(kOp, q, k_pages);
   return shape;
 }
 
@@ -113,7 +112,7 @@ void check_plan(const PlanHeader& plan, size_t num_words, const PlanGeometry& g)
           std::to_string(planned));
     }
   };
-  if (num_words < sizeof(PlanHeader) / sizeof(int) || plan.magic != PAGED_MLX_PLAN_MAGIC ||
+  if (num_words < sizeof(PlanHeader) / sizeof(int32_t) || plan.magic != PAGED_MLX_PLAN_MAGIC ||
       size_t(plan.num_words) > num_words) {
     fail(kOp, "plan must be the array of an AttentionPlan", "other words");
   }
@@ -152,6 +151,12 @@ std::vector<mx::array> paged_attention(
   ShapeCheck shape = check_arrays(q, k_pages, v_pages);
   shape("plan", plan, {"words"});
   check_dtype(kOp, "plan", plan, mx::int32, "the array of an AttentionPlan");
+  if (!plan.is_tracer() && plan.is_available()) { // else when it is evaluated
+    check_plan(
+        *reinterpret_cast<const PlanHeader*>(plan.data<int32_t>()),
+        plan.size(),
+        attention_geometry(q, k_pages, v_pages, mask));
+  }
   AttentionOptions options;
   options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
   check_number("scale", options.scale, false);

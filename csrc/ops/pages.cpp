@@ -109,7 +109,6 @@ std::vector<mx::array> write_pages(
   check_dtype("write_pages", "k", k, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("write_pages", "v", v, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("write_pages", "slot_mapping", slots, mx::int32, "slot numbers");
-  check_pages_are_traced("write_pages", k, k_pages);
   const auto write = std::make_shared<WritePages>(s, mode);
   const auto k_rows = mx::contiguous(k, false, s), v_rows = mx::contiguous(v, false, s);
   if (mode == WriteMode::donate) { // outputs of one node hold its inputs: nothing could be donated
@@ -199,7 +198,6 @@ std::vector<mx::array> copy_pages(
     shapes.push_back(pool.shape());
     dtypes.push_back(pool.dtype());
   }
-  check_pages_are_traced("copy_pages", pairs, pools[0]);
   const auto copy = std::make_shared<CopyPages>(s, mode);
   if (mode == WriteMode::donate) { // as in write_pages
     std::vector<mx::array> copied;

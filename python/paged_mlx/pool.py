@@ -271,6 +271,7 @@ class PagePool:
         """
         i = 2 * self._check_layer("PagePool.write", layer)
         slots = self.slots(slot_mapping)
+        self._refuse_capture("PagePool.write", k)
         self.state[i : i + 2] = _ext.write_pages(
             k, v, self.state[i], self.state[i + 1], slots.array, alias=True, stream=self.stream
         )
@@ -295,6 +296,7 @@ class PagePool:
         k_pages, v_pages = self.state[i : i + 2]
         if isinstance(plan, AttentionPlan):
             _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
+        self._refuse_capture("PagePool.attend", q)
         out, lse, self.state[i], self.state[i + 1] = _ext.paged_attention(
             q,
             k_pages,
@@ -389,6 +391,15 @@ class PagePool:
             pages = self.allocator.total_pages
             assert pages <= self.num_pages, f"{pages} pages allocatable, {self.num_pages} in arrays"
             self.allocator.check()
+
+    def _refuse_capture(self, op: str, fresh: mx.array) -> None:
+        """A traced version must not enter a pool that the trace does not know of."""
+        if _ext.is_tracer(fresh) and not _ext.is_tracer(self.state[0]):
+            must = (
+                "the pool must be named to mx.compile: "
+                "mx.compile(f, inputs=pool.state, outputs=pool.state)"
+            )
+            fail(op, must, "a traced array for a pool captured from outside")
 
     def _check_layer(self, op: str, layer: int) -> int:
         if not 0 <= layer < self.num_layers:
