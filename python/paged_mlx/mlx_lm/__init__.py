@@ -1,0 +1,15 @@
+"""Paged K and V for mlx-lm: ``paged_mlx.enable(model)``.
+
+Two seams, and no edit of any model: prompt caches come from ``model.make_cache`` on the
+instance, and ``mx.fast.scaled_dot_product_attention`` reads the pages that they name.
+"""
+
+try:
+    import mlx_lm  # noqa: F401
+except ImportError as error:
+    raise ImportError("paged_mlx.enable needs mlx-lm: run `pip install mlx-lm`.") from error
+
+from paged_mlx.mlx_lm.cache import BatchPagedKVCache, PagedKVCache
+from paged_mlx.mlx_lm.enable import PagedModel, enable
+
+__all__ = ["BatchPagedKVCache", "PagedKVCache", "PagedModel", "enable"]

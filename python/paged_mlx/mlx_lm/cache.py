@@ -1,0 +1,334 @@
+"""Caches that mlx-lm takes for its own, with K and V in pages.
+
+A cache is one layer's view of some sequences. The sequences, with their page tables, are
+shared by the caches of all layers of a group; a cache itself knows how many tokens its
+layer has of each.
+"""
+
+import copy
+import logging
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import cache as stock
+from mlx_lm.models.base import create_causal_mask
+
+from paged_mlx.host_ints import fail
+from paged_mlx.mlx_lm.gathered import PagedMask, PagesOfLayer
+from paged_mlx.mlx_lm.sequence import SequencePages
+
+log = logging.getLogger("paged_mlx")
+
+
+class PagedKVCache(stock._BaseCache):
+    """One layer's K and V of one sequence, or of several of equal length.
+
+    Made by an enabled model's ``make_cache``.
+    """
+
+    def __init__(self, group, layer: int, rows: list[SequencePages], lens=None):
+        self.group = group
+        self.layer = layer
+        self._take(rows, np.zeros(len(rows), np.int32) if lens is None else lens)
+        self.step = None
+        self.stored = False
+
+    def _take(self, rows: list[SequencePages], lens: np.ndarray) -> None:
+        """Be the cache of these sequences, ``lens`` tokens of each."""
+        self.rows = rows
+        self.names = tuple([row.name for row in rows])
+        self.lens = lens
+
+    # Writing
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array):
+        """Write a step's K and V ``[batch, num_kv_heads, tokens, head_dim]`` into pages.
+
+        Returns:
+            K and V of the whole context as lazy gathers.
+
+        Raises:
+            OutOfPages: The pool is full and may not grow; nothing has changed.
+        """
+        batch, _, num_tokens, _ = keys.shape
+        self._check_batch(batch)
+        step = self._step(num_tokens)
+        pool, i = self.group.pool_of(self.layer, keys, values)
+        pool.write(i, _by_token(keys, pool), _by_token(values, pool), step.slot_mapping(pool))
+        step.served.add(self.layer)
+        self.step, self.lens, self.stored = step, step.ends, False
+        self._advanced(num_tokens)
+        return self.group.gathered(self._source(), keys, values)
+
+    def keys_and_values(self):
+        """K and V of the whole context as lazy gathers."""
+        k_pages, v_pages = self.state
+        return self.group.gathered(self._source(), k_pages, v_pages)
+
+    def _source(self) -> PagesOfLayer:
+        return PagesOfLayer(self.group, self.layer, self.step, batched=False)
+
+    def _step(self, num_tokens: int):
+        return self.group.step(self.layer, self.rows, self.names, self.lens, num_tokens)
+
+    def _advanced(self, num_tokens: int) -> None:
+        """Told of the tokens of each step, padding included."""
+
+    def _check_batch(self, batch: int) -> None:
+        if batch == len(self.rows):
+            return
+        if self.lens.any() or len(self.rows) != 1:
+            must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
+            fail("update_and_fetch", must, batch)
+        self._take(self.rows[0].family(batch), np.zeros(batch, np.int32))
+
+    # What mlx-lm asks
+
+    @property
+    def offset(self):
+        return int(self.lens[0])
+
+    def size(self) -> int:
+        longest = int(self.lens.max(initial=0))
+        return longest if self.group.window is None else min(longest, self.group.window)
+
+    def empty(self) -> bool:
+        return not self.lens.any()
+
+    @property
+    def state(self):
+        """The layer's arrays, whole: what must be evaluated after a step."""
+        return self.group.state_of(self.layer)
+
+    @state.setter
+    def state(self, state) -> None:
+        if state:
+            fail("PagedKVCache", "state must not be set, pages belong to a pool", "arrays")
+
+    @property
+    def keys(self):
+        return self._array(0)
+
+    @keys.setter
+    def keys(self, keys):
+        self._set_array(0, keys)
+
+    @property
+    def values(self):
+        return self._array(1)
+
+    @values.setter
+    def values(self, values):
+        self._set_array(1, values)
+
+    def _array(self, side: int):
+        state = self.state
+        return state[side] if state else None
+
+    def _set_array(self, side: int, array: mx.array) -> None:
+        # Models pass the arrays through mx.depends to order a pipeline.
+        pool, i = self.group.placed(self.layer)
+        pool.state[2 * i + side] = array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's pages, each divided among those who hold it."""
+        page = self.group.page_nbytes(self.layer)
+        refs = self.group.allocator.ref_count
+        return int(sum(page / refs(p) for row in self.rows for p in row.table.page_ids))
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        """The mask of the step to come, as the stock cache gives it."""
+        window = self.group.window
+        if window is None:
+            if window_size is None and (N == 1 or not return_array):
+                return None if N == 1 else "causal"
+            seen = self.offset
+        else:
+            if N == 1 and (window_size is None or window_size >= window):
+                return None
+            window_size = min(window_size or window, window)
+            seen = min(self.offset, window - 1)
+            if seen + N <= window_size and not return_array:
+                return "causal"
+        mask = create_causal_mask(N, seen, window_size=window_size)
+        return PagedMask(mask, self.group, window_size, self.lens, N)
+
+    # Rewinding
+
+    def is_trimmable(self) -> bool:
+        """Whether tokens can be taken back.
+
+        Behind a window ``retain`` tokens are kept for that. A cache that was put aside
+        may be asked for any number, so it says yes only while it has all its pages.
+        """
+        if self.group.window is None or not any(row.table.num_freed for row in self.rows):
+            return True
+        return bool(self.group.retain) and not self.stored
+
+    def trim(self, n: int) -> int:
+        """Take back the last ``n`` tokens.
+
+        Raises:
+            ValueError: The window's pages of that position were freed.
+        """
+        n = min(n, int(self.lens.min(initial=n)))
+        lens = self.lens - np.int32(n)
+        self._check_rewind(n, lens)
+        self.lens = lens
+        return n
+
+    def _check_rewind(self, n: int, lens: np.ndarray) -> None:
+        window = self.group.window
+        if window is None:
+            return
+        for row, length in zip(self.rows, lens.tolist()):
+            kept = row.table.num_freed * self.group.page_size
+            if kept > max(0, length - window + 1):
+                must = (
+                    f"n must leave the window's pages in place, which begin at {kept} with "
+                    f"retain={self.group.retain}"
+                )
+                fail("trim", must, f"{n}, back to position {length}")
+
+    # Copies, which share pages
+
+    def fork(self, n: int) -> list:
+        """``n`` caches of the same tokens on the same pages; no bytes move."""
+        return [copy.deepcopy(self) for _ in range(n)]
+
+    def __deepcopy__(self, memo):
+        rows = [row.fork_for(self.layer) for row in self.rows]
+        copied = type(self)(self.group, self.layer, rows, self.lens)
+        copied.step, copied.stored = self.step, self.stored
+        return copied
+
+    @classmethod
+    def merge(cls, caches):
+        """One batch of several caches; they stay as they are."""
+        first = caches[0]
+        for cache in caches:
+            if cache.group is not first.group or cache.layer != first.layer:
+                fail("merge", "caches must be of one layer of one enabled model", cache)
+        rows = [row.fork_for(first.layer) for cache in caches for row in cache.rows]
+        lens = np.concatenate([cache.lens for cache in caches])
+        return BatchPagedKVCache(first.group, first.layer, rows, lens)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4):
+        """mlx-lm's quantised cache of the same tokens, contiguous: pages hold no codes."""
+        if self.layer == 0:
+            log.warning("kv_bits leaves the pages: mlx-lm's quantised cache goes on from here")
+        return self.to_stock().to_quantized(group_size=group_size, bits=bits)
+
+    def to_stock(self):
+        """mlx-lm's own cache of the same tokens."""
+        window, length = self.group.window, self.offset
+        plain = stock.KVCache() if window is None else stock.RotatingKVCache(window)
+        if not length:
+            return plain
+        k, v = (mx.array(x) for x in self.group.contiguous(self.layer, self.rows, self.lens))
+        if window is not None:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+            plain._idx = k.shape[2]
+        plain.keys, plain.values, plain.offset = k, v, length
+        return plain
+
+    def __repr__(self):
+        return f"{type(self).__name__}(layer {self.layer}, {self.lens.tolist()} tokens)"
+
+
+class BatchPagedKVCache(PagedKVCache):
+    """One layer's K and V of a batch of sequences of any lengths.
+
+    Nothing is padded: sequences join, leave and grow by edits of a list.
+    """
+
+    def __init__(self, group, layer, rows, lens=None):
+        super().__init__(group, layer, rows, lens)
+        self.remaining = None  # prompt tokens to come of each row, while rows are padded
+
+    @property
+    def offset(self):
+        return self.group.offsets(self.lens)
+
+    @property
+    def left_padding(self):
+        return mx.zeros(len(self.rows), mx.int32)
+
+    def _source(self):
+        return PagesOfLayer(self.group, self.layer, self.step, batched=True)
+
+    def _step(self, num_tokens):
+        counts = None
+        if self.remaining is not None:
+            counts = np.clip(self.remaining, 0, num_tokens).astype(np.int32)
+        return self.group.step(
+            self.layer, self.rows, self.names, self.lens, num_tokens, counts
+        )
+
+    def _check_batch(self, batch):
+        if batch != len(self.rows):
+            must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
+            fail("update_and_fetch", must, batch)
+
+    def _advanced(self, num_tokens):
+        if self.remaining is not None:
+            self.remaining = self.remaining - num_tokens
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        """A mask over the gathered columns. It begins the step, so that they are known."""
+        group = self.group
+        windows = [window for window in (window_size, group.window) if window is not None]
+        window = min(windows, default=None)
+        step = self._step(N)
+        columns = mx.arange(step.num_columns) + step.first_column
+        positions = mx.arange(N)[:, None] + group.offsets(step.starts)[:, None, None, None]
+        mask = columns <= positions
+        if window is not None:
+            mask = mask & (columns > positions - window)
+        return PagedMask(mask, group, window, step.starts, N)
+
+    # The batch
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None):
+        """Take note of the padding of the prompts to come."""
+        if left_padding is not None and any(left_padding):
+            fail("prepare", "left_padding must be 0, pages need none", left_padding)
+        if right_padding is not None and max(right_padding) > 0:
+            self.remaining = np.array(lengths, np.int32)
+
+    def finalize(self):
+        self.remaining = None
+
+    def filter(self, batch_indices):
+        """Keep these sequences, in this order."""
+        keep = [int(i) for i in batch_indices]
+        self._take([self.rows[i] for i in keep], self.lens[keep])
+        if self.remaining is not None:
+            self.remaining = self.remaining[keep]
+
+    def extend(self, other):
+        """Take over the sequences of another batch."""
+        self._take(self.rows + other.rows, np.concatenate([self.lens, other.lens]))
+
+    def extract(self, idx: int) -> PagedKVCache:
+        """A cache of one sequence, on the same pages."""
+        rows = [self.rows[idx].fork_for(self.layer)]
+        cache = PagedKVCache(self.group, self.layer, rows, self.lens[idx : idx + 1])
+        cache.stored = True
+        return cache
+
+    def __deepcopy__(self, memo):
+        copied = super().__deepcopy__(memo)
+        copied.remaining = self.remaining
+        return copied
+
+
+def _by_token(x: mx.array, pool) -> mx.array:
+    """``[batch, heads, tokens, dim]`` as ``[batch * tokens, heads, dim]``, the pool's dtype."""
+    batch, heads, tokens, dim = x.shape
+    if tokens == 1:
+        x = x.reshape(batch, heads, dim)
+    else:
+        x = x.swapaxes(1, 2).reshape(batch * tokens, heads, dim)
+    return x if x.dtype == pool.dtype else x.astype(pool.dtype)

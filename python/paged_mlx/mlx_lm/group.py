@@ -1,0 +1,260 @@
+"""The layers of a model that share page tables: those with the same window."""
+
+from collections import Counter, deque
+
+import mlx.core as mx
+import numpy as np
+
+from paged_mlx._native import _ext
+from paged_mlx.allocator import PageAllocator
+from paged_mlx.append import append_batch
+from paged_mlx.block_table import BlockTable, pack
+from paged_mlx.errors import OutOfPages
+from paged_mlx.mlx_lm.gathered import GatheredKV, PagesOfLayer
+from paged_mlx.mlx_lm.step import Step
+from paged_mlx.pool import PagePool
+
+RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch
+
+
+class LayerGroup:
+    """Page tables, allocator and pools of all layers with one window.
+
+    One page id serves every layer of the group. Layers of one geometry share a pool; it is
+    made when the first of them writes.
+
+    Args:
+        num_layers: Layers of the group.
+        page_size: Tokens in a page.
+        num_pages: Pages at first.
+        max_pages: Pages at most; more than ``num_pages`` lets the pools double on demand.
+        window: Keys a token may see, its own included; None: all.
+        retain: Tokens kept behind the window, so that a rewind of as many stays possible;
+            None: all.
+    """
+
+    def __init__(self, num_layers, page_size, num_pages, max_pages, window, retain):
+        self.num_layers = num_layers
+        self.page_size = page_size
+        self.max_pages = max_pages
+        self.window = window
+        self.retain = retain
+        self.allocator = PageAllocator(num_pages, page_size)
+        self.geometry: dict[int, tuple] = {}  # layer -> what it is expected to write
+        self.retired: deque = deque()  # tables of sequences that are gone
+        self.peak_pages = 0
+        self._placed: dict[int, tuple[PagePool, int]] = {}
+        self._recent: list[tuple[Step, BlockTable]] = []
+        self._unread: dict[int, tuple] = {}  # gathers that nobody has taken the place of
+        self.paged_calls = 0
+        self.gathered_calls: Counter = Counter()  # (layer, reason) -> calls
+        self._offsets = (None, None)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    # Pools
+
+    def pool_of(self, layer: int, keys: mx.array, values: mx.array) -> tuple[PagePool, int]:
+        """The pool of a layer and its index there, made at the layer's first write."""
+        if layer not in self._placed:
+            found = geometry_of(keys, values)
+            peers = [
+                other
+                for other, expected in self.geometry.items()
+                if expected == found and other not in self._placed
+            ]
+            peers = sorted({layer, *peers})
+            num_kv_heads, head_dim, v_head_dim, dtype = found
+            pool = PagePool(
+                len(peers),
+                self.allocator.total_pages,
+                self.page_size,
+                num_kv_heads,
+                head_dim,
+                dtype,
+                v_head_dim,
+                allocator=self.allocator,
+            )
+            self._placed.update((peer, (pool, i)) for i, peer in enumerate(peers))
+        return self._placed[layer]
+
+    def placed(self, layer: int) -> tuple[PagePool, int] | None:
+        return self._placed.get(layer)
+
+    @property
+    def pools(self) -> list[PagePool]:
+        return list({id(pool): pool for pool, _ in self._placed.values()}.values())
+
+    def state_of(self, layer: int) -> list[mx.array]:
+        """The newest version of a layer's arrays."""
+        if layer not in self._placed:
+            return []
+        pool, i = self._placed[layer]
+        return pool.state[2 * i : 2 * i + 2]
+
+    def page_nbytes(self, layer: int) -> int:
+        """Bytes of one page of one layer."""
+        return sum(array.nbytes for array in self.state_of(layer)) // self.allocator.total_pages
+
+    # Steps
+
+    def step(self, layer, rows, names, starts, num_tokens, counts=None) -> Step:
+        """The pass that these sequences are in, begun by the first layer that asks."""
+        for step, _ in self._recent:
+            if step.joins(layer, names, starts, num_tokens):
+                return step
+        return self._begin(layer, rows, names, starts, num_tokens, counts)
+
+    def _begin(self, layer, rows, names, starts, num_tokens, counts) -> Step:
+        self.reclaim()
+        self._keep_unread()
+        if counts is None:
+            counts = np.full(len(rows), num_tokens, np.int32)
+        tables = [row.table for row in rows]
+        for row, start in zip(rows, starts.tolist()):
+            self._check_layers_agree(row, layer, start)
+            row.table.truncate(start)
+        self._free_behind_window(tables, starts)
+        plan = self._append(tables, counts.tolist())
+        before, packer = self._before(names)
+        packed = packer.update(tables)
+        freed = min(table.num_freed for table in tables)
+        step = Step(
+            names, starts, counts, num_tokens, plan.slots, packed, freed, self.page_size, before
+        )
+        for row in rows:
+            row.last_step = step
+        self._recent.insert(0, (step, packer))
+        del self._recent[RECENT_STEPS:]
+        self.peak_pages = max(self.peak_pages, self.allocator.num_used)
+        return step
+
+    @staticmethod
+    def _check_layers_agree(row, layer, start) -> None:
+        """A new step begins where every layer is, or goes back as every layer has."""
+        last = row.last_step
+        if last is None or not last.served or layer in last.served:
+            return
+        end = int(last.ends[last.names.index(row.name)])
+        assert end <= start, (
+            f"layer {layer} writes position {start} of a sequence that other layers have "
+            f"written up to {end} in another pass"
+        )
+
+    def _before(self, names) -> tuple[dict, BlockTable]:
+        """Plans and packed tables of these rows' last pass, to be advanced."""
+        for i, (step, packer) in enumerate(self._recent):
+            if step.names == names:
+                del self._recent[i]
+                return step.plans, packer
+        return {}, BlockTable()
+
+    def _free_behind_window(self, tables, starts) -> None:
+        if self.window is None or self.retain is None:
+            return
+        first = np.maximum(starts - (self.window - 1) - self.retain, 0)
+        for table, position in zip(tables, first.tolist()):
+            if position // self.page_size > table.num_freed:
+                table.free_before(position)
+
+    def _append(self, tables, counts):
+        """Append to all tables or to none; a pool that may grow doubles first."""
+        while True:
+            try:
+                return append_batch(tables, counts, self.allocator)
+            except OutOfPages:
+                total = self.allocator.total_pages
+                if total >= self.max_pages:
+                    raise
+                self.allocator.grow(min(total, self.max_pages - total))
+
+    def reclaim(self) -> None:
+        """Free the pages of sequences that are gone."""
+        while self.retired:
+            self.retired.popleft().release()
+
+    # Gathers
+
+    def gathered(self, source: PagesOfLayer, keys: mx.array, values: mx.array):
+        """K and V of a layer as lazy gathers; ``keys`` and ``values`` give their dtypes."""
+        k_pages, v_pages = self.state_of(source.layer)
+        arguments = source.step.gather_arguments(k_pages)
+        k, v, _, _ = _ext.gather_pages(k_pages, v_pages, **arguments)
+        self._unread[source.layer] = (k, v)
+        columns = self._stock_columns(source)
+        if columns is not None:
+            k, v = k[:, :, columns], v[:, :, columns]
+        if k.dtype != keys.dtype:
+            k = k.astype(keys.dtype)
+        if v.dtype != values.dtype:
+            v = v.astype(values.dtype)
+        return GatheredKV(k, source, True), GatheredKV(v, source, False)
+
+    def _stock_columns(self, source: PagesOfLayer) -> slice | None:
+        """The columns that a stock window cache returns: the window of the first new token."""
+        if self.window is None or source.batched:
+            return None
+        first = max(0, int(source.step.starts[0]) - self.window + 1) - source.step.first_column
+        return slice(first, None) if first else None
+
+    def taken(self, layer: int) -> None:
+        """The hook has read the pages: the layer's gather is not needed."""
+        self._unread.pop(layer, None)
+
+    def _keep_unread(self) -> None:
+        """Order gathers that something may still read before any later write."""
+        for layer, gathers in self._unread.items():
+            pool, i = self._placed[layer]
+            pool.state[2 * i : 2 * i + 2] = mx.depends(pool.state[2 * i : 2 * i + 2], list(gathers))
+        self._unread.clear()
+
+    def contiguous(self, layer: int, rows, lens: np.ndarray) -> tuple[mx.array, mx.array]:
+        """K and V of the tokens whose pages are held, ``[batch, heads, tokens, head_dim]``."""
+        packed = pack([row.table for row in rows])
+        skipped = min(row.table.num_freed for row in rows)
+        pool, i = self._placed[layer]
+        return pool.gather(i, packed.block_tables[:, skipped:], lens - skipped * self.page_size)
+
+    # Figures
+
+    def count(self, layer: int, reason: str | None) -> None:
+        """Take note of an attention call: paged, or the reason why not."""
+        if reason is None:
+            self.paged_calls += 1
+        else:
+            self.gathered_calls[layer, reason] += 1
+
+    def offsets(self, lens: np.ndarray) -> mx.array:
+        """``lens`` as an array, one for all layers of a step."""
+        if self._offsets[0] is not lens:
+            self._offsets = (lens, mx.array(lens))
+        return self._offsets[1]
+
+    @property
+    def pages_used(self) -> int:
+        self.reclaim()
+        return self.allocator.num_used
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages of all layers."""
+        return sum(pool.nbytes for pool in self.pools)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the pages in use."""
+        return sum(pool.page_nbytes for pool in self.pools) * self.pages_used
+
+    def __repr__(self):
+        window = "" if self.window is None else f", window {self.window}"
+        return (
+            f"LayerGroup({self.num_layers} layers{window}, {self.pages_used} of "
+            f"{self.allocator.total_pages} pages of {self.page_size} tokens)"
+        )
+
+
+def geometry_of(keys: mx.array, values: mx.array) -> tuple:
+    """(num_kv_heads, head_dim, v_head_dim, dtype) of K ``[batch, heads, tokens, dim]`` and V."""
+    dtype = keys.dtype if keys.dtype == values.dtype else mx.float32
+    return keys.shape[1], keys.shape[3], values.shape[3], dtype

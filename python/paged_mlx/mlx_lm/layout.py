@@ -1,0 +1,100 @@
+"""Which of a model's caches can be pages, and what each layer will write."""
+
+import logging
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+from mlx_lm.models import cache as stock
+
+from paged_mlx.mlx_lm.group import geometry_of
+
+log = logging.getLogger("paged_mlx")
+
+
+@dataclass
+class CachePlace:
+    """One cache of the model that holds K and V.
+
+    Attributes:
+        window: Keys a token may see; None: all.
+        layer: Its number among the caches of that window.
+    """
+
+    window: int | None
+    layer: int
+
+
+@dataclass
+class Layout:
+    """The caches of a model, nested as its ``make_cache`` nests them.
+
+    Attributes:
+        places: For each cache a CachePlace, a list of them, or why it stays as it is.
+        num_layers: Layers of each window.
+    """
+
+    places: list = field(default_factory=list)
+    num_layers: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, caches) -> "Layout":
+        layout = cls()
+        layout.places = [layout._place(cache) for cache in caches]
+        return layout
+
+    def _place(self, cache):
+        if isinstance(cache, stock.CacheList):
+            return [self._place(part) for part in cache.caches]
+        if type(cache) is stock.KVCache:
+            window = None
+        elif type(cache) is stock.RotatingKVCache and cache.keep == 0:
+            window = cache.max_size
+        elif type(cache) is stock.RotatingKVCache:
+            return "it keeps the first tokens beside its window"
+        else:
+            return f"{type(cache).__name__} holds no pages of K and V"
+        layer = self.num_layers.get(window, 0)
+        self.num_layers[window] = layer + 1
+        return CachePlace(window, layer)
+
+
+def build(places, caches, make) -> list:
+    """``caches`` with those that have a place replaced by ``make(place)``."""
+    return [_build(place, cache, make) for place, cache in zip(places, caches)]
+
+
+def _build(place, cache, make):
+    if isinstance(place, CachePlace):
+        return make(place)
+    if isinstance(place, list):
+        return stock.CacheList(*build(place, cache.caches, make))
+    return cache
+
+
+class GeometryProbe(stock.KVCache):
+    """Takes down what a layer writes, and keeps nothing."""
+
+    def __init__(self, place, found: dict):
+        super().__init__()
+        self._place = place
+        self._found = found
+
+    def update_and_fetch(self, keys, values):
+        self._found[self._place.window, self._place.layer] = geometry_of(keys, values)
+        return keys, values
+
+
+def probe_geometry(model, caches, places) -> dict:
+    """What each layer writes: {(window, layer): geometry}.
+
+    Builds the graph of one token and evaluates nothing. A model that cannot be called
+    this way has an empty answer: then each layer gets a pool of its own, when it writes.
+    """
+    found = {}
+    probes = build(places, caches, lambda place: GeometryProbe(place, found))
+    try:
+        model(mx.zeros((1, 1), mx.int32), cache=probes)
+    except Exception as error:
+        log.debug("the layers of %s are not known beforehand: %s", type(model).__name__, error)
+        return {}
+    return found

@@ -1,0 +1,64 @@
+"""One sequence's pages, as the layers of a model share them."""
+
+import itertools
+import weakref
+
+from paged_mlx.page_table import PageTable
+
+_names = itertools.count()
+
+
+class SequencePages:
+    """The page table of one sequence in one group of layers.
+
+    Every layer's cache holds a reference, and the pages go back to the pool when the last
+    of them is gone. The group frees them at its next step, never in the middle of a page
+    operation, whenever the garbage collector runs.
+
+    Attributes:
+        name: An int that no other sequence has.
+        last_step: The last step that it took part in.
+    """
+
+    def __init__(self, group, table: PageTable | None = None):
+        self.name = next(_names)
+        self.group = group
+        self.table = PageTable(group.page_size) if table is None else table
+        self.last_step = None
+        self._forks = []  # (weak reference, content when forked, layers that have it)
+        self._siblings: list[SequencePages] = []
+        weakref.finalize(self, group.retired.append, self.table).atexit = False
+
+    def fork(self) -> "SequencePages":
+        """Another sequence of the same tokens on the same pages; no bytes move."""
+        return SequencePages(self.group, self.table.fork())
+
+    def fork_for(self, layer: int) -> "SequencePages":
+        """A fork that all layers share.
+
+        mlx-lm copies, merges and extracts a prompt cache layer by layer: the first layer
+        that asks makes the fork, the others get the same one.
+        """
+        content = (self.table._version, self.table.num_tokens)
+        alive = []
+        found = None
+        for entry in self._forks:
+            reference, forked, layers = entry
+            fork = reference()
+            if fork is None or forked != content:
+                continue
+            alive.append(entry)
+            if found is None and layer not in layers:
+                layers.add(layer)
+                found = fork
+        self._forks = alive
+        if found is None:
+            found = self.fork()
+            self._forks.append((weakref.ref(found), content, {layer}))
+        return found
+
+    def family(self, batch: int) -> list["SequencePages"]:
+        """This sequence and ``batch - 1`` empty ones, the same for every layer that asks."""
+        while len(self._siblings) < batch - 1:
+            self._siblings.append(SequencePages(self.group))
+        return [self, *self._siblings[: batch - 1]]

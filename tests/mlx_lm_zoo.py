@@ -1,0 +1,124 @@
+"""Tiny random models of mlx-lm's families, and greedy generation through mlx-lm."""
+
+import importlib
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
+
+VOCABULARY = 97
+WINDOW = 24
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "norm_eps": 1e-5,
+    "layer_norm_eps": 1e-5,
+    "layer_norm_epsilon": 1e-5,
+    "layer_norm_bias": False,
+    "vocab_size": VOCABULARY,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "phi": {"partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 10000, "use_parallel_residual": True},
+    "cohere": {"logit_scale": 0.1, "layer_norm_eps": 1e-5},
+    "cohere2": {"sliding_window": WINDOW, "sliding_window_pattern": 3, "logit_scale": 0.1},
+    "gemma": {},
+    "gemma3_text": {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
+    "gpt_oss": {
+        "sliding_window": WINDOW,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "olmo2": {},
+    "starcoder2": {},
+    "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+}
+
+WINDOWED = ("cohere2", "gemma3_text", "gpt_oss")
+
+
+def tiny(family: str, seed: int = 0, **changes):
+    """A model of ``family`` with random weights large enough that tokens differ."""
+    module = importlib.import_module(f"mlx_lm.models.{family}")
+    config = {"model_type": family, **SMALL, **FAMILIES[family], **changes}
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    mx.eval(model.parameters())
+    return model
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    mx.random.seed(seed)
+    return mx.random.randint(0, VOCABULARY, (length,)).tolist()
+
+
+def single(model, tokens: list[int], max_tokens: int, chunk: int = 16, cache=None) -> list[int]:
+    """Greedy tokens through ``generate_step``, the prompt in chunks."""
+    steps = generate_step(
+        mx.array(tokens), model, max_tokens=max_tokens, prefill_step_size=chunk, prompt_cache=cache
+    )
+    return [int(token) for token, _ in steps]
+
+
+def speculative(model, draft, tokens, max_tokens: int, num_draft: int = 3, chunk: int = 16):
+    """Greedy tokens through ``speculative_generate_step``."""
+    steps = speculative_generate_step(
+        mx.array(tokens),
+        model,
+        draft,
+        max_tokens=max_tokens,
+        num_draft_tokens=num_draft,
+        prefill_step_size=chunk,
+    )
+    return [int(token) for token, _, _ in steps]
+
+
+def batched(model, prompts, max_tokens, late: dict[int, int] | None = None, chunk: int = 16, caches=None):
+    """Greedy tokens of each prompt through ``BatchGenerator``.
+
+    Args:
+        max_tokens: Of each prompt: they leave at different steps.
+        late: Prompts that join only after so many steps.
+    """
+    late = late or {}
+    generator = BatchGenerator(
+        model, prefill_step_size=chunk, prefill_batch_size=4, completion_batch_size=8
+    )
+    waiting = sorted(late, key=late.get)
+    now = [i for i in range(len(prompts)) if i not in late]
+    index = {}
+
+    def insert(which):
+        given = [caches[i] for i in which] if caches else None
+        uids = generator.insert(
+            [prompts[i] for i in which], max_tokens=[max_tokens[i] for i in which], caches=given
+        )
+        index.update(zip(uids, which))
+
+    insert(now)
+    answers = [[] for _ in prompts]
+    steps = 0
+    while True:
+        while waiting and late[waiting[0]] <= steps:
+            insert([waiting.pop(0)])
+        responses = generator.next_generated()
+        if not responses and not waiting:
+            return answers
+        for response in responses:
+            answers[index[response.uid]].append(response.token)
+        steps += 1
