@@ -1,6 +1,7 @@
 """The layers of a model that share page tables: those with the same window."""
 
 from collections import Counter, deque
+from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +42,7 @@ class LayerGroup:
         self.retain = retain
         self.allocator = PageAllocator(num_pages, page_size)
         self.geometry: dict[int, tuple] = {}  # layer -> what it is expected to write
+        self.sequences: WeakSet = WeakSet()
         self.retired: deque = deque()  # tables of sequences that are gone
         self.peak_pages = 0
         self._placed: dict[int, tuple[PagePool, int]] = {}
@@ -235,6 +237,11 @@ class LayerGroup:
     def pages_used(self) -> int:
         self.reclaim()
         return self.allocator.num_used
+
+    def page_map(self) -> list[list[int]]:
+        """Page ids of every sequence that holds pages, the oldest first."""
+        alive = sorted(self.sequences, key=lambda sequence: sequence.name)
+        return [ids for sequence in alive if (ids := sequence.table.page_ids)]
 
     @property
     def nbytes(self) -> int:

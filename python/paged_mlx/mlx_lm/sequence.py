@@ -27,6 +27,7 @@ class SequencePages:
         self.last_step = None
         self._forks = []  # (weak reference, content when forked, layers that have it)
         self._siblings: list[SequencePages] = []
+        group.sequences.add(self)
         weakref.finalize(self, group.retired.append, self.table).atexit = False
 
     def fork(self) -> "SequencePages":

@@ -1,0 +1,191 @@
+"""A real model answers several questions at once, its K and V in pages.
+
+All prompts begin with the same system prompt: its pages are stored once and shared. The
+same batch runs through mlx-lm's own caches beside it, and every token is compared.
+
+    python examples/demo.py [--tokens N] [--plain]
+"""
+
+import argparse
+import copy
+import sys
+import time
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import smollm2
+from demo_screen import make_screen
+from mlx_lm.generate import BatchGenerator
+
+import paged_mlx
+
+SYSTEM = """You are Ada, a friendly guide in a science museum for children. Visitors ask \
+short questions and you answer each of them in two or three plain sentences. You never use \
+difficult words without explaining them, and you stay kind and cheerful. When a question is \
+about animals, name one animal. When a question is about space, name one planet or star. \
+The museum opens at nine and closes at five."""
+
+QUESTIONS = [
+    "Why is the sky blue?",
+    "How do birds fly?",
+    "Why does the moon change its shape?",
+    "What do bees eat?",
+]
+
+PAGE_SIZE = 16
+
+
+def main() -> int:
+    arguments = read_arguments()
+    screen = make_screen(plain=arguments.plain or not sys.stdout.isatty())
+    started = time.perf_counter()
+    model, tokenizer = smollm2.load(screen.say)
+    with paged_mlx.enable(model, page_size=PAGE_SIZE) as paged:
+        run = Run(model, tokenizer, paged, arguments.tokens, screen)
+        run.prefill()
+        run.generate()
+    screen.report(run)
+    screen.say(f"{time.perf_counter() - started:.0f} s in all")
+    return 0 if run.all_equal else 1
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tokens", type=int, default=40, help="tokens of each answer (40)")
+    parser.add_argument("--plain", action="store_true", help="lines of text, no live display")
+    arguments = parser.parse_args()
+    if arguments.tokens < 1:
+        parser.error(f"--tokens must be at least 1; got {arguments.tokens}")
+    return arguments
+
+
+@dataclass
+class Answer:
+    """One question's answer: tokens from pages, and those of mlx-lm's own caches."""
+
+    question: str
+    decode: object
+    tokens: list[int] = field(default_factory=list)
+    stock_tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.decode(self.tokens)
+
+    @property
+    def marks(self) -> list[bool]:
+        """Whether each token equals the stock one, as far as both have come."""
+        return [ours == theirs for ours, theirs in zip(self.tokens, self.stock_tokens)]
+
+    @property
+    def is_equal(self) -> bool:
+        return self.tokens == self.stock_tokens
+
+
+@dataclass
+class Memory:
+    """Bytes of K and V at their peaks."""
+
+    pages: int = 0
+    stock: int = 0
+
+
+class Run:
+    """The questions as one batch, twice: on pages, and on mlx-lm's own caches.
+
+    Attributes:
+        answers: One for each question.
+        page_map: Page ids of each sequence, the last time that all were there.
+        memory: Of both at their peaks.
+    """
+
+    def __init__(self, model, tokenizer, paged, max_tokens, screen):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.paged = paged
+        self.max_tokens = max_tokens
+        self.screen = screen
+        self.system, self.prompts = split_prompts(tokenizer)
+        self.answers = [
+            Answer(question, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+            for question in QUESTIONS
+        ]
+        self.page_map: list[list[int]] = []
+        self.memory = Memory()
+        (self.group,) = paged.groups.values()
+
+    def prefill(self) -> None:
+        """Read the system prompt into both kinds of cache, and hand out copies."""
+        length = f"{len(self.system)} tokens"
+        self.screen.say(f"reading the system prompt, {length}, into pages")
+        on_pages = self._read(self.paged.make_cache())
+        self.screen.say(f"reading the system prompt, {length}, into mlx-lm's own cache")
+        stock = self._read(self.paged.stock_cache())
+        self.on_pages = self._batch(self.paged.fork(on_pages, len(self.prompts)))
+        self.stock = self._batch([copy.deepcopy(stock) for _ in self.prompts])
+
+    def _read(self, cache):
+        self.model(mx.array([self.system]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+        return cache
+
+    def _batch(self, caches):
+        generator = BatchGenerator(
+            self.model,
+            stop_tokens=[[token] for token in self.tokenizer.eos_token_ids],
+            max_tokens=self.max_tokens,
+        )
+        generator.insert(self.prompts, caches=caches)
+        return generator
+
+    def generate(self) -> None:
+        """Step both batches in turn: each token is compared as it comes."""
+        self.screen.say(f"reading {len(self.prompts)} questions, then answering them")
+        with self.screen.answering(self.answers, self.max_tokens) as refresh:
+            going = True
+            while going:
+                ours = self.on_pages.next_generated()
+                theirs = self.stock.next_generated()
+                self._take(ours, theirs)
+                self._measure()
+                refresh()
+                going = bool(ours or theirs)
+
+    def _take(self, ours, theirs) -> None:
+        for response in ours:
+            answer = self.answers[response.uid]
+            answer.tokens.append(response.token)
+            answer.finished = response.finish_reason is not None
+        for response in theirs:
+            self.answers[response.uid].stock_tokens.append(response.token)
+
+    def _measure(self) -> None:
+        page_map = self.group.page_map()
+        if len(page_map) == len(self.answers):
+            self.page_map = page_map
+        self.memory.pages = max(self.memory.pages, self.paged.nbytes_used)
+        self.memory.stock = max(self.memory.stock, self.stock.prompt_cache_nbytes)
+
+    @property
+    def all_equal(self) -> bool:
+        return all(answer.is_equal for answer in self.answers)
+
+
+def split_prompts(tokenizer) -> tuple[list[int], list[list[int]]]:
+    """The tokens that all prompts begin with, and the rest of each."""
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
+            add_generation_prompt=True,
+        )
+        for question in QUESTIONS
+    ]
+    common = 0
+    while len({prompt[common] for prompt in prompts}) == 1:
+        common += 1
+    return prompts[0][:common], [prompt[common:] for prompt in prompts]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
