@@ -1,0 +1,1 @@
+#include "../metal_host_predefined.h"
