@@ -85,7 +85,7 @@ class Step:
 
     def plan(self, pool, num_q_heads: int, window: int | None):
         """The attention plan for layers of this shape, made once and advanced if it can be."""
-        key = (num_q_heads, pool.num_kv_heads, window, pool.dtype)
+        key = (num_q_heads, pool.num_kv_heads, pool.num_pages, window, pool.dtype)
         if key not in self._plans:
             one_each = self.num_tokens == 1 and not self.padded
             self._plans[key] = fast.plan(

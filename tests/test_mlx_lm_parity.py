@@ -1,0 +1,144 @@
+"""Greedy tokens on pages equal those of mlx-lm's own caches, and the pages were read."""
+
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm_zoo as zoo  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+
+from paged_mlx.mlx_lm import enable  # noqa: E402
+
+FAMILIES = list(zoo.FAMILIES)
+# It casts K and V before it attends, so no call of it names the pages.
+CASTS = {"stablelm"}
+LENGTHS = (5, 40, 17, 29, 33)
+MAX_TOKENS = (12, 3, 20, 9, 15)
+LATE = {3: 2, 4: 6}
+
+
+def assert_route(paged, family):
+    if family in CASTS:
+        assert paged.paged_calls == 0
+    else:
+        assert paged.paged_calls > 0
+        assert paged.gathered_calls == {}
+
+
+def assert_nothing_left(paged):
+    paged.check()
+    assert [group.pages_used for group in paged.groups.values()] == [0] * len(paged.groups)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_tokens_equal_stock(family):
+    model, prompt = zoo.tiny(family), zoo.prompt(45, seed=1)
+    expected = zoo.single(model, prompt, max_tokens=16)
+    with enable(model, page_size=8) as paged:
+        assert zoo.single(model, prompt, max_tokens=16) == expected
+        assert_route(paged, family)
+        assert_nothing_left(paged)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_batch_with_late_joins_and_early_leaves_equals_stock(family):
+    model = zoo.tiny(family)
+    prompts = [zoo.prompt(length, seed=length) for length in LENGTHS]
+    expected = zoo.batched(model, prompts, MAX_TOKENS, LATE)
+    with enable(model, page_size=8) as paged:
+        assert zoo.batched(model, prompts, MAX_TOKENS, LATE) == expected
+        assert_route(paged, family)
+        assert_nothing_left(paged)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_stock_to_rounding(family):
+    model, tokens = zoo.tiny(family), mx.array([zoo.prompt(50, seed=2)])
+
+    def logits():
+        cache = make_prompt_cache(model)
+        steps = [model(tokens[:, i : i + 13], cache=cache) for i in range(0, 39, 13)]
+        steps += [model(tokens[:, i : i + 1], cache=cache) for i in range(39, 50)]
+        return mx.concatenate(steps, axis=1)
+
+    expected = logits()
+    with enable(model, page_size=8):
+        error = mx.abs(logits() - expected).max() / mx.abs(expected).max()
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 64])
+def test_page_size_does_not_change_tokens(page_size):
+    model, prompt = zoo.tiny("gemma3_text"), zoo.prompt(45, seed=3)
+    expected = zoo.single(model, prompt, max_tokens=16)
+    with enable(model, page_size=page_size) as paged:
+        assert zoo.single(model, prompt, max_tokens=16) == expected
+        assert_route(paged, "gemma3_text")
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_logits_equal_stock_to_their_rounding(dtype):
+    model, tokens = zoo.tiny("llama"), mx.array([zoo.prompt(40, seed=4)])
+    model.set_dtype(dtype)
+    expected = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
+    with enable(model) as paged:
+        found = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
+        mx.eval(found)
+        assert paged.paged_calls == 3
+        assert [pool.dtype for pool in paged.groups[None].pools] == [dtype]
+    precision = {mx.float16: 2**-10, mx.bfloat16: 2**-7}[dtype]
+    assert mx.abs(found - expected).max() < 8 * precision * mx.abs(expected).max()
+
+
+def test_a_batch_on_a_single_cache_equals_stock():
+    model = zoo.tiny("llama")
+    tokens = mx.array([zoo.prompt(20, seed=seed) for seed in range(3)])
+
+    def logits():
+        cache = make_prompt_cache(model)
+        model(tokens[:, :15], cache=cache)
+        return model(tokens[:, 15:], cache=cache)
+
+    expected = logits()
+    with enable(model, page_size=8) as paged:
+        assert mx.abs(logits() - expected).max() < 1e-5
+        assert paged.paged_calls == 6
+
+
+def test_gathered_kv_are_right_when_a_model_reads_them_itself():
+    model, tokens = zoo.tiny("llama"), mx.array([zoo.prompt(20, seed=5)])
+    stock = make_prompt_cache(model)
+    model(tokens, cache=stock)
+    with enable(model, page_size=8):
+        cache = make_prompt_cache(model)
+        model(tokens, cache=cache)
+        for ours, theirs in zip(cache, stock):
+            for found, expected in zip(ours.keys_and_values(), theirs.keys_and_values()):
+                assert found.shape == expected.shape
+                assert mx.abs(found - expected).max() < 1e-5
+
+
+def test_a_gather_that_is_read_late_is_not_overwritten():
+    model = zoo.tiny("llama")
+    keys = [mx.full((1, 2, 8, 8), value) for value in (1.0, 2.0)]
+    with enable(model, page_size=8, num_pages=1):
+        first = make_prompt_cache(model)[0]
+        k, _ = first.update_and_fetch(keys[0], keys[0])
+        lazy = k * 1  # an operation of the model's own, which has not run
+        del first, k
+        # The one page is free again, and the next sequence takes it.
+        second = make_prompt_cache(model)[0]
+        second.update_and_fetch(keys[1], keys[1])
+        mx.eval(second.state)
+        assert mx.all(lazy == 1)
+
+
+def test_window_pages_are_freed_as_the_sequence_grows():
+    model, prompt = zoo.tiny("gemma3_text"), zoo.prompt(60, seed=6)
+    with enable(model, page_size=8, retain=0) as paged:
+        cache = make_prompt_cache(model)
+        zoo.single(model, prompt, max_tokens=40, cache=cache)
+        # 24 keys lie on at most 4 pages of 8, and the step that frees pages comes first.
+        assert paged.groups[zoo.WINDOW].pages_used <= 5
+        assert paged.groups[None].pages_used == -(-100 // 8)
