@@ -1,0 +1,101 @@
+// What host and kernels agree on besides the plan: where an element of a page
+// lies, the argument structs, the buffer indices and the function constants.
+//
+// Included by host C++ and by the Metal sources: ASCII, no std.
+#ifndef PAGED_MLX_ARGUMENTS_H
+#define PAGED_MLX_ARGUMENTS_H
+
+#include "plan_format.h"
+
+// Function constants of the attention kernels. Macros, since they stand in
+// attributes.
+#define PAGED_MLX_CONSTANT_WINDOW 0    // bool: rows have a first visible key
+#define PAGED_MLX_CONSTANT_SOFTCAP 1   // bool
+#define PAGED_MLX_CONSTANT_ALIBI 2     // bool
+#define PAGED_MLX_CONSTANT_SINKS 3     // bool
+#define PAGED_MLX_CONSTANT_MASK 4      // bool
+#define PAGED_MLX_CONSTANT_RAGGED 5    // bool: pages carry their own start and length
+#define PAGED_MLX_CONSTANT_PAGE_SIZE 6 // int
+#define PAGED_MLX_CONSTANT_MASK_ADDS 7 // bool: the mask is additive, not boolean
+
+// Buffers of the attention kernels.
+#define PAGED_MLX_BUFFER_ARGUMENTS 0
+#define PAGED_MLX_BUFFER_PLAN 1
+#define PAGED_MLX_BUFFER_Q 2
+#define PAGED_MLX_BUFFER_K_PAGES 3
+#define PAGED_MLX_BUFFER_V_PAGES 4
+#define PAGED_MLX_BUFFER_OUT 5
+#define PAGED_MLX_BUFFER_LSE 6
+#define PAGED_MLX_BUFFER_PARTIAL_OUT 7
+#define PAGED_MLX_BUFFER_PARTIAL_STATE 8
+#define PAGED_MLX_BUFFER_ALIBI 9
+#define PAGED_MLX_BUFFER_SINKS 10
+#define PAGED_MLX_BUFFER_MASK 11
+
+// Buffers of the kernels that move pages. copy_pages binds up to
+// PAGED_MLX_COPY_POOLS pools from PAGED_MLX_BUFFER_POOLS on.
+#define PAGED_MLX_BUFFER_SLOTS 1
+#define PAGED_MLX_BUFFER_K_TOKENS 2
+#define PAGED_MLX_BUFFER_V_TOKENS 5
+#define PAGED_MLX_BUFFER_TABLES 1
+#define PAGED_MLX_BUFFER_CONTEXT_LENS 2
+#define PAGED_MLX_BUFFER_K_OUT 5
+#define PAGED_MLX_BUFFER_V_OUT 6
+#define PAGED_MLX_BUFFER_PAGE_STARTS 7
+#define PAGED_MLX_BUFFER_PAGE_LENS 8
+#define PAGED_MLX_BUFFER_PAIRS 1
+#define PAGED_MLX_BUFFER_POOLS 2
+#define PAGED_MLX_COPY_POOLS 28
+
+// Buffers of merge_states; up to PAGED_MLX_MERGE_PARTS parts a dispatch.
+#define PAGED_MLX_BUFFER_MERGED_OUT 1
+#define PAGED_MLX_BUFFER_MERGED_LSE 2
+#define PAGED_MLX_BUFFER_PART_OUTS 3
+#define PAGED_MLX_BUFFER_PART_LSES 16
+#define PAGED_MLX_MERGE_PARTS 13
+
+namespace paged_mlx {
+
+// Row of a page's slot in a pool [num_pages, num_kv_heads, page_size, D]; the
+// slot's elements are [row * D, row * D + D).
+inline long page_row(int page_id, int kv_head, int offset, int num_kv_heads, int page_size) {
+  return (long(page_id) * num_kv_heads + kv_head) * page_size + offset;
+}
+
+// Offsets are in words from the start of the plan, those of plan_format.h.
+struct AttendArguments {
+  long mask_head_stride;  // elements; 0 broadcasts
+  long mask_token_stride; // elements; the key position has stride 1
+  int items;              // the first item of this dispatch
+  int row_tokens, positions, row_ends;
+  int pages, page_starts, page_lens;
+  int merges, parts;
+  int num_merges;
+  int num_q_heads, num_kv_heads, gqa_factor;
+  int sliding_window;
+  float scale;   // of q.k: into base-2 units, or with a softcap into its units
+  float softcap; // the cap in base-2 units
+};
+
+struct WritePagesArguments {
+  int num_kv_heads, page_size;
+  int k_row, v_row; // words of 2 or 4 bytes... see write_pages.metal
+  int tokens;
+};
+
+struct CopyPagesArguments {
+  long page_units[PAGED_MLX_COPY_POOLS]; // 8-byte units of one page of each pool
+};
+
+struct GatherPagesArguments {
+  int max_pages, length, num_kv_heads, page_size;
+  int k_row, v_row; // units of one row
+};
+
+struct MergeStatesArguments {
+  int rows, dim, parts;
+};
+
+} // namespace paged_mlx
+
+#endif

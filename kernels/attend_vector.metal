@@ -1,0 +1,311 @@
+// Attention of 1 or 2 rows against a run of pages: decode without a head group.
+//
+// Buffers, grid and macros as in attend_tile.metal, but for ROWS in place of
+// ROW_TILES. Eight lanes share a key, so a load of the simdgroup covers 16
+// bytes x 8 lanes of four keys; a step is 32 keys, of which a lane reads its
+// part of eight. The eight partial dot products are summed over the lanes by a
+// transposing butterfly that leaves each lane the score of one key.
+
+#include "merge_simdgroups.h"
+#include "page_walk.h"
+#include "scores.h"
+#include "softmax.h"
+
+namespace paged_mlx {
+
+// Where a lane stands: its part of a row, and its key among four.
+struct KeyLane {
+  short part, key;
+
+  explicit KeyLane(short lane) : part(lane & 7), key(lane >> 3) {}
+};
+
+// sums[t] of the eight lanes of a key, for eight t: lane `part` gets the total
+// of t = part.
+inline float transposed_sum(thread const float (&sums)[8], short part) {
+  float four[4], two[2];
+  for (int i = 0; i < 4; i++) {
+    const bool upper = part & 4;
+    four[i] = upper ? sums[i + 4] : sums[i];
+    four[i] += simd_shuffle_xor(upper ? sums[i] : sums[i + 4], 4);
+  }
+  for (int i = 0; i < 2; i++) {
+    const bool upper = part & 2;
+    two[i] = upper ? four[i + 2] : four[i];
+    two[i] += simd_shuffle_xor(upper ? four[i] : four[i + 2], 2);
+  }
+  const bool upper = part & 1;
+  return (upper ? two[1] : two[0]) + simd_shuffle_xor(upper ? two[0] : two[1], 1);
+}
+
+// The elements [BEGIN, N) of a row, in runs of 8 lanes x kWidth. A lane keeps
+// its elements of run after run in an array, from BEGIN / 8 on.
+template <typename T, int N, int BEGIN = 0, bool MORE = (BEGIN < N)>
+struct LaneRuns {
+  enum { kWidth = run_width<T>(N - BEGIN, 8), kNext = BEGIN + 8 * kWidth };
+  typedef LaneRuns<T, N, kNext> Rest;
+
+  static void load(const device T* row, short part, thread float* to) {
+    Run<T, kWidth> run;
+    run.load(row + BEGIN + kWidth * part);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kWidth; i++) {
+      to[BEGIN / 8 + i] = float(run.v[i]);
+    }
+    Rest::load(row, part, to);
+  }
+
+  // sums[r] += q[r] . key
+  template <int ROWS>
+  static void dot(
+      const device T* key,
+      short part,
+      thread const float (&q)[ROWS][N / 8],
+      thread float (&sums)[ROWS]) {
+    Run<T, kWidth> run;
+    run.load(key + BEGIN + kWidth * part);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kWidth; i++) {
+#pragma clang loop unroll(full)
+      for (int r = 0; r < ROWS; r++) {
+        sums[r] += q[r][BEGIN / 8 + i] * float(run.v[i]);
+      }
+    }
+    Rest::template dot<ROWS>(key, part, q, sums);
+  }
+
+  // out[r] += weights[r] * value
+  template <int ROWS>
+  static void add(
+      const device T* value,
+      short part,
+      thread const float (&weights)[ROWS],
+      thread float (&out)[ROWS][N / 8]) {
+    Run<T, kWidth> run;
+    run.load(value + BEGIN + kWidth * part);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kWidth; i++) {
+#pragma clang loop unroll(full)
+      for (int r = 0; r < ROWS; r++) {
+        out[r][BEGIN / 8 + i] += weights[r] * float(run.v[i]);
+      }
+    }
+    Rest::template add<ROWS>(value, part, weights, out);
+  }
+
+  // Stores the lane's elements that lie in [begin, begin + columns).
+  static void put(
+      thread const float* from,
+      short part,
+      int begin,
+      int columns,
+      threadgroup float* window) {
+    const int first = BEGIN + kWidth * part;
+    if (first >= begin && first < begin + columns) {
+#pragma clang loop unroll(full)
+      for (int i = 0; i < kWidth; i++) {
+        window[first - begin + i] = from[BEGIN / 8 + i];
+      }
+    }
+    Rest::put(from, part, begin, columns, window);
+  }
+};
+
+template <typename T, int N, int BEGIN>
+struct LaneRuns<T, N, BEGIN, false> {
+  static void load(const device T*, short, thread float*) {}
+
+  template <int ROWS>
+  static void dot(
+      const device T*,
+      short,
+      thread const float (&)[ROWS][N / 8],
+      thread float (&)[ROWS]) {}
+
+  template <int ROWS>
+  static void add(
+      const device T*,
+      short,
+      thread const float (&)[ROWS],
+      thread float (&)[ROWS][N / 8]) {}
+
+  static void put(thread const float*, short, int, int, threadgroup float*) {}
+};
+
+template <typename T, int D, int DV, int ROWS>
+struct VectorAttention {
+  thread const PageWalk& walk;
+  thread const Scoring& scoring;
+  const device T* k_pages;
+  const device T* v_pages;
+  KeyLane at;
+  QueryRow rows[ROWS];
+  SoftmaxState states[ROWS];
+  float q[ROWS][D / 8];
+  float out[ROWS][DV / 8];
+  float weights[ROWS]; // scores before; of the lane's key of the step
+
+  VectorAttention(
+      thread const PageWalk& walk_,
+      thread const Scoring& scoring_,
+      const device T* k_pages_,
+      const device T* v_pages_,
+      short lane)
+      : walk(walk_), scoring(scoring_), k_pages(k_pages_), v_pages(v_pages_), at(lane) {}
+
+  void begin(const device T* queries, thread const RowReader& reader) {
+    for (int r = 0; r < ROWS; r++) {
+      rows[r] = reader.read(r);
+      const long row = long(rows[r].token) * reader.arguments.num_q_heads + rows[r].head;
+      LaneRuns<T, D>::load(queries + row * D, at.part, q[r]);
+      for (int i = 0; i < DV / 8; i++) {
+        out[r][i] = 0;
+      }
+    }
+  }
+
+  // The keys that every row sees: [x, y).
+  int2 seen_by_all() const {
+    int2 seen(rows[0].low, rows[0].high);
+    for (int r = 1; r < ROWS; r++) {
+      seen = int2(max(seen.x, rows[r].low), min(seen.y, rows[r].high));
+    }
+    return seen;
+  }
+
+  template <bool EDGE>
+  void step(int slot) {
+    const SlotRun<32> slots(walk, slot);
+    dot<EDGE>(slots);
+    score<EDGE>(slot + 4 * at.part + at.key);
+    weigh<EDGE>();
+    add_values<EDGE>(slots);
+  }
+
+  template <bool EDGE>
+  void dot(thread const SlotRun<32>& slots) {
+    float sums[ROWS][8];
+#pragma clang loop unroll(full)
+    for (int t = 0; t < 8; t++) {
+      const int i = 4 * t + at.key;
+      float sum[ROWS] = {};
+      if (!EDGE || walk.is_live(slots.slot + i)) {
+        LaneRuns<T, D>::template dot<ROWS>(k_pages + slots.row(i) * D, at.part, q, sum);
+      }
+      for (int r = 0; r < ROWS; r++) {
+        sums[r][t] = sum[r];
+      }
+    }
+    for (int r = 0; r < ROWS; r++) {
+      weights[r] = transposed_sum(sums[r], at.part);
+    }
+  }
+
+  template <bool EDGE>
+  void score(int slot) {
+    const int position = walk.position(slot);
+    const bool live = !EDGE || walk.is_live(slot);
+    for (int r = 0; r < ROWS; r++) {
+      weights[r] = live ? scoring.of<EDGE>(weights[r], rows[r], position) : kHidden;
+    }
+  }
+
+  template <bool EDGE>
+  void weigh() {
+    for (int r = 0; r < ROWS; r++) {
+      const float factor = states[r].raise(max(states[r].most, simd_max(weights[r])));
+      weights[r] = states[r].template weight<EDGE>(weights[r]);
+      states[r].sum += weights[r];
+      for (int i = 0; i < DV / 8; i++) {
+        out[r][i] *= factor;
+      }
+    }
+  }
+
+  template <bool EDGE>
+  void add_values(thread const SlotRun<32>& slots) {
+#pragma clang loop unroll(full)
+    for (int t = 0; t < 8; t++) {
+      const int i = 4 * t + at.key;
+      float weight[ROWS];
+      for (int r = 0; r < ROWS; r++) {
+        weight[r] = simd_shuffle(weights[r], 8 * at.key + t);
+      }
+      if (!EDGE || walk.is_live(slots.slot + i)) {
+        LaneRuns<T, DV>::template add<ROWS>(v_pages + slots.row(i) * DV, at.part, weight, out);
+      }
+    }
+  }
+};
+
+} // namespace paged_mlx
+
+using namespace paged_mlx;
+
+[[kernel]] void attend_vector(
+    constant AttendArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
+    const device int* plan [[buffer(PAGED_MLX_BUFFER_PLAN)]],
+    const device PAGED_MLX_T* q [[buffer(PAGED_MLX_BUFFER_Q)]],
+    const device PAGED_MLX_T* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
+    const device PAGED_MLX_T* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
+    device PAGED_MLX_T* out [[buffer(PAGED_MLX_BUFFER_OUT)]],
+    device float* lse [[buffer(PAGED_MLX_BUFFER_LSE)]],
+    device float* partial_out [[buffer(PAGED_MLX_BUFFER_PARTIAL_OUT)]],
+    device float* partial_state [[buffer(PAGED_MLX_BUFFER_PARTIAL_STATE)]],
+    const device float* alibi_slopes
+    [[buffer(PAGED_MLX_BUFFER_ALIBI), function_constant(kHasAlibi)]],
+    const device float* sinks [[buffer(PAGED_MLX_BUFFER_SINKS), function_constant(kHasSinks)]],
+    const device void* mask [[buffer(PAGED_MLX_BUFFER_MASK), function_constant(kHasMask)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort num_simdgroups [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV, kRows = PAGED_MLX_ROWS;
+  typedef PAGED_MLX_T T;
+  typedef SimdgroupMerge<PAGED_MLX_SIMDGROUPS, 4, kRows, DV> Merge;
+  threadgroup float values[Merge::kValues];
+  threadgroup float merge_states[Merge::kStates];
+
+  const device PlanItem& item =
+      reinterpret_cast<const device PlanItem*>(plan + arguments.items)[group.y];
+  const PageWalk walk(plan, item, arguments, group.x);
+  const RowReader rows(plan, item, arguments, alibi_slopes, group.x);
+  const Scoring scoring(arguments, mask);
+  VectorAttention<T, D, DV, kRows> vector(walk, scoring, k_pages, v_pages, lane);
+  vector.begin(q, rows);
+
+  const int2 whole = vector.seen_by_all();
+  const int2 steps = walk.steps(item.key_begin, item.key_end);
+  const int count = steps.y - steps.x;
+  const int end = steps.x + count * (simdgroup + 1) / num_simdgroups;
+  for (int s = steps.x + count * simdgroup / num_simdgroups; s < end; s++) {
+    const int first = walk.first_position + 32 * s;
+    if (walk.all_live(32 * s, 32) && first >= whole.x && first + 32 <= whole.y) {
+      vector.step<false>(32 * s);
+    } else {
+      vector.step<true>(32 * s);
+    }
+  }
+
+  const Merge merge{values, merge_states, num_simdgroups};
+  for (int r = 0; r < kRows; r++) {
+    vector.states[r].sum = simd_sum(vector.states[r].sum);
+    if (lane == 0) {
+      merge.put_state(simdgroup, r, vector.states[r]);
+    }
+  }
+  const ResultWriter<T, DV> writer{
+      out, lse, partial_out, partial_state, sinks, arguments.num_q_heads, item.partial};
+  for (int begin = 0; begin < DV; begin += Merge::kColumns) {
+    if (begin > 0) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    for (int r = 0; r < kRows; r++) {
+      threadgroup float* window = merge.value(4 * simdgroup + vector.at.key, r, 0);
+      LaneRuns<T, DV>::put(vector.out[r], vector.at.part, begin, Merge::kColumns, window);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    merge.write_window(begin, rows, writer, thread_index, 32 * num_simdgroups);
+  }
+}

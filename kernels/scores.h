@@ -1,0 +1,108 @@
+// The rows of a work item and what a row makes of the dot product with a key.
+#ifndef PAGED_MLX_SCORES_H
+#define PAGED_MLX_SCORES_H
+
+#include "arguments.h"
+#include "numbers.h"
+
+namespace paged_mlx {
+
+constant bool kHasWindow [[function_constant(PAGED_MLX_CONSTANT_WINDOW)]];
+constant bool kHasSoftcap [[function_constant(PAGED_MLX_CONSTANT_SOFTCAP)]];
+constant bool kHasAlibi [[function_constant(PAGED_MLX_CONSTANT_ALIBI)]];
+constant bool kHasSinks [[function_constant(PAGED_MLX_CONSTANT_SINKS)]];
+constant bool kHasMask [[function_constant(PAGED_MLX_CONSTANT_MASK)]];
+constant bool kMaskAdds [[function_constant(PAGED_MLX_CONSTANT_MASK_ADDS)]];
+
+// One query head of one query token. Sees the keys [low, high).
+struct QueryRow {
+  int token, head;
+  int low, high;
+  int position;
+  float slope; // ALiBi, in base-2 units
+  long mask;   // element of key position 0
+};
+
+// What all rows of an item have in common.
+struct RowReader {
+  const device int* plan;
+  constant AttendArguments& arguments;
+  const device float* alibi_slopes;
+  int row_begin, num_rows;
+  int key_begin, key_end;
+  int kv_head;
+
+  RowReader(
+      const device int* plan_,
+      const device PlanItem& item,
+      constant AttendArguments& arguments_,
+      const device float* alibi_slopes_,
+      int kv_head_)
+      : plan(plan_),
+        arguments(arguments_),
+        alibi_slopes(alibi_slopes_),
+        row_begin(item.row_begin),
+        num_rows(item.row_count * arguments_.gqa_factor),
+        key_begin(item.key_begin),
+        key_end(item.key_end),
+        kv_head(kv_head_) {}
+
+  int head(int row) const {
+    return kv_head * arguments.gqa_factor + row % arguments.gqa_factor;
+  }
+
+  int token(int row) const {
+    return plan[arguments.row_tokens + row_begin + row / arguments.gqa_factor];
+  }
+
+  // A row past the last repeats the last and sees nothing.
+  QueryRow read(int index) const {
+    const int row = min(index, num_rows - 1);
+    QueryRow r;
+    r.token = token(row);
+    r.head = head(row);
+    r.position = plan[arguments.positions + r.token];
+    r.low = kHasWindow ? max(key_begin, r.position - arguments.sliding_window + 1) : key_begin;
+    r.high = index < num_rows ? min(key_end, plan[arguments.row_ends + r.token]) : r.low;
+    r.slope = kHasAlibi ? alibi_slopes[r.head] * kLog2E : 0;
+    r.mask = long(r.head) * arguments.mask_head_stride + long(r.token) * arguments.mask_token_stride;
+    return r;
+  }
+};
+
+struct Scoring {
+  constant AttendArguments& arguments;
+  const device void* mask;
+
+  Scoring(constant AttendArguments& arguments_, const device void* mask_)
+      : arguments(arguments_), mask(mask_) {}
+
+  // The score of the key at `position`, in base-2 units. EDGE: the key may lie
+  // outside what the row sees.
+  template <bool EDGE>
+  float of(float dot, thread const QueryRow& row, int position) const {
+    if (EDGE && !(position >= row.low && position < row.high)) {
+      return kHidden;
+    }
+    float score = dot * arguments.scale;
+    if (kHasSoftcap) {
+      score = arguments.softcap * precise::tanh(score);
+    }
+    if (kHasAlibi) {
+      score += row.slope * float(position - row.position);
+    }
+    if (kHasMask && !kMaskAdds) {
+      const bool visible = reinterpret_cast<const device uchar*>(mask)[row.mask + position] != 0;
+      return visible ? score : kHidden;
+    }
+    if (kHasMask && kMaskAdds) {
+      const float bias = reinterpret_cast<const device float*>(mask)[row.mask + position];
+      return is_minus_infinity(bias) ? kHidden : max(score + bias * kLog2E, kLeastScore);
+    }
+    return score;
+  }
+};
+
+} // namespace paged_mlx
+
+#endif
