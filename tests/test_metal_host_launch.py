@@ -55,6 +55,23 @@ def test_a_kernel_is_found_by_template_id(scale):
     assert (out == 3 * values).all()
 
 
+def test_threadgroup_arrays_may_have_the_size_and_type_of_a_template():
+    source = f"""{PRELUDE}
+    template <typename T, int N> kernel void reverse(device T* out [[buffer(0)]],
+                                                     uint i [[thread_index_in_threadgroup]]) {{
+      threadgroup T row[N], other[2][N];
+      threadgroup metal::vec<T, 2> pair;
+      row[i] = i;
+      other[1][i] = 2 * row[i];
+      if (i == 0) pair = 1;
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      out[i] = other[1][N - 1 - i] + pair.y;
+    }}"""
+    result = Program(source).run("reverse<half, 32>", [np.zeros(32, np.float16)], groups=1)
+    assert (result.outputs[0] == 63 - 2 * X).all()
+    assert result.counters.threadgroup_memory_bytes == 64 + 128 + 4
+
+
 def test_function_constants_switch_code_and_arguments(scale):
     buffers = [X, np.zeros_like(X), np.ones_like(X)]
     out = scale.run("scale_float", buffers, groups=1, constants={3: 2.0, 4: True}).outputs[1]

@@ -110,8 +110,7 @@ def _lower_variable(tokens: Tokens, begin: int, end: int) -> None:
     for at in names:
         name = tokens[at]
         references += f" {_SECTION}, used)) static char {name}_padding[{_PADDING}];"
-        references += f" auto& {name} = *(decltype(&{name}_storage))"
-        references += f"metal_host_threadgroup_variable((void*)&{name}_storage, sizeof({name}_storage));"
+        references += f" auto& {name} = *metal_host::threadgroup_variable(&{name}_storage);"
         tokens.replace(at, f"{name}_storage")
     tokens.replace(end, ";" + references)
 

@@ -70,7 +70,7 @@ class Program:
 
     def __init__(self, source, include_dirs=(), compiler: str | None = None):
         self.compiler = find_compiler(compiler)
-        text, name = _read(source)
+        text, name = read_source(source)
         preprocessed = lowering.preprocess(self.compiler, text, include_dirs, name)
         _require_ascii(text, name)
         _require_ascii(preprocessed, name)
@@ -252,7 +252,7 @@ def _collect(library: _Library, memory, dynamic_bytes: int) -> Result:
     )
 
 
-def _read(source) -> tuple[str, str]:
+def read_source(source) -> tuple[str, str]:
     """Source text and the file name that findings give it."""
     if isinstance(source, (list, tuple)):
         return "\n".join(f'# 1 "{path}"\n{Path(path).read_text()}' for path in source), str(source[0])

@@ -8,7 +8,7 @@ namespace metal_host {
 template <class T> METAL_HOST_UNCOUNTED __attribute__((noinline)) T get(const volatile T* at) {
   return *at;
 }
-template <class T> METAL_HOST_UNCOUNTED __attribute__((noinline)) void put(volatile T* at, T value) {
+template <class T, class U> METAL_HOST_UNCOUNTED __attribute__((noinline)) void put(volatile T* at, U value) {
   *at = value;
 }
 

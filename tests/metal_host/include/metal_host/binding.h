@@ -1,9 +1,16 @@
 // From a launch to a call of the kernel: each parameter is bound by its
-// attribute, its type is deduced from the kernel.
+// attribute, its type is deduced from the kernel. And from a `threadgroup`
+// variable to its place.
 #pragma once
 #include "vectors.h"
 
 namespace metal_host {
+
+// Where the runtime keeps a `threadgroup` variable; opaque to the optimiser,
+// which would otherwise speculate loads of it.
+template <class T> METAL_HOST_INLINE T* threadgroup_variable(T* variable) {
+  return (T*)metal_host_threadgroup_variable((void*)variable, sizeof(T));
+}
 
 enum Binding {
   kUniform, // constant T& [[buffer(n)]]: in registers, not counted

@@ -69,24 +69,27 @@ template <class T, int N, int... I> struct swizzle {
     for (int k = 0; k < (int)sizeof...(I); k++) source[index[k]] = value;
     return *this;
   }
-
-#define METAL_HOST_SWIZZLE_OPERATOR(op)                                                        \
-  template <class U> METAL_HOST_INLINE swizzle& operator op##=(const U& other) {               \
-    return *this = value_type(get() op other);                                                 \
-  }                                                                                            \
-  template <class U> METAL_HOST_INLINE friend auto operator op(const swizzle& a, const U& b) { \
-    return a.get() op b;                                                                       \
-  }
-  METAL_HOST_SWIZZLE_OPERATOR(+)
-  METAL_HOST_SWIZZLE_OPERATOR(-)
-  METAL_HOST_SWIZZLE_OPERATOR(*)
-  METAL_HOST_SWIZZLE_OPERATOR(/)
 };
 template <class T, int N, int... I> struct components<swizzle<T, N, I...>> {
   static constexpr bool is_vector = true;
   static constexpr int count = sizeof...(I);
   typedef T type;
 };
+
+// Operators of swizzles stand outside the class: a vector has hundreds of these fields.
+#define METAL_HOST_SWIZZLE_OPERATOR(op)                                                     \
+  template <class T, int N, int... I, class U>                                              \
+  METAL_HOST_INLINE auto operator op(const swizzle<T, N, I...>& a, const U& b) {            \
+    return a.get() op b;                                                                    \
+  }                                                                                         \
+  template <class T, int N, int... I, class U>                                              \
+  METAL_HOST_INLINE swizzle<T, N, I...>& operator op##=(swizzle<T, N, I...>& a, const U& b) { \
+    return a = typename swizzle<T, N, I...>::value_type(a.get() op b);                      \
+  }
+METAL_HOST_SWIZZLE_OPERATOR(+)
+METAL_HOST_SWIZZLE_OPERATOR(-)
+METAL_HOST_SWIZZLE_OPERATOR(*)
+METAL_HOST_SWIZZLE_OPERATOR(/)
 
 // Writes the components of `value` from component `at` on; returns the next.
 template <class V, class U> METAL_HOST_INLINE constexpr int place(V& out, int at, const U& value) {
