@@ -18,23 +18,34 @@ constexpr int kMaxTileRows = 64;               // rows of a KV head in one pass
 constexpr size_t kTileStateBytes = 512 * 1024; // q and acc of one pass
 constexpr int64_t kPrefetchBytes = 128 * 1024; // how far ahead of the walk
 
-// The keys that some row of a group sees.
+// The keys that some row of a group sees, and those that all of them see.
 struct GroupRange {
   int begin;
   int end;
+  int all_begin;
+  int all_end;
 };
 
 GroupRange join(GroupRange a, GroupRange b) {
+  const int all_begin = max_int(a.all_begin, b.all_begin);
+  const int all_end = min_int(a.all_end, b.all_end);
   if (a.begin >= a.end) {
-    return b;
+    return {b.begin, b.end, all_begin, all_end};
   }
-  return b.begin >= b.end ? a : GroupRange{min_int(a.begin, b.begin), max_int(a.end, b.end)};
+  if (b.begin >= b.end) {
+    return {a.begin, a.end, all_begin, all_end};
+  }
+  return {min_int(a.begin, b.begin), max_int(a.end, b.end), all_begin, all_end};
+}
+
+GroupRange range_of(const Row& row) {
+  return {row.begin, row.end, row.begin, row.end};
 }
 
 GroupRange group_range(const TilePass& pass, int first_row) {
-  GroupRange range = {0, 0};
-  for (int r = first_row; r < min_int(first_row + kRowGroup, pass.num_rows); r++) {
-    range = join(range, {pass.rows[r].begin, pass.rows[r].end});
+  GroupRange range = range_of(pass.rows[first_row]);
+  for (int r = first_row + 1; r < min_int(first_row + kRowGroup, pass.num_rows); r++) {
+    range = join(range, range_of(pass.rows[r]));
   }
   return range;
 }
@@ -58,10 +69,21 @@ int prefetch_units(const Job& job, int span_keys, int itemsize) {
 // Rows of the pool for keys [first, first + 16) of a span, of which the item
 // may read those in [low, high).
 void locate(const Walk& walk, const Span& span, int first, int ahead_span, Block& block) {
+  if (walk.one_page()) {
+    const int64_t row = walk.row(span, first), ahead = walk.row_ahead(ahead_span, first);
+    for (int j = 0; j < kBlockKeys; j++) {
+      block.rows[j] = row + clamp_int(j, block.low, block.high - 1);
+    }
+    for (int j = 0; j < kBlockKeys; j += kQuad) {
+      block.ahead[j / kQuad] = ahead + j;
+    }
+    return;
+  }
   for (int j = 0; j < kBlockKeys; j++) {
-    const int key = first + clamp_int(j, block.low, block.high - 1);
-    block.rows[j] = walk.row(span, key);
-    block.ahead[j] = walk.row_ahead(ahead_span, min_int(first + j, span.keys - 1));
+    block.rows[j] = walk.row(span, first + clamp_int(j, block.low, block.high - 1));
+  }
+  for (int j = 0; j < kBlockKeys; j += kQuad) {
+    block.ahead[j / kQuad] = walk.row_ahead(ahead_span, min_int(first + j, span.keys - 1));
   }
 }
 
@@ -84,6 +106,8 @@ void attend_rows(
     if (block.low >= block.high) {
       continue;
     }
+    block.seen_by_all = block.high - block.low == kBlockKeys &&
+        range.all_begin <= block.position && range.all_end >= block.position + kBlockKeys;
     if (first) {
       attend_group<X, true>(pass, block, state, r, kv_head, head_row, ahead_row);
     } else {
@@ -177,7 +201,7 @@ template <typename X>
 void attend_pass(const TilePass& pass, Scratch scratch) {
   State* const states = scratch.take<State>(pass.job.num_kv_heads);
   GroupRange* const groups = scratch.take<GroupRange>(kMaxTileRows / kRowGroup);
-  GroupRange all = {0, 0};
+  GroupRange all = {0, 0, 0, 0};
   for (int r = 0; r < pass.num_rows; r += kRowGroup) {
     groups[r / kRowGroup] = group_range(pass, r);
     all = join(all, groups[r / kRowGroup]);

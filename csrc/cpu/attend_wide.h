@@ -24,6 +24,7 @@ constexpr int kPanel = kPanelVecs * kLanes;
 constexpr int kTileKeys = 64;
 constexpr int kMicroKeys = kManyRegisters ? 8 : 4;
 constexpr int kMicroDims = kMicroKeys;
+constexpr int kChainDims = 32;
 constexpr int kMaxWideRows = 384;
 constexpr size_t kWideStateBytes = 448 * 1024; // q and acc of one pass
 
@@ -183,29 +184,34 @@ void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
   }
 }
 
-// Phase 1: scores of kMicroKeys keys with the rows of a panel.
-void score_keys(const float* q, const float* keys, int dim, Vec scale, float* scores) {
-  Vec dots[kMicroKeys][kPanelVecs];
-  for (int j = 0; j < kMicroKeys; j++) {
-    for (int x = 0; x < kPanelVecs; x++) {
-      dots[j][x] = Vec{};
-    }
-  }
-  for (int d = 0; d < dim; d++) {
-    Vec row[kPanelVecs];
-    for (int x = 0; x < kPanelVecs; x++) {
-      row[x] = load(q + d * kPanel + x * kLanes);
-    }
+// Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
+// kChainDims elements at a time: a shorter chain of roundings.
+void score_keys(const float* q, const float* keys, int dim, float* scores) {
+  for (int first = 0; first < dim; first += kChainDims) {
+    const int end = min_int(first + kChainDims, dim);
+    Vec dots[kMicroKeys][kPanelVecs];
     for (int j = 0; j < kMicroKeys; j++) {
-      const Vec key = splat(keys[j * dim + d]);
       for (int x = 0; x < kPanelVecs; x++) {
-        dots[j][x] = fma(key, row[x], dots[j][x]);
+        dots[j][x] = Vec{};
       }
     }
-  }
-  for (int j = 0; j < kMicroKeys; j++) {
-    for (int x = 0; x < kPanelVecs; x++) {
-      store(scores + j * kPanel + x * kLanes, dots[j][x] * scale);
+    for (int d = first; d < end; d++) {
+      Vec row[kPanelVecs];
+      for (int x = 0; x < kPanelVecs; x++) {
+        row[x] = load(q + d * kPanel + x * kLanes);
+      }
+      for (int j = 0; j < kMicroKeys; j++) {
+        const Vec key = splat(keys[j * dim + d]);
+        for (int x = 0; x < kPanelVecs; x++) {
+          dots[j][x] = fma(key, row[x], dots[j][x]);
+        }
+      }
+    }
+    for (int j = 0; j < kMicroKeys; j++) {
+      for (int x = 0; x < kPanelVecs; x++) {
+        float* const score = scores + j * kPanel + x * kLanes;
+        store(score, first == 0 ? dots[j][x] : load(score) + dots[j][x]);
+      }
     }
   }
 }
@@ -232,7 +238,7 @@ void finish_scores(const WidePass& pass, int panel, int position, KeyRange keys)
           const bool seen = key >= rows[i].begin && key < rows[i].end;
           bias[i] = seen ? mask_bias(job, mask_row(job, rows[i]), key) : 0.0f;
         }
-        score = (to_score(job, score, slope, splat(float(key)) - at) + bias) * splat(kLog2e);
+        score = to_score(job, score, slope, splat(float(key)) - at) + bias;
       }
       const VecI seen = (splat_int(key) >= begin) & (splat_int(key) < end);
       store(s, select(seen, score, splat(kNegInf)));
@@ -243,7 +249,7 @@ void finish_scores(const WidePass& pass, int panel, int position, KeyRange keys)
 // Phase 2: scores of keys [low, high) of the tile become weights; `shrink` is
 // what the sums so far shrink by. Even and odd keys are added up apart.
 void soften(
-    float* scores, int low, int high, float* most, float* sums, Vec (&shrink)[kPanelVecs]) {
+    float unit, float* scores, int low, int high, float* most, float* sums, Vec (&shrink)[kPanelVecs]) {
   for (int x = 0; x < kPanelVecs; x++) {
     float* const column = scores + x * kLanes;
     const Vec before = load(most + x * kLanes);
@@ -252,9 +258,9 @@ void soften(
       top = max(load(column + j * kPanel), top);
     }
     const Vec base = select(top == splat(kNegInf), Vec{}, top);
-    shrink[x] = exp2(before - base);
+    shrink[x] = exp2((before - base) * splat(unit));
     auto soften_one = [&](int j) __attribute__((always_inline)) {
-      const Vec weight = exp2(load(column + j * kPanel) - base);
+      const Vec weight = exp2((load(column + j * kPanel) - base) * splat(unit));
       store(column + j * kPanel, weight);
       return weight;
     };
@@ -284,7 +290,7 @@ void add_values(
   Vec sum[kMicroDims][kPanelVecs];
   for (int d = 0; d < kMicroDims; d++) {
     for (int x = 0; x < kPanelVecs; x++) {
-      sum[d][x] = load(acc + d * kPanel + x * kLanes) * shrink[x];
+      sum[d][x] = Vec{};
     }
   }
   for (int j = 0; j < count; j++) {
@@ -301,7 +307,8 @@ void add_values(
   }
   for (int d = 0; d < kMicroDims; d++) {
     for (int x = 0; x < kPanelVecs; x++) {
-      store(acc + d * kPanel + x * kLanes, sum[d][x]);
+      float* const at = acc + d * kPanel + x * kLanes;
+      store(at, fma(load(at), shrink[x], sum[d][x]));
     }
   }
 }
@@ -315,10 +322,9 @@ void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) 
   }
   const Job& job = pass.job;
   const float* const q = pass.q + size_t(panel) * pass.dim * kPanel;
-  const Vec scale = splat(job.plain ? job.scale * kLog2e : 1.0f);
   const int low = keys.begin - position, high = keys.end - position;
   for (int j = low / kMicroKeys * kMicroKeys; j < high; j += kMicroKeys) {
-    score_keys(q, pass.k_tile + j * pass.dim, pass.dim, scale, pass.scores + j * kPanel);
+    score_keys(q, pass.k_tile + j * pass.dim, pass.dim, pass.scores + j * kPanel);
   }
   bool whole = job.plain;
   for (int r = panel * kPanel; whole && r < (panel + 1) * kPanel; r++) {
@@ -329,7 +335,13 @@ void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) 
   }
   Vec shrink[kPanelVecs];
   soften(
-      pass.scores, low, high, pass.most + panel * kPanel, pass.sums + panel * kPanel, shrink);
+      exponent_unit(job),
+      pass.scores,
+      low,
+      high,
+      pass.most + panel * kPanel,
+      pass.sums + panel * kPanel,
+      shrink);
   const float* const weights = pass.scores + low * kPanel;
   float* const acc = pass.acc + size_t(panel) * pass.v_dim * kPanel;
   for (int d = 0; d < pass.v_dim; d += kMicroDims) {

@@ -78,7 +78,8 @@ Job make_job(const AttentionArgs& args) {
   job.alibi_slopes = args.alibi_slopes;
   job.sinks = args.sinks;
   job.mask = args.mask.kind == MaskKind::none ? nullptr : &args.mask;
-  job.plain = !job.mask && !job.alibi_slopes && job.softcap == 0;
+  job.plain = !job.mask && !job.alibi_slopes && job.softcap == 0 && job.scale > 0;
+  job.score_unit = job.plain ? job.scale : 1.0f;
   job.partial_stride = (args.v_head_dim + kDimAlign - 1) / kDimAlign * kDimAlign;
   return job;
 }

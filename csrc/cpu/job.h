@@ -47,13 +47,15 @@ struct Job {
   const float* alibi_slopes;
   const float* sinks;
   const Mask* mask;
-  bool plain; // a score is scale * dot, nothing else
+  bool plain;       // a score is scale * dot, nothing else, and scale > 0
+  float score_unit; // kernels keep scores, and their maxima, in units of this:
+                    // scale when plain, so that they need not multiply; else 1
 
   bool prefetch_next_item; // the caller will run item i + 1 after item i
 
   // One partial state per (partial slot, query head).
   float* partial_acc; // [num_partials, num_q_heads, partial_stride]
-  float* partial_max; // [num_partials, num_q_heads], base 2
+  float* partial_max; // [num_partials, num_q_heads], in score_unit
   float* partial_sum; // [num_partials, num_q_heads]
   int partial_stride;
 };

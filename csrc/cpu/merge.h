@@ -22,7 +22,7 @@ void merge_head(const Job& job, const PlanMerge& merge, int head, float* acc) {
     if (job.partial_max[at(i)] == kNegInf && part_sum == 0.0f) {
       continue;
     }
-    const float weight = exp2(job.partial_max[at(i)] - most);
+    const float weight = exp2((job.partial_max[at(i)] - most) * exponent_unit(job));
     const float* const part = job.partial_acc + at(i) * job.partial_stride;
     sum += weight * part_sum;
     for (int d = 0; d < padded(job.v_head_dim); d += kLanes) {

@@ -1,8 +1,9 @@
 // Rows of an item, the pages it walks, and what becomes of a row in the end.
 //
 // A row is one query head of one query token. Its softmax state is a running
-// maximum and a sum of exp2(score - maximum), in base 2, and an accumulator of
-// values in lane order.
+// maximum, a sum of weights and an accumulator of values in lane order. The
+// weight of a key is 2^((score - maximum) * log2 e): the difference is taken
+// first, where it is exact for the keys that matter.
 #pragma once
 
 #include "cpu/job.h"
@@ -84,7 +85,12 @@ PAGED_MLX_INLINE float mask_bias(const Job& job, const char* mask, int key) {
   return reinterpret_cast<const float*>(mask)[key];
 }
 
-// A dot product to a score in base 2, before masks: scale, softcap, ALiBi.
+// What a difference of two scores is multiplied by, to be an exponent of 2.
+PAGED_MLX_INLINE float exponent_unit(const Job& job) {
+  return job.score_unit * kLog2e;
+}
+
+// A dot product to a score, before masks: scale, softcap, ALiBi.
 PAGED_MLX_INLINE Vec to_score(const Job& job, Vec dot, Vec slope, Vec distance) {
   Vec s = dot * splat(job.scale);
   if (job.softcap > 0) {
@@ -103,11 +109,12 @@ void write_result(const Job& job, int token, int head, const float* acc, float m
   typename X::T* const out = static_cast<typename X::T*>(job.out) + row * job.v_head_dim;
   const bool nothing = most == kNegInf && sum == 0.0f;
   float weight = 1.0f;
+  most *= job.score_unit;
   if (job.sinks && !nothing) {
-    const float sink = job.sinks[head] * kLog2e;
+    const float sink = job.sinks[head];
     const float top = sink > most ? sink : most;
-    weight = exp2(most - top);
-    sum = sum * weight + exp2(sink - top);
+    weight = exp2((most - top) * kLog2e);
+    sum = sum * weight + exp2((sink - top) * kLog2e);
     most = top;
   }
   const Vec scale = splat(nothing ? 0.0f : weight), divisor = splat(nothing ? 1.0f : sum);
@@ -120,7 +127,7 @@ void write_result(const Job& job, int token, int head, const float* acc, float m
     }
   }
   if (job.lse) {
-    job.lse[row] = nothing ? kNegInf : (most + __builtin_log2f(sum)) * kLn2;
+    job.lse[row] = nothing ? kNegInf : most + __builtin_logf(sum);
   }
 }
 

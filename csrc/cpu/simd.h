@@ -52,7 +52,6 @@ typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alia
 
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.693147180559945309417f;
 
 PAGED_MLX_INLINE Vec load(const float* p) {
   return *reinterpret_cast<const VecUnaligned*>(p);
@@ -67,10 +66,10 @@ PAGED_MLX_INLINE void store4(float* p, Vec4 v) {
   *reinterpret_cast<Vec4Unaligned*>(p) = v;
 }
 PAGED_MLX_INLINE Vec splat(float x) {
-  return Vec{} + x;
+  return x - Vec{}; // x + 0 would not be x for -0
 }
 PAGED_MLX_INLINE VecI splat_int(int32_t x) {
-  return VecI{} + x;
+  return x - VecI{};
 }
 PAGED_MLX_INLINE Vec select(VecI mask, Vec yes, Vec no) {
   return mask ? yes : no;

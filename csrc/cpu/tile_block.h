@@ -25,8 +25,9 @@ struct Block {
   int position; // of key 0
   int low;
   int high;
-  int64_t rows[kBlockKeys];   // those outside [low, high) repeat the nearest inside
-  int64_t ahead[kBlockKeys];  // what to prefetch while this block is worked on
+  bool seen_by_all; // all 16 keys, by every row of the group
+  int64_t rows[kBlockKeys]; // those outside [low, high) repeat the nearest inside
+  int64_t ahead[kBlockKeys / kQuad]; // what to prefetch meanwhile: a row per quad of keys
 };
 
 // The softmax state of the rows of one KV head.
@@ -46,15 +47,15 @@ struct TilePass {
   int acc_stride;
 };
 
-// Prefetches the lines of `bytes` bytes at `offset` of a row, each line once.
+// Prefetches the lines that begin in [offset, offset + kBytes) of what is ahead.
 template <int kBytes>
-PAGED_MLX_INLINE void prefetch_part(const char* row, int offset) {
+PAGED_MLX_INLINE void prefetch_part(const char* ahead, int offset) {
   if constexpr (kBytes >= 64) {
     for (int b = 0; b < kBytes; b += 64) {
-      prefetch(row + offset + b);
+      prefetch(ahead + offset + b);
     }
   } else if ((offset & 63) == 0) {
-    prefetch(row + offset);
+    prefetch(ahead + offset);
   }
 }
 
@@ -64,7 +65,7 @@ PAGED_MLX_INLINE void dot_products(
     const float* q,
     int q_stride,
     const typename X::T* const* keys,
-    const char* const* ahead,
+    const char* ahead,
     int dim,
     Vec (&dots)[kRows][kKeys]) {
   for (int r = 0; r < kRows; r++) {
@@ -90,9 +91,8 @@ PAGED_MLX_INLINE void dot_products(
   int d = 0;
   for (; d + kPair <= dim; d += kPair) {
     if constexpr (kAhead) {
-      for (int j = 0; j < kKeys; j++) {
-        prefetch_part<kPair * sizeof(typename X::T)>(ahead[j], d * sizeof(typename X::T));
-      }
+      constexpr int kBytes = kKeys * sizeof(typename X::T);
+      prefetch_part<kPair * kBytes>(ahead, d * kBytes);
     }
     step(d, [](const typename X::T* p) __attribute__((always_inline)) { return X::load2(p); });
   }
@@ -110,7 +110,7 @@ PAGED_MLX_INLINE void score_quad(
     const TilePass& pass,
     const float* q,
     const typename X::T* const* keys,
-    const char* const* ahead,
+    const char* ahead,
     float* scores) {
   const int dim = pass.job.head_dim;
   if constexpr (kManyRegisters) {
@@ -126,7 +126,7 @@ PAGED_MLX_INLINE void score_quad(
     for (int half = 0; half < 2; half++) {
       Vec dots[kRows][2];
       dot_products<X, kRows, 2, kAhead>(
-          q, pass.q_stride, keys + 2 * half, ahead + 2 * half, dim, dots);
+          q, pass.q_stride, keys + 2 * half, ahead + half * 2 * dim * sizeof(typename X::T), dim, dots);
       for (int r = 0; r < kRows; r++) {
         halves[half][r] = fold_two(fold(dots[r][0]), fold(dots[r][1]));
       }
@@ -137,7 +137,7 @@ PAGED_MLX_INLINE void score_quad(
   }
 }
 
-// Scores of the block in base 2; -inf where the row may not see the key.
+// Scores of the block; -inf where the row may not see the key.
 void finish_scores(const TilePass& pass, const Block& block, const Row& row, float* scores) {
   const Job& job = pass.job;
   float bias[kBlockKeys] = {};
@@ -153,53 +153,69 @@ void finish_scores(const TilePass& pass, const Block& block, const Row& row, flo
   for (int j = 0; j < kBlockKeys; j += kLanes) {
     const VecI key = iota() + splat_int(block.position + j);
     const Vec distance = __builtin_convertvector(key - splat_int(row.position), Vec);
-    const Vec s = to_score(job, load(scores + j), slope, distance) + load(bias + j);
+    Vec s = load(scores + j);
+    if (!job.plain) {
+      s = to_score(job, s, slope, distance) + load(bias + j);
+    }
     const VecI seen = (key >= begin) & (key < end);
-    store(scores + j, select(seen, s * splat(kLog2e), splat(kNegInf)));
+    store(scores + j, select(seen, s, splat(kNegInf)));
   }
 }
 
-// The same when the row sees every key of the block and a score is scale * dot.
-PAGED_MLX_INLINE void scale_scores(float scale, float* scores) {
-  for (int j = 0; j < kBlockKeys; j += kLanes) {
-    store(scores + j, load(scores + j) * splat(scale));
+// New maxima, where there are: what was added up so far shrinks.
+__attribute__((noinline)) void raise_maxima(
+    float unit,
+    int rows,
+    const float* scores,
+    float* most,
+    float* sums,
+    float* acc,
+    int acc_stride) {
+  for (int r = 0; r < rows; r++) {
+    Vec top = load(scores + r * kBlockKeys);
+    for (int j = kLanes; j < kBlockKeys; j += kLanes) {
+      top = max(load(scores + r * kBlockKeys + j), top);
+    }
+    const float next = max_lane(top);
+    if (!(next > most[r])) {
+      continue;
+    }
+    const Vec shrink = exp2(splat((most[r] - next) * unit));
+    most[r] = next;
+    store(sums + r * kLanes, load(sums + r * kLanes) * shrink);
+    for (int d = 0; d < acc_stride; d += kLanes) {
+      float* const at = acc + r * acc_stride + d;
+      store(at, load(at) * shrink);
+    }
   }
 }
 
-// A new maximum: what was added up so far shrinks.
-__attribute__((noinline)) void
-raise_maximum(const float* scores, float& most, float* sums, float* acc, int acc_stride) {
-  Vec top = load(scores);
-  for (int j = kLanes; j < kBlockKeys; j += kLanes) {
-    top = max(top, load(scores + j));
-  }
-  const float next = max_lane(top);
-  const Vec shrink = exp2(splat(most - next));
-  most = next;
-  store(sums, load(sums) * shrink);
-  for (int d = 0; d < acc_stride; d += kLanes) {
-    store(acc + d, load(acc + d) * shrink);
-  }
-}
-
-// Phase 2 for one row: scores become weights.
+// Phase 2: scores of the block become weights.
+template <int kRows>
 PAGED_MLX_INLINE void
-soften(float* scores, float& most, float* sums, float* acc, int acc_stride) {
-  Vec top = load(scores);
-  for (int j = kLanes; j < kBlockKeys; j += kLanes) {
-    top = max(load(scores + j), top);
+soften(float unit, float* scores, float* most, float* sums, float* acc, int acc_stride) {
+  bool higher = false;
+  for (int r = 0; r < kRows; r++) {
+    Vec top = load(scores + r * kBlockKeys);
+    for (int j = kLanes; j < kBlockKeys; j += kLanes) {
+      top = max(load(scores + r * kBlockKeys + j), top);
+    }
+    higher |= any_greater(top, splat(most[r]));
   }
-  if (any_greater(top, splat(most))) {
-    raise_maximum(scores, most, sums, acc, acc_stride);
+  if (higher) {
+    raise_maxima(unit, kRows, scores, most, sums, acc, acc_stride);
   }
-  const Vec base = splat(most == kNegInf ? 0.0f : most);
-  Vec total = load(sums);
-  for (int j = 0; j < kBlockKeys; j += kLanes) {
-    const Vec weight = exp2(load(scores + j) - base);
-    total += weight;
-    store(scores + j, weight);
+  for (int r = 0; r < kRows; r++) {
+    const Vec base = splat(most[r] == kNegInf ? 0.0f : most[r]);
+    Vec total = load(sums + r * kLanes);
+    for (int j = 0; j < kBlockKeys; j += kLanes) {
+      float* const at = scores + r * kBlockKeys + j;
+      const Vec weight = exp2((load(at) - base) * splat(unit));
+      total += weight;
+      store(at, weight);
+    }
+    store(sums + r * kLanes, total);
   }
-  store(sums, total);
 }
 
 // Phase 3 for kPairs vector pairs of V, from element d on.
@@ -219,15 +235,16 @@ PAGED_MLX_INLINE void add_columns(
   Vec sum[kRows][2 * kPairs];
   for (int r = 0; r < kRows; r++) {
     for (int i = 0; i < 2 * kPairs; i++) {
-      sum[r][i] = load(acc + r * pass.acc_stride + d + i * kLanes);
+      sum[r][i] = Vec{};
     }
   }
   for (int j = block.low; j < block.high; j++) {
     const T* const value = v_pages + (block.rows[j] + head_row) * dim + d;
     if constexpr (kAhead) {
-      const char* const next =
-          reinterpret_cast<const char*>(v_pages + (block.ahead[j] + ahead_row) * dim);
-      prefetch_part<kPairs * kPair * sizeof(T)>(next, d * sizeof(T));
+      const T* const next = v_pages + (block.ahead[j / kQuad] + ahead_row) * dim;
+      prefetch_part<kPairs * kPair * sizeof(T)>(
+          reinterpret_cast<const char*>(next),
+          (d * kQuad + j % kQuad * kPairs * kPair) * sizeof(T));
     }
     Pair v[kPairs];
     for (int i = 0; i < kPairs; i++) {
@@ -243,7 +260,8 @@ PAGED_MLX_INLINE void add_columns(
   }
   for (int r = 0; r < kRows; r++) {
     for (int i = 0; i < 2 * kPairs; i++) {
-      store(acc + r * pass.acc_stride + d + i * kLanes, sum[r][i]);
+      float* const at = acc + r * pass.acc_stride + d + i * kLanes;
+      store(at, load(at) + sum[r][i]);
     }
   }
 }
@@ -293,32 +311,27 @@ __attribute__((noinline)) void attend_block(
   alignas(64) float scores[kRows * kBlockKeys] = {};
   for (int j = block.low / kQuad * kQuad; j < block.high; j += kQuad) {
     const T* keys[kQuad];
-    const char* ahead[kQuad];
     for (int i = 0; i < kQuad; i++) {
       keys[i] = k_pages + (block.rows[j + i] + head_row) * job.head_dim;
-      ahead[i] =
-          reinterpret_cast<const char*>(k_pages + (block.ahead[j + i] + ahead_row) * job.head_dim);
     }
-    score_quad<X, kRows, kAhead>(pass, q, keys, ahead, scores + j);
+    const T* const ahead = k_pages + (block.ahead[j / kQuad] + ahead_row) * job.head_dim;
+    score_quad<X, kRows, kAhead>(
+        pass, q, keys, reinterpret_cast<const char*>(ahead), scores + j);
   }
-  for (int r = 0; r < kRows; r++) {
-    Row row = pass.rows[first_row + r];
-    row.head += kv_head * job.gqa_factor;
-    float* const row_scores = scores + r * kBlockKeys;
-    const bool whole = block.low == 0 && block.high == kBlockKeys &&
-        row.begin <= block.position && row.end >= block.position + kBlockKeys;
-    if (job.plain && whole) {
-      scale_scores(job.scale * kLog2e, row_scores);
-    } else {
-      finish_scores(pass, block, row, row_scores);
+  if (!(job.plain && block.seen_by_all)) {
+    for (int r = 0; r < kRows; r++) {
+      Row row = pass.rows[first_row + r];
+      row.head += kv_head * job.gqa_factor;
+      finish_scores(pass, block, row, scores + r * kBlockKeys);
     }
-    soften(
-        row_scores,
-        state.most[first_row + r],
-        state.sums + (first_row + r) * kLanes,
-        acc + r * pass.acc_stride,
-        pass.acc_stride);
   }
+  soften<kRows>(
+      exponent_unit(job),
+      scores,
+      state.most + first_row,
+      state.sums + first_row * kLanes,
+      acc,
+      pass.acc_stride);
   add_values<X, kRows, kAhead>(pass, block, head_row, ahead_row, scores, acc);
 }
 

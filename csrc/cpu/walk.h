@@ -28,6 +28,10 @@ class Walk {
     return count_;
   }
 
+  bool one_page() const {
+    return pages_ == 1;
+  }
+
   Span span(int i) const {
     const int first = i * pages_ - lead_;
     if (job_.page_starts) {
@@ -48,10 +52,11 @@ class Walk {
   // with the pages of the next one. Only to prefetch.
   int64_t row_ahead(int i, int key) const {
     const int first = i * pages_ - lead_;
-    const int page = first + (pages_ > 1 ? key / job_.page_size : 0);
+    const int page = pages_ == 1 ? first : first + key / job_.page_size;
     const int end =
         job_.prefetch_next_item ? job_.plan->num_pages - item_.page_begin : item_.page_count;
-    return page_row(job_, item_, clamp_int(page, 0, end - 1)) + key % job_.page_size;
+    const int slot = pages_ == 1 ? key : key % job_.page_size;
+    return page_row(job_, item_, clamp_int(page, 0, end - 1)) + slot;
   }
 
  private:
