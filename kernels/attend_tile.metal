@@ -15,7 +15,7 @@
 // Compiled with T, D, DV, ROW_TILES (rows / 8) and SIMDGROUPS (the most of a
 // threadgroup) as macros of prefix PAGED_MLX_.
 
-#include "matrices.h"
+#include "key_groups.h"
 #include "merge_simdgroups.h"
 #include "page_walk.h"
 #include "scores.h"
@@ -72,20 +72,10 @@ struct TileAttention {
     }
   }
 
-  // The keys that every row sees: [x, y).
-  int2 seen_by_all() const {
-    int low = rows[0].low, high = rows[0].high;
-    for (int m = 1; m < ROW_TILES; m++) {
-      low = max(low, rows[m].low);
-      high = min(high, rows[m].high);
-    }
-    return int2(simd_max(low), simd_min(high));
-  }
-
   template <bool EDGE>
   void step(int slot) {
     dot<EDGE>(slot);
-    score<EDGE>(slot);
+    score_groups<EDGE, ROW_TILES, 4>(walk, scoring, rows, slot, at, &scores[0][0]);
     weigh<EDGE>();
     add_values<EDGE>(slot);
   }
@@ -93,35 +83,14 @@ struct TileAttention {
   template <bool EDGE>
   void dot(int slot) {
     for (int g = 0; g < 4; g++) {
-      const int first = slot + 8 * g;
-      const SlotRun<8> slots(walk, first);
+      const KeyPair<T> pairs[1] = {key_pair<T, D, EDGE>(walk, k_pages, slot + 8 * g, at)};
       Matrix<float> sums[ROW_TILES];
       for (int m = 0; m < ROW_TILES; m++) {
         sums[m] = Matrix<float>(0);
       }
-      DimRuns<T, D>::template multiply<ROW_TILES>(
-          queries,
-          k_pages + slots.row(at.column) * D,
-          k_pages + slots.row(at.column + 1) * D,
-          !EDGE || walk.is_live(first + at.column),
-          !EDGE || walk.is_live(first + at.column + 1),
-          at,
-          sums);
+      DimRuns<T, D>::template multiply<ROW_TILES, 1>(queries, pairs, at, sums);
       for (int m = 0; m < ROW_TILES; m++) {
         scores[m][g] = sums[m];
-      }
-    }
-  }
-
-  template <bool EDGE>
-  void score(int slot) {
-    for (int g = 0; g < 4; g++) {
-      const int first = walk.position(slot + 8 * g + at.column);
-      const int second = kRagged ? walk.position(slot + 8 * g + at.column + 1) : first + 1;
-      for (int m = 0; m < ROW_TILES; m++) {
-        thread float2& two = elements(scores[m][g]);
-        two.x = scoring.of<EDGE>(two.x, rows[m], first);
-        two.y = scoring.of<EDGE>(two.y, rows[m], second);
       }
     }
   }
@@ -216,8 +185,8 @@ using namespace paged_mlx;
   TileAttention<T, D, DV, kRowTiles> tile(walk, scoring, k_pages, v_pages, lane);
   tile.begin(q, rows);
 
-  const int2 whole = tile.seen_by_all();
-  const int2 steps = walk.steps(item.key_begin, item.key_end);
+  const int2 whole = seen_by_all(tile.rows);
+  const int2 steps = walk.steps(item.key_begin, item.key_end, 32);
   const int count = steps.y - steps.x;
   const int end = steps.x + count * (simdgroup + 1) / num_simdgroups;
   for (int s = steps.x + count * simdgroup / num_simdgroups; s < end; s++) {

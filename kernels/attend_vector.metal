@@ -164,15 +164,6 @@ struct VectorAttention {
     }
   }
 
-  // The keys that every row sees: [x, y).
-  int2 seen_by_all() const {
-    int2 seen(rows[0].low, rows[0].high);
-    for (int r = 1; r < ROWS; r++) {
-      seen = int2(max(seen.x, rows[r].low), min(seen.y, rows[r].high));
-    }
-    return seen;
-  }
-
   template <bool EDGE>
   void step(int slot) {
     const SlotRun<32> slots(walk, slot);
@@ -275,8 +266,8 @@ using namespace paged_mlx;
   VectorAttention<T, D, DV, kRows> vector(walk, scoring, k_pages, v_pages, lane);
   vector.begin(q, rows);
 
-  const int2 whole = vector.seen_by_all();
-  const int2 steps = walk.steps(item.key_begin, item.key_end);
+  const int2 whole = seen_by_all(vector.rows);
+  const int2 steps = walk.steps(item.key_begin, item.key_end, 32);
   const int count = steps.y - steps.x;
   const int end = steps.x + count * (simdgroup + 1) / num_simdgroups;
   for (int s = steps.x + count * simdgroup / num_simdgroups; s < end; s++) {

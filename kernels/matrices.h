@@ -38,6 +38,14 @@ inline float row_sum(float x) {
   return x + simd_shuffle_xor(x, 8);
 }
 
+// The two keys of a lane's columns. One that is not live counts as 0, unread.
+template <typename T>
+struct KeyPair {
+  const device T* first;
+  const device T* second;
+  bool first_live, second_live;
+};
+
 // The dims [BEGIN, D) of Q K^T, in runs of 8 lanes x kWidth dims. Matrix i of a
 // run holds the dims BEGIN + kWidth * lane + i.
 template <typename T, int D, int BEGIN = 0, bool MORE = (BEGIN < D)>
@@ -57,40 +65,35 @@ struct DimRuns {
     Rest::load_query(row, at, q);
   }
 
-  // scores[m] += Q[m] . K^T for 8 keys; the lane reads the dims of its row for
-  // the two keys of its columns. A key that is not live counts as 0, unread.
-  template <int ROW_TILES, typename Queries>
+  // scores[m, g] += Q[m] . K[g]^T for GROUPS groups of 8 keys; the lane reads the
+  // dims of its row for the two keys of its columns.
+  template <int ROW_TILES, int GROUPS, typename Queries>
   static void multiply(
       thread const Queries& queries,
-      const device T* first_key,
-      const device T* second_key,
-      bool first_live,
-      bool second_live,
+      thread const KeyPair<T> (&pairs)[GROUPS],
       LanePlace at,
       thread Matrix<float>* scores) {
-    Run<T, kWidth> first, second;
-    load(first, first_key, first_live, at);
-    load(second, second_key, second_live, at);
-    typename Queries::template Part<kWidth, BEGIN> part(queries);
+    Run<T, kWidth> runs[GROUPS][2];
+#pragma clang loop unroll(full)
+    for (int g = 0; g < GROUPS; g++) {
+      runs[g][0].load_if(pairs[g].first_live, pairs[g].first + BEGIN + kWidth * at.row);
+      runs[g][1].load_if(pairs[g].second_live, pairs[g].second + BEGIN + kWidth * at.row);
+    }
+    const typename Queries::template Part<kWidth, BEGIN> part(queries);
 #pragma clang loop unroll(full)
     for (int i = 0; i < kWidth; i++) {
-      Matrix<T> keys;
-      elements(keys) = vec<T, 2>(first.v[i], second.v[i]);
 #pragma clang loop unroll(full)
-      for (int m = 0; m < ROW_TILES; m++) {
-        simdgroup_multiply_accumulate(scores[m], part.matrix(m, i), keys, scores[m]);
+      for (int g = 0; g < GROUPS; g++) {
+        Matrix<T> keys;
+        elements(keys) = vec<T, 2>(runs[g][0].v[i], runs[g][1].v[i]);
+#pragma clang loop unroll(full)
+        for (int m = 0; m < ROW_TILES; m++) {
+          thread Matrix<float>& sum = scores[m * GROUPS + g];
+          simdgroup_multiply_accumulate(sum, part.matrix(m, i), keys, sum);
+        }
       }
     }
-    Rest::template multiply<ROW_TILES>(
-        queries, first_key, second_key, first_live, second_live, at, scores);
-  }
-
-  static void load(thread Run<T, kWidth>& run, const device T* key, bool live, LanePlace at) {
-    if (live) {
-      run.load(key + BEGIN + kWidth * at.row);
-    } else {
-      run.clear();
-    }
+    Rest::template multiply<ROW_TILES, GROUPS>(queries, pairs, at, scores);
   }
 };
 
@@ -98,13 +101,10 @@ template <typename T, int D, int BEGIN>
 struct DimRuns<T, D, BEGIN, false> {
   static void load_query(const device T*, LanePlace, thread Matrix<T>*) {}
 
-  template <int ROW_TILES, typename Queries>
+  template <int ROW_TILES, int GROUPS, typename Queries>
   static void multiply(
       thread const Queries&,
-      const device T*,
-      const device T*,
-      bool,
-      bool,
+      thread const KeyPair<T> (&)[GROUPS],
       LanePlace,
       thread Matrix<float>*) {}
 };
@@ -126,11 +126,7 @@ struct ColumnRuns {
       LanePlace at,
       thread Matrix<float>* out) {
     Run<T, kWidth> run;
-    if (live) {
-      run.load(key + BEGIN + kWidth * (at.column / 2));
-    } else {
-      run.clear();
-    }
+    run.load_if(live, key + BEGIN + kWidth * (at.column / 2));
 #pragma clang loop unroll(full)
     for (int i = 0; i < kWidth / 2; i++) {
       Matrix<T> values;

@@ -52,9 +52,13 @@ template <typename T, int W, int SIZE = sizeof(T)>
 struct Run {
   T v[W];
 
-  void clear() {
-    for (int i = 0; i < W; i++) {
-      v[i] = T(0.0f);
+  void load_if(bool live, const device T* from) {
+    if (live) {
+      load(from);
+    } else {
+      for (int i = 0; i < W; i++) {
+        v[i] = T(0.0f);
+      }
     }
   }
 
@@ -74,9 +78,13 @@ template <typename T, int W>
 struct Run<T, W, 4> {
   T v[W];
 
-  void clear() {
-    for (int i = 0; i < W; i++) {
-      v[i] = T(0);
+  void load_if(bool live, const device T* from) {
+    if (live) {
+      load(from);
+    } else {
+      for (int i = 0; i < W; i++) {
+        v[i] = T(0.0f);
+      }
     }
   }
 
@@ -94,8 +102,14 @@ template <typename T>
 struct Run<T, 1, 2> {
   T v[1];
 
-  void clear() {
-    v[0] = T(0.0f);
+  void load_if(bool live, const device T* from) {
+    if (live) {
+      load(from);
+    } else {
+      for (int i = 0; i < 1; i++) {
+        v[i] = T(0.0f);
+      }
+    }
   }
 
   void load(const device T* from) {

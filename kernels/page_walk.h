@@ -1,8 +1,8 @@
 // The pages of a work item: from a slot of the item to a row of the pool.
 //
 // Slots of an item are numbered through its pages: slot s lies in page
-// s / page_size at offset s % page_size. Kernels go in steps of 32 slots, a
-// step beginning at a multiple of 32.
+// s / page_size at offset s % page_size. Kernels go in steps of a fixed number
+// of slots, a step beginning at a multiple of it.
 #ifndef PAGED_MLX_PAGE_WALK_H
 #define PAGED_MLX_PAGE_WALK_H
 
@@ -38,12 +38,14 @@ struct PageWalk {
         kv_head(kv_head_),
         num_kv_heads(arguments.num_kv_heads) {}
 
-  // The steps that hold the keys [low, high) of the item: [x, y).
-  int2 steps(int low, int high) const {
-    if (kRagged) {
-      return int2(0, (page_count * kPageSize + 31) / 32);
+  // The steps of `size` slots that hold the keys [low, high) of the item: [x, y).
+  int2 steps(int low, int high, int size) const {
+    if (low >= high) {
+      return int2(0);
     }
-    return low < high ? int2((low - first_position) / 32, (high - first_position + 31) / 32) : int2(0);
+    const int2 slots =
+        kRagged ? int2(0, page_count * kPageSize) : int2(low, high) - first_position;
+    return int2(slots.x / size, (slots.y + size - 1) / size);
   }
 
   // Every key of [slot, slot + count) is one that the item holds.

@@ -55,7 +55,7 @@ struct RowReader {
     return plan[arguments.row_tokens + row_begin + row / arguments.gqa_factor];
   }
 
-  // A row past the last repeats the last and sees nothing.
+  // A row past the last repeats the last; its result is not written.
   QueryRow read(int index) const {
     const int row = min(index, num_rows - 1);
     QueryRow r;
@@ -63,12 +63,34 @@ struct RowReader {
     r.head = head(row);
     r.position = plan[arguments.positions + r.token];
     r.low = kHasWindow ? max(key_begin, r.position - arguments.sliding_window + 1) : key_begin;
-    r.high = index < num_rows ? min(key_end, plan[arguments.row_ends + r.token]) : r.low;
+    r.high = min(key_end, plan[arguments.row_ends + r.token]);
     r.slope = kHasAlibi ? alibi_slopes[r.head] * kLog2E : 0;
     r.mask = long(r.head) * arguments.mask_head_stride + long(r.token) * arguments.mask_token_stride;
     return r;
   }
 };
+
+// The keys that all of N rows of each lane see: [x, y).
+template <int N>
+inline int2 seen_by_all(thread const QueryRow (&rows)[N]) {
+  int low = rows[0].low, high = rows[0].high;
+  for (int i = 1; i < N; i++) {
+    low = max(low, rows[i].low);
+    high = min(high, rows[i].high);
+  }
+  return int2(simd_max(low), simd_min(high));
+}
+
+// The keys that any of them sees lie in [x, y).
+template <int N>
+inline int2 seen_by_any(thread const QueryRow (&rows)[N]) {
+  int low = rows[0].low, high = rows[0].high;
+  for (int i = 1; i < N; i++) {
+    low = min(low, rows[i].low);
+    high = max(high, rows[i].high);
+  }
+  return int2(simd_min(low), simd_max(high));
+}
 
 struct Scoring {
   constant AttendArguments& arguments;
