@@ -11,5 +11,14 @@ except ImportError as error:
 
 from paged_mlx.mlx_lm.cache import BatchPagedKVCache, PagedKVCache
 from paged_mlx.mlx_lm.enable import PagedModel, enable
+from paged_mlx.mlx_lm.explain import Explanation, LayerRoute, explain
 
-__all__ = ["BatchPagedKVCache", "PagedKVCache", "PagedModel", "enable"]
+__all__ = [
+    "BatchPagedKVCache",
+    "Explanation",
+    "LayerRoute",
+    "PagedKVCache",
+    "PagedModel",
+    "enable",
+    "explain",
+]

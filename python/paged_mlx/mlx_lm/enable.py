@@ -1,6 +1,7 @@
 """``enable``: paged K and V for a model of mlx-lm, by one call, undone completely."""
 
 import copy
+from collections import Counter
 
 from mlx_lm.models import cache as stock
 
@@ -47,7 +48,7 @@ class PagedModel:
     """
 
     def __init__(self, model, page_size, num_pages, retain):
-        if isinstance(getattr(model, "make_cache", None), _MakeCache):
+        if paged_model_of(model) is not None:
             fail("enable", "model must not be enabled already", type(model).__name__)
         for name, value in (("page_size", page_size), ("num_pages", num_pages), ("retain", retain)):
             if value is not None and (not isinstance(value, int) or value < (name != "retain")):
@@ -67,11 +68,14 @@ class PagedModel:
         }
         for (window, layer), geometry in probe_geometry(model, caches, self.layout.places).items():
             self.groups[window].geometry[layer] = geometry
-        self._enable()
+        self.enable()
 
     # On and off
 
-    def _enable(self) -> None:
+    def enable(self) -> None:
+        """Page the model's caches again, after ``disable``."""
+        if self._enabled:
+            return
         self.model.make_cache = _MakeCache(self)
         hook.install()
         self._enabled = True
@@ -118,16 +122,19 @@ class PagedModel:
     @property
     def paged_calls(self) -> int:
         """Attention calls that read the pages."""
-        return sum(group.paged_calls for group in self.groups.values())
+        return self._calls().get(None, 0)
 
     @property
     def gathered_calls(self) -> dict[str, int]:
         """Attention calls that went through a gather, by reason."""
-        counts = {}
+        return {reason: count for reason, count in self._calls().items() if reason is not None}
+
+    def _calls(self) -> Counter:
+        calls = Counter()
         for group in self.groups.values():
-            for (_, reason), count in group.gathered_calls.items():
-                counts[reason] = counts.get(reason, 0) + count
-        return counts
+            for (_, reason), count in group.calls.items():
+                calls[reason] += count
+        return calls
 
     @property
     def nbytes(self) -> int:
@@ -154,6 +161,12 @@ class PagedModel:
     def __repr__(self):
         state = "" if self._enabled else ", disabled"
         return f"PagedModel({type(self.model).__module__}, {list(self.groups.values())}{state})"
+
+
+def paged_model_of(model) -> PagedModel | None:
+    """What ``enable`` returned for this model, while it is enabled."""
+    make_cache = getattr(model, "make_cache", None)
+    return make_cache.paged if isinstance(make_cache, _MakeCache) else None
 
 
 class _MakeCache:

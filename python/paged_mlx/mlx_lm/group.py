@@ -48,8 +48,7 @@ class LayerGroup:
         self._placed: dict[int, tuple[PagePool, int]] = {}
         self._recent: list[tuple[Step, BlockTable]] = []
         self._unread: dict[int, tuple] = {}  # gathers that nobody has taken the place of
-        self.paged_calls = 0
-        self.gathered_calls: Counter = Counter()  # (layer, reason) -> calls
+        self.calls: Counter = Counter()  # (layer, why the pages were not read) -> attention calls
         self._offsets = (None, None)
 
     def __deepcopy__(self, memo):
@@ -221,11 +220,8 @@ class LayerGroup:
     # Figures
 
     def count(self, layer: int, reason: str | None) -> None:
-        """Take note of an attention call: paged, or the reason why not."""
-        if reason is None:
-            self.paged_calls += 1
-        else:
-            self.gathered_calls[layer, reason] += 1
+        """Take note of an attention call: paged, or why not."""
+        self.calls[layer, reason] += 1
 
     def offsets(self, lens: np.ndarray) -> mx.array:
         """``lens`` as an array, one for all layers of a step."""

@@ -1,0 +1,94 @@
+"""explain(): which layers read pages, and why the others do not."""
+
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm_zoo as zoo  # noqa: E402
+
+from paged_mlx.mlx_lm import enable, explain, hook  # noqa: E402
+from paged_mlx.mlx_lm.enable import paged_model_of  # noqa: E402
+
+
+def test_every_layer_of_a_window_model_is_paged():
+    found = explain(zoo.tiny("gemma3_text"))
+    assert [layer.window for layer in found.layers] == [zoo.WINDOW, zoo.WINDOW, None]
+    assert all(layer.is_paged and layer.reason is None for layer in found.layers)
+    assert str(found).startswith("gemma3_text: 3 of 3 layers read pages")
+
+
+def test_attention_of_the_models_own_is_named():
+    found = explain(zoo.tiny("stablelm"))
+    assert found.num_paged == 0
+    assert {layer.reason for layer in found.layers} == {
+        "the model computes attention itself, from gathered K and V"
+    }
+
+
+def test_a_head_dim_without_a_kernel_is_named():
+    found = explain(zoo.tiny("llama", head_dim=12))
+    assert {layer.reason for layer in found.layers} == {"head_dim 12 has no kernel"}
+
+
+def test_a_head_dim_without_a_kernel_still_gives_stock_tokens():
+    model, prompt = zoo.tiny("llama", head_dim=12), zoo.prompt(45, seed=1)
+    prompts = [prompt, prompt[:7]]
+    expected = zoo.single(model, prompt, max_tokens=8), zoo.batched(model, prompts, [8, 4])
+    with enable(model, page_size=8) as paged:
+        found = zoo.single(model, prompt, max_tokens=8), zoo.batched(model, prompts, [8, 4])
+        assert found == expected
+        assert paged.paged_calls == 0
+        assert set(paged.gathered_calls) == {"head_dim 12 has no kernel"}
+
+
+def test_explaining_leaves_the_model_as_it_was():
+    model = zoo.tiny("llama")
+    explain(model)
+    assert paged_model_of(model) is None
+    with enable(model) as paged:
+        explain(model)
+        assert paged_model_of(model) is paged
+        assert paged.paged_calls == 0
+
+
+@pytest.mark.parametrize(
+    "mask, reason",
+    [
+        (None, "attention is not causal"),
+        ("other", "the mask is of another kind"),
+        (mx.ones((5, 5), mx.bool_), "the mask is not the cache's"),
+    ],
+)
+def test_masks_that_are_not_the_caches_are_gathered(mask, reason):
+    model = zoo.tiny("llama")
+    x = mx.random.normal((1, 2, 5, 8))
+    with enable(model):
+        k, v = model.make_cache()[0].update_and_fetch(x, x)
+        assert hook.refusal(x, k, v, mask) == reason
+        assert hook.refusal(x, k, v, "causal") is None
+        assert hook.refusal(x[:, :, :3], k, v, "causal") == "the queries are not this step's tokens"
+        assert hook.refusal(x, k, x, "causal") == "K and V are not one layer's"
+        assert hook.refusal(x.astype(mx.float16), k, v, "causal").startswith("q is ")
+
+
+def test_the_mask_of_another_step_is_gathered():
+    model = zoo.tiny("llama")
+    x = mx.random.normal((1, 2, 5, 8))
+    with enable(model):
+        cache = model.make_cache()[0]
+        old = cache.make_mask(5, return_array=True)
+        cache.update_and_fetch(x, x)
+        mask = cache.make_mask(5, return_array=True)
+        k, v = cache.update_and_fetch(x, x)
+        assert hook.refusal(x, k, v, old) == "the mask is of another step"
+        assert hook.refusal(x, k, v, mask) is None
+
+
+def test_calls_that_are_not_ours_pass_through():
+    q = mx.random.normal((1, 4, 3, 8))
+    expected = mx.fast.scaled_dot_product_attention(q, q, q, scale=0.5, mask="causal")
+    with enable(zoo.tiny("llama")) as paged:
+        found = mx.fast.scaled_dot_product_attention(q, q, q, scale=0.5, mask="causal")
+        assert mx.array_equal(found, expected)
+        assert paged.paged_calls == 0
