@@ -1,7 +1,7 @@
 // Decode attention: the rows of all KV heads of one item against its pages.
 //
-//   q    [kv_head, row, D]   float, lane order   scratch
-//   acc  [kv_head, row, Dv]  float, lane order   scratch
+//   q    [kv_head, row, D]   DotProduct::Query    scratch
+//   acc  [kv_head, row, Dv]  float, lane order    scratch
 //
 // Pages are the outer loop and KV heads the inner one, so that memory is read
 // in whole pages, and each K and V once for all rows. Blocks of keys start at
@@ -146,10 +146,12 @@ void attend_span(
 template <typename X>
 void start_states(const TilePass& pass, Scratch& scratch, State* states) {
   using T = typename X::T;
+  using Query = typename DotProduct<X>::Query;
   const Job& job = pass.job;
   for (int h = 0; h < job.num_kv_heads; h++) {
     State& state = states[h];
-    state.q = scratch.take<float>(size_t(pass.num_rows) * pass.q_stride);
+    auto* const q = scratch.take<Query>(size_t(pass.num_rows) * pass.q_stride);
+    state.q = q;
     state.acc = scratch.take<float>(size_t(pass.num_rows) * pass.acc_stride);
     state.most = scratch.take<float>(pass.num_rows);
     state.sums = scratch.take<float>(size_t(pass.num_rows) * kLanes);
@@ -159,10 +161,10 @@ void start_states(const TilePass& pass, Scratch& scratch, State* states) {
       const Row& row = pass.rows[r];
       const int64_t at =
           int64_t(row.token) * job.num_q_heads + row.head + h * job.gqa_factor;
-      widen_row<X>(
+      DotProduct<X>::pack_query(
           static_cast<const T*>(job.q) + at * job.head_dim,
           job.head_dim,
-          state.q + int64_t(r) * pass.q_stride);
+          q + int64_t(r) * pass.q_stride);
       state.most[r] = kNegInf;
     }
   }

@@ -321,7 +321,7 @@ PAGED_MLX_INLINE void store2_part(typename X::T* p, int n, Pair v) {
   memcpy(p, whole, n * sizeof(whole[0]));
 }
 
-// A row of n elements to float in lane order, padded with zeros, and back.
+// A row of n elements to float in lane order, padded with zeros.
 template <typename X>
 PAGED_MLX_INLINE void widen_row(const typename X::T* from, int n, float* to) {
   int d = 0;
@@ -336,6 +336,47 @@ PAGED_MLX_INLINE void widen_row(const typename X::T* from, int n, float* to) {
     store(to + d + kLanes, v.b);
   }
 }
+
+// How kPair elements of a query meet kPair elements of a key: as floats in lane
+// order, unless the machine multiplies 16-bit floats itself.
+template <typename X>
+struct DotProduct {
+  using Query = float;
+  using Key = Pair;
+  static PAGED_MLX_INLINE void pack_query(const typename X::T* from, int n, Query* to) {
+    widen_row<X>(from, n, to);
+  }
+  static PAGED_MLX_INLINE Key load_key(const typename X::T* p) {
+    return X::load2(p);
+  }
+  static PAGED_MLX_INLINE Key load_key_part(const typename X::T* p, int n) {
+    return load2_part<X>(p, n);
+  }
+  static PAGED_MLX_INLINE Vec add(const Query* q, Key k, Vec sum) {
+    return fma(load(q + kLanes), k.b, fma(load(q), k.a, sum));
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct DotProduct<BFloat16> {
+  using Query = uint16_t;
+  using Key = __m512bh;
+  static PAGED_MLX_INLINE void pack_query(const uint16_t* from, int n, Query* to) {
+    memset(to, 0, (n + kPair - 1) / kPair * kPair * sizeof(Query));
+    memcpy(to, from, n * sizeof(Query));
+  }
+  static PAGED_MLX_INLINE Key load_key(const uint16_t* p) {
+    return (Key)_mm512_loadu_si512(p);
+  }
+  static PAGED_MLX_INLINE Key load_key_part(const uint16_t* p, int n) {
+    return (Key)_mm512_maskz_loadu_epi16((__mmask32(1) << n) - 1, p);
+  }
+  static PAGED_MLX_INLINE Vec add(const Query* q, Key k, Vec sum) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (Key)_mm512_loadu_si512(q), k);
+  }
+};
+#endif
 
 constexpr int padded(int dim) {
   return (dim + kPair - 1) / kPair * kPair;

@@ -32,7 +32,7 @@ struct Block {
 
 // The softmax state of the rows of one KV head.
 struct State {
-  float* q;    // [rows, q_stride]
+  void* q;     // [rows, q_stride], of DotProduct::Query
   float* acc;  // [rows, acc_stride]
   float* most; // [rows]
   float* sums; // [rows, kLanes]: partial sums, one per lane
@@ -62,29 +62,26 @@ PAGED_MLX_INLINE void prefetch_part(const char* ahead, int offset) {
 // Dot products of kKeys keys with kRows rows.
 template <typename X, int kRows, int kKeys, bool kAhead>
 PAGED_MLX_INLINE void dot_products(
-    const float* q,
+    const typename DotProduct<X>::Query* q,
     int q_stride,
     const typename X::T* const* keys,
     const char* ahead,
     int dim,
     Vec (&dots)[kRows][kKeys]) {
+  using Dot = DotProduct<X>;
   for (int r = 0; r < kRows; r++) {
     for (int j = 0; j < kKeys; j++) {
       dots[r][j] = Vec{};
     }
   }
   auto step = [&](int d, auto load_key) __attribute__((always_inline)) {
-    Pair k[kKeys];
+    typename Dot::Key k[kKeys];
     for (int j = 0; j < kKeys; j++) {
       k[j] = load_key(keys[j] + d);
     }
     for (int r = 0; r < kRows; r++) {
-      const Vec qa = load(q + r * q_stride + d), qb = load(q + r * q_stride + d + kLanes);
       for (int j = 0; j < kKeys; j++) {
-        dots[r][j] = fma(qa, k[j].a, dots[r][j]);
-      }
-      for (int j = 0; j < kKeys; j++) {
-        dots[r][j] = fma(qb, k[j].b, dots[r][j]);
+        dots[r][j] = Dot::add(q + r * q_stride + d, k[j], dots[r][j]);
       }
     }
   };
@@ -94,12 +91,14 @@ PAGED_MLX_INLINE void dot_products(
       constexpr int kBytes = kKeys * sizeof(typename X::T);
       prefetch_part<kPair * kBytes>(ahead, d * kBytes);
     }
-    step(d, [](const typename X::T* p) __attribute__((always_inline)) { return X::load2(p); });
+    step(d, [](const typename X::T* p) __attribute__((always_inline)) {
+      return Dot::load_key(p);
+    });
   }
   if (d < dim) {
     const int left = dim - d;
     step(d, [left](const typename X::T* p) __attribute__((always_inline)) {
-      return load2_part<X>(p, left);
+      return Dot::load_key_part(p, left);
     });
   }
 }
@@ -108,7 +107,7 @@ PAGED_MLX_INLINE void dot_products(
 template <typename X, int kRows, bool kAhead>
 PAGED_MLX_INLINE void score_quad(
     const TilePass& pass,
-    const float* q,
+    const typename DotProduct<X>::Query* q,
     const typename X::T* const* keys,
     const char* ahead,
     float* scores) {
@@ -306,7 +305,8 @@ __attribute__((noinline)) void attend_block(
   using T = typename X::T;
   const Job& job = pass.job;
   const T* const k_pages = static_cast<const T*>(job.k_pages);
-  const float* const q = state.q + int64_t(first_row) * pass.q_stride;
+  const auto* const q = static_cast<const typename DotProduct<X>::Query*>(state.q) +
+      int64_t(first_row) * pass.q_stride;
   float* const acc = state.acc + int64_t(first_row) * pass.acc_stride;
   alignas(64) float scores[kRows * kBlockKeys] = {};
   for (int j = block.low / kQuad * kQuad; j < block.high; j += kQuad) {
