@@ -154,6 +154,22 @@ class NativePlan {
   Plan plan_;
 };
 
+// Every key of every sequence is asked for, as by query tokens for all of them.
+void check_whole_contexts(const Step& step, int num_pages, int page_size) {
+  PlanInput geometry;
+  geometry.num_pages = num_pages;
+  geometry.page_size = page_size;
+  geometry.allow_no_page = true;
+  PlanInput input = step.input(geometry);
+  std::vector<int32_t> cu = {0};
+  for (int b = 0; b < input.batch; b++) {
+    const int64_t end = int64_t(cu.back()) + std::max(0, input.context_lens[b]);
+    cu.push_back(int32_t(std::min<int64_t>(end, INT32_MAX)));
+  }
+  input.cu_seqlens_q = cu.data();
+  validate(input);
+}
+
 nb::dict header_dict(const PlanHeader& h) {
   nb::dict d;
   d["num_items"] = nb::make_tuple(h.num_items[0], h.num_items[1], h.num_items[2]);
@@ -268,6 +284,26 @@ void bind_plan(nb::module_& m) {
       .def("array", &NativePlan::array, "The words of plan_format.h, int32 [words].")
       .def("header", [](const NativePlan& self) { return header_dict(self.plan().header()); })
       .def("decisions", [](const NativePlan& self) { return decision_rows(self.plan()); });
+  m.def(
+      "check_tables",
+      [](std::string op,
+         const Ints& block_tables,
+         const Ints& context_lens,
+         const std::optional<Ints>& page_starts,
+         const std::optional<Ints>& page_lens,
+         int num_pages,
+         int page_size) {
+        const Step step(op, block_tables, context_lens, std::nullopt, page_starts, page_lens);
+        check_whole_contexts(step, num_pages, page_size);
+      },
+      "op"_a,
+      "block_tables"_a,
+      "context_lens"_a,
+      "page_starts"_a.none(),
+      "page_lens"_a.none(),
+      "num_pages"_a,
+      "page_size"_a,
+      "Raise ValueError unless the tables cover the whole contexts; NO_PAGE is allowed.");
   m.def(
       "check_plan",
       [](const NativePlan& plan,

@@ -32,6 +32,7 @@ struct PlanInput {
   int page_size = 16;
   bool causal = true;
   int sliding_window = 0; // 0: none
+  bool allow_no_page = false; // a visible entry may be NO_PAGE
 
   int query_begin(int sequence) const {
     return cu_seqlens_q ? cu_seqlens_q[sequence] : sequence;

@@ -110,6 +110,33 @@ void check_ragged(const PlanInput& in, int b, int first_key) {
   }
 }
 
+[[noreturn]] void fail_page(const PlanInput& in, int b, int entry, int32_t page) {
+  fail(
+      in,
+      in.num_pages >= 0 ? "block_tables must hold page ids in [0, " + str(in.num_pages) +
+              "), the pages of the pool"
+                        : "block_tables must hold page ids that are not negative",
+      str(page) + " at [" + str(b) + ", " + str(entry) + "]");
+}
+
+void check_ids(const PlanInput& in, int b, int first, int last) {
+  const int32_t* row = in.block_tables + int64_t(b) * in.max_pages;
+  const uint32_t limit = in.num_pages >= 0 ? in.num_pages : INT32_MAX;
+  bool all_good = true; // without a branch: tables are long and nearly always right
+  for (int entry = first; entry <= last; entry++) {
+    all_good &= uint32_t(row[entry]) < limit;
+  }
+  for (int entry = first; !all_good && entry <= last; entry++) {
+    const bool missing = row[entry] == PAGED_MLX_NO_PAGE;
+    if (missing && !in.allow_no_page) {
+      fail_coverage(in, b, entry_start(in, b, entry));
+    }
+    if (!missing && uint32_t(row[entry]) >= limit) {
+      fail_page(in, b, entry, row[entry]);
+    }
+  }
+}
+
 void check_pages(const PlanInput& in, int b) {
   const int context_len = in.context_lens[b];
   if (context_len == 0 || in.query_len(b) == 0) {
@@ -121,24 +148,7 @@ void check_pages(const PlanInput& in, int b) {
   } else if (int64_t(in.max_pages) * in.page_size < context_len) {
     fail_coverage(in, b, int64_t(in.max_pages) * in.page_size);
   }
-  const int32_t* row = in.block_tables + int64_t(b) * in.max_pages;
-  const int first = entry_of(in, b, first_key);
-  const int last = entry_of(in, b, context_len - 1);
-  const uint32_t limit = in.num_pages >= 0 ? in.num_pages : INT32_MAX;
-  for (int entry = first; entry <= last; entry++) {
-    if (uint32_t(row[entry]) < limit) {
-      continue;
-    }
-    if (row[entry] == PAGED_MLX_NO_PAGE) {
-      fail_coverage(in, b, entry_start(in, b, entry));
-    }
-    fail(
-        in,
-        in.num_pages >= 0 ? "block_tables must hold page ids in [0, " + str(limit) +
-                "), the pages of the pool"
-                          : "block_tables must hold page ids that are not negative",
-        str(row[entry]) + " at [" + str(b) + ", " + str(entry) + "]");
-  }
+  check_ids(in, b, entry_of(in, b, first_key), entry_of(in, b, context_len - 1));
 }
 
 } // namespace

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import _ext
-from paged_mlx.host_ints import fail, host_ints
+from paged_mlx.host_ints import fail, host_ints, optional_ints
 from paged_mlx.plan import AttentionPlan, plan_array
 
 NO_PAGE = -1
@@ -61,7 +61,7 @@ def plan(
     """
     tables = host_ints("plan", "block_tables", block_tables)
     lens = host_ints("plan", "context_lens", context_lens)
-    cu = None if cu_seqlens_q is None else host_ints("plan", "cu_seqlens_q", cu_seqlens_q)
+    cu = optional_ints("plan", "cu_seqlens_q", cu_seqlens_q)
     if previous is not None and page_starts is None:
         following = previous.advance(tables, lens, cu)
         if following is not None:
@@ -313,46 +313,19 @@ def pair_array(op: str, pairs, num_pages: int) -> mx.array:
 
 def gather_inputs(op, k_pages, block_tables, context_lens, page_starts, page_lens) -> dict:
     """Checked arrays for the native gather."""
-    tables = host_ints(op, "block_tables", block_tables)
-    lens = host_ints(op, "context_lens", context_lens)
-    if tables.ndim != 2 or lens.ndim != 1 or len(tables) != len(lens):
-        must = "block_tables must have shape [batch, max_pages] and context_lens [batch]"
-        fail(op, must, f"{tables.shape} and {lens.shape}")
-    if k_pages.ndim != 4:
-        must = "k_pages must have shape [num_pages, num_kv_heads, page_size, head_dim]"
+    if k_pages.ndim != 4 or 0 in k_pages.shape:
+        must = "k_pages must have shape [num_pages, num_kv_heads, page_size, head_dim], none of them 0"
         fail(op, must, k_pages.shape)
-    if lens.size and lens.min() < 0:
-        fail(op, "context_lens must be at least 0", lens.min())
-    if (page_starts is None) != (page_lens is None):
-        fail(op, "page_starts and page_lens must be given together", "one of them")
+    arrays = {
+        "block_tables": host_ints(op, "block_tables", block_tables),
+        "context_lens": host_ints(op, "context_lens", context_lens),
+        "page_starts": optional_ints(op, "page_starts", page_starts),
+        "page_lens": optional_ints(op, "page_lens", page_lens),
+    }
     num_pages, _, page_size, _ = k_pages.shape
-    starts = np.broadcast_to(np.arange(tables.shape[1]) * page_size, tables.shape)
-    spans = np.full(tables.shape, page_size)
-    arrays = {}
-    if page_starts is not None:
-        starts = host_ints(op, "page_starts", page_starts)
-        spans = host_ints(op, "page_lens", page_lens)
-        if starts.shape != tables.shape or spans.shape != tables.shape:
-            must = f"page_starts and page_lens must have the shape of block_tables {tables.shape}"
-            fail(op, must, f"{starts.shape} and {spans.shape}")
-        arrays = {"page_starts": mx.array(starts), "page_lens": mx.array(spans)}
-    used = starts < lens[:, None]
-    covered = np.max(np.where(used, starts + spans, 0), axis=1, initial=0)
-    short = np.flatnonzero(covered < lens)
-    if short.size:
-        b = short[0]
-        must = f"context_lens must be covered by the pages of block_tables ({covered[b]} tokens)"
-        fail(op, must, f"{lens[b]} for sequence {b}")
-    outside = used & ((tables >= num_pages) | (tables < NO_PAGE))
-    if outside.any():
-        b, entry = np.argwhere(outside)[0]
-        must = f"block_tables must hold page ids in [0, {num_pages}), the pages of the pool"
-        fail(op, must, f"{tables[b, entry]} at [{b}, {entry}]")
-    if page_lens is not None and used.any() and spans[used].max() > page_size:
-        fail(op, f"page_lens must be in [0, page_size = {page_size}]", spans[used].max())
-    length = int(lens.max()) if lens.size else 0
-    arrays |= {"block_tables": mx.array(tables), "context_lens": mx.array(lens), "length": length}
-    return arrays
+    _ext.check_tables(op=op, **arrays, num_pages=num_pages, page_size=page_size)
+    length = int(arrays["context_lens"].max())
+    return {name: mx.array(a) for name, a in arrays.items() if a is not None} | {"length": length}
 
 
 def check_plan_options(op: str, plan, causal: bool, sliding_window: int | None) -> None:
@@ -375,7 +348,7 @@ def _own_plan(
         fail(op, "block_tables and context_lens must be given, or a plan", "neither")
     geometry = _ext.attention_geometry(q, k_pages, v_pages)
     tables = host_ints(op, "block_tables", block_tables)
-    cu = None if cu_seqlens_q is None else host_ints(op, "cu_seqlens_q", cu_seqlens_q)
+    cu = optional_ints(op, "cu_seqlens_q", cu_seqlens_q)
     tokens = len(tables) if cu is None else cu[-1] if cu.ndim == 1 and cu.size else 0
     if tables.ndim == 2 and tokens != geometry["tokens"]:
         source = "one for each sequence" if cu is None else "as many as cu_seqlens_q ends with"
@@ -420,8 +393,8 @@ def _native_plan(
         block_tables=tables,
         context_lens=lens,
         cu_seqlens_q=cu,
-        page_starts=None if page_starts is None else host_ints(op, "page_starts", page_starts),
-        page_lens=None if page_lens is None else host_ints(op, "page_lens", page_lens),
+        page_starts=optional_ints(op, "page_starts", page_starts),
+        page_lens=optional_ints(op, "page_lens", page_lens),
         sliding_window=sliding_window or 0,
         share_prefixes=share_prefixes,
         fixed_partition=fixed_partition or 0,

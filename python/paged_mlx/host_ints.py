@@ -43,3 +43,8 @@ def host_ints(op: str, name: str, values: object) -> np.ndarray:
         worst = max(array.min(), array.max(), key=abs)
         fail(op, f"{name} must fit in 32 bits", worst)
     return np.ascontiguousarray(array, np.int32)
+
+
+def optional_ints(op: str, name: str, values: object) -> np.ndarray | None:
+    """:func:`host_ints` of what may be left out."""
+    return None if values is None else host_ints(op, name, values)

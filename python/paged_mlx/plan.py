@@ -6,6 +6,8 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx.host_ints import host_ints, optional_ints
+
 KINDS = ("vector", "tile", "wide")
 _ITEM_FIELDS = 8
 
@@ -135,15 +137,11 @@ class AttentionPlan:
 
     def advance(self, block_tables, context_lens, cu_seqlens_q=None) -> "AttentionPlan | None":
         """The plan of the next step, if only lengths inside the same pages changed, else None."""
-        from paged_mlx.host_ints import host_ints
-
         native = self._native.advance(
             op="plan",
             block_tables=host_ints("plan", "block_tables", block_tables),
             context_lens=host_ints("plan", "context_lens", context_lens),
-            cu_seqlens_q=None
-            if cu_seqlens_q is None
-            else host_ints("plan", "cu_seqlens_q", cu_seqlens_q),
+            cu_seqlens_q=optional_ints("plan", "cu_seqlens_q", cu_seqlens_q),
         )
         if native is None:
             return None
