@@ -6,6 +6,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
+from paged_mlx import PagePool, PageTable
 from paged_mlx.testing import Backend, Case, Check, backends, grid, report, run, run_suite, walk
 from paged_mlx.testing.__main__ import main
 from paged_mlx.testing.faults import ContextShort, DropPage
@@ -106,3 +107,51 @@ def test_command_line_prints_the_table_and_writes_the_record(tmp_path, capsys):
     assert status == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("group")
     assert json.loads(target.read_text())["right"] is True
+
+
+def any_program_fails(programs=12):
+    return any(not run(check, backends.cpu()).right for check in GRAPH[:programs])
+
+
+GRAPH = [check for check in grid.quick() if check.group == "graph"]
+
+
+def test_programs_see_a_copy_on_write_that_copies_nothing(monkeypatch):
+    monkeypatch.setattr(PagePool, "copy", lambda pool, pairs: None)
+    assert any_program_fails()
+
+
+def test_programs_see_reads_that_later_writes_do_not_wait_for(monkeypatch):
+    attend = PagePool.attend
+
+    def attend_and_forget(pool, layer, *arguments, **options):
+        versions = list(pool.state)
+        out = attend(pool, layer, *arguments, **options)
+        pool.state[:] = versions
+        return out
+
+    monkeypatch.setattr(PagePool, "attend", attend_and_forget)
+    assert any_program_fails()
+
+
+def test_programs_see_writes_that_reach_one_layer_only(monkeypatch):
+    write = PagePool.write
+
+    def write_the_first_layer(pool, layer, k, v, slots):
+        write(pool, layer, k if layer == 0 else k * 0, v, slots)
+
+    monkeypatch.setattr(PagePool, "write", write_the_first_layer)
+    assert any_program_fails()
+
+
+def test_programs_see_a_page_that_is_free_too_early(monkeypatch):
+    fork = PageTable.fork
+
+    def fork_without_sharing(table):
+        twin = fork(table)
+        for page_id in table.page_ids:
+            table.allocator.free_page(page_id)
+        return twin
+
+    monkeypatch.setattr(PageTable, "fork", fork_without_sharing)
+    assert any_program_fails()

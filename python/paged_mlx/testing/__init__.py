@@ -17,6 +17,7 @@ on a kernel of your own::
     walk       a readable paged attention; faults: what it can get wrong
     checks     what is asked of a result; grid, pairwise: of which cases
     runner     groups x backends; report: the table; shrink: the smallest failing case
+    graph      random programs over a pool; large: pools beyond 2^31 elements
     fuzz       malformed metadata
 """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import dtypes, needle, yardstick
+from . import dtypes, large, needle, yardstick
 from .backends import Backend
 from .case import Case
 from .problem import Problem
@@ -241,6 +241,18 @@ def _same_stored(found, expected, what: str) -> Outcome:
     return Outcome(True)
 
 
+def _graph(case: Case, backend: Backend) -> Outcome:
+    """Random programs over a pool give what each moment's tokens give."""
+    from . import graph
+
+    return graph.run(case, backend.stream)
+
+
+def _large(case: Case, backend: Backend) -> Outcome:
+    """Pages behind the 2^31st element of the pool."""
+    return _judged(large.build(case), backend)
+
+
 ASKS: dict[str, Callable[[Case, Backend], Outcome]] = {
     "oracle": _oracle,
     "poison": _poison,
@@ -252,6 +264,8 @@ ASKS: dict[str, Callable[[Case, Backend], Outcome]] = {
     "write": _write,
     "copy": _copy,
     "gather": _gather,
+    "graph": _graph,
+    "large": _large,
 }
 
 #: Optional functions of a backend that an ask needs.
@@ -261,4 +275,5 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "write": ("write",),
     "copy": ("copy",),
     "gather": ("gather",),
+    "graph": ("stream",),
 }

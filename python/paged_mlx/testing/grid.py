@@ -16,7 +16,7 @@ from .checks import Check
 from .pairwise import pairwise, product
 
 #: Groups of checks, in the order of the report.
-GROUPS = ("needles", "poison", "numbers", "grid", "invariance", "pages", "large")
+GROUPS = ("needles", "poison", "numbers", "grid", "invariance", "pages", "graph", "large")
 
 HEADS = ((1, 1), (4, 4), (8, 2), (16, 8), (24, 4), (28, 4), (40, 8), (64, 8), (8, 1), (71, 1))
 HEAD_DIMS = (*range(8, 257, 8), 512)
@@ -27,6 +27,9 @@ CONTEXTS = (
     *itertools.product(("page", "2 pages", "partition"), (-1, 0, 1)),
     *((length, 0) for length in (1, 31, 33, 130, 257, 523)),
 )
+
+#: Products of one case of the grid.
+_MOST_WORK = 1 << 28
 
 _GEOMETRY = {
     "dtype": dtypes.NAMES,
@@ -57,14 +60,20 @@ _OPTIONS = {
 def quick() -> tuple[Check, ...]:
     """The run that belongs to every build."""
     return tuple(
-        itertools.chain(_needles(), _poison(), _numbers(), _grid(), _invariance(), _pages())
+        itertools.chain(
+            _needles(), _poison(), _numbers(), _grid(), _invariance(), _pages(), _graph(24)
+        )
     )
 
 
 @cache
 def long() -> tuple[Check, ...]:
     """Everything: the quick run, the full product of geometry, long prompts, long contexts."""
-    return tuple(itertools.chain(quick(), _long_needles(), _long_grid(), _long_prompts()))
+    return tuple(
+        itertools.chain(
+            quick(), _long_needles(), _long_grid(), _long_prompts(), _graph(2000)
+        )
+    )
 
 
 def large() -> tuple[Check, ...]:
@@ -85,7 +94,8 @@ def large() -> tuple[Check, ...]:
 def make_case(row: dict, seed: int = 0) -> Case:
     """The case that a row of the design describes."""
     context = _context_len(row["context"], row["page_size"])
-    sequences = _sequences(row["batch"], min(row["query"], context), context, row["page_size"])
+    query = min(row["query"], context, _most_queries(row, context))
+    sequences = _sequences(row["batch"], query, context, row["page_size"])
     return Case(
         dtype=row["dtype"],
         num_q_heads=row["heads"][0],
@@ -105,6 +115,11 @@ def make_case(row: dict, seed: int = 0) -> Case:
         spread=row["spread"],
         seed=seed,
     )
+
+
+def _most_queries(row: dict, context: int) -> int:
+    """A query length at which the oracle is done in a blink."""
+    return max(2, _MOST_WORK // (context * row["heads"][0] * row["head_dim"]))
 
 
 def _context_len(context: tuple, page_size: int) -> int:
@@ -141,7 +156,8 @@ def _grid() -> Iterator[Check]:
         sequences = ((1, 70), (5, 40))
         yield Check("grid", Case(dtype=dtypes.NAMES[i % 3], sequences=sequences, **dims))
     for dtype in dtypes.NAMES:
-        yield Check("grid", Case(dtype=dtype, sequences=((2048, 2048),), num_q_heads=1))
+        prompt = Case(dtype=dtype, sequences=((2048, 2048),), num_q_heads=1, head_dim=32)
+        yield Check("grid", prompt)
         yield Check("grid", Case(dtype=dtype, sequences=((1, 4001), (1, 7), (300, 900))))
 
 
@@ -155,7 +171,8 @@ def _needles() -> Iterator[Check]:
             ((1, 300),),
             ((1, 65), (1, 300), (1, 513)),
             ((3, 200), (17, 129), (1, 1), (2, 0)),
-            ((130, 300), (1, 260)),
+            ((130, 300),),
+            ((9, 300), (1, 260)),
         ),
         "prefix": (None, "all", "nested"),
         "ragged": (False, True),
@@ -164,11 +181,11 @@ def _needles() -> Iterator[Check]:
     }
     for i, row in enumerate(pairwise(axes)):
         yield Check("needles", _needle_case(row, i))
+    long = Case(values="needles", num_q_heads=32, page_size=32)
     for dtype in dtypes.NAMES:
-        yield Check("needles", Case(dtype=dtype, values="needles", sequences=((1, 8192), (3, 700))))
-    base = Case(values="needles", dtype="float16", page_size=64, sequences=((1, 32768),))
-    yield Check("needles", base.replace(num_q_heads=8, head_dim=128))
-    yield Check("needles", base.replace(num_q_heads=16, sequences=((4, 32768),)))
+        yield Check("needles", long.replace(dtype=dtype, sequences=((1, 8192), (3, 700))))
+    yield Check("needles", long.replace(dtype="bfloat16", sequences=((1, 32768),)))
+    yield Check("needles", long.replace(dtype="float16", sequences=((2, 32768),), page_size=16))
 
 
 def _needle_case(row: dict, seed: int) -> Case:
@@ -283,6 +300,13 @@ def _pages() -> Iterator[Check]:
         ask = row.pop("ask")
         case = Case(**row, num_q_heads=4, sequences=((1, 70), (1, 0), (1, 9)), seed=i)
         yield Check("pages", case, ask)
+
+
+def _graph(programs: int) -> Iterator[Check]:
+    for i in range(programs):
+        shape = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, "v_head_dim": 8}
+        case = Case(**shape, dtype=dtypes.NAMES[i % 3], page_size=(4, 8, 3)[i // 3 % 3], seed=i)
+        yield Check("graph", case, "graph")
 
 
 def _long_grid() -> Iterator[Check]:

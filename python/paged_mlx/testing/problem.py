@@ -75,12 +75,18 @@ class Problem:
 
     @cached_property
     def largest_score(self) -> float:
-        """Largest magnitude of a score, in nats, before softcap, ALiBi and mask."""
+        """Largest magnitude of a score, in nats, before softcap, ALiBi and mask.
+
+        Where no score can be far from 0, the bound that shows it.
+        """
         scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
         queries, bounds, largest = self.queries, self.query_bounds, 0.0
         for s, k in enumerate(self.keys):
             q = queries[bounds[s] : bounds[s + 1]]
-            largest = max(largest, _largest_product(q, k) * abs(scale))
+            bound = _largest_norm(q) * _largest_norm(k) * abs(scale)
+            if bound > yardstick.ORDINARY_SCORE:
+                bound = _largest_product(q, k) * abs(scale)
+            largest = max(largest, bound)
         return largest
 
     def judge(self, out: np.ndarray, lse: np.ndarray | None) -> yardstick.Verdict:
@@ -113,6 +119,10 @@ class Problem:
                 **extra,
             )
         return out, lse
+
+
+def _largest_norm(rows: np.ndarray) -> float:
+    return float(np.sqrt(np.einsum("...d,...d", rows, rows).max(initial=0)))
 
 
 def _largest_product(q: np.ndarray, k: np.ndarray) -> float:

@@ -24,7 +24,7 @@ MEAN_FACTOR = 1.5
 FLOOR_ULPS = {"float32": (4.0, 1.0), "float16": (1.0, 0.01), "bfloat16": (1.0, 0.01)}
 
 #: Roundings of a float32 score that count, for scores beyond ``ORDINARY_SCORE`` nats.
-SCORE_ROUNDINGS = 2.0
+SCORE_ROUNDINGS = 4.0
 ORDINARY_SCORE = 16.0
 
 _FLOAT32_UNIT = dtypes.EPSILON["float32"] / 2
