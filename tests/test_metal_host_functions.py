@@ -196,6 +196,18 @@ def test_half_and_bfloat_round_after_every_operation():
     assert one_thread(body)[:2].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("name, dtype", [("half", np.float16), ("bfloat", ml_dtypes.bfloat16)])
+def test_vectors_of_half_and_bfloat_round_like_scalars(name, dtype):
+    source = f"""{PRELUDE}
+    kernel void k(device const {name}4* in [[buffer(0)]], device {name}4* out [[buffer(1)]],
+                  uint i [[thread_position_in_grid]]) {{ out[i] = in[i] * in[i] + in[i].wzyx; }}"""
+    values = X.reshape(8, 4).astype(dtype)
+    out = metal_host.run(source, [values, np.zeros_like(values)], grid=8).outputs[1]
+    squares = (values.astype(np.float32) ** 2).astype(dtype)
+    expected = (squares.astype(np.float32) + values[:, ::-1].astype(np.float32)).astype(dtype)
+    np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
+
+
 def test_bfloat_rounds_to_nearest_even():
     values = np.random.default_rng(3).standard_normal(16).astype(np.float32)
     out = one_thread(

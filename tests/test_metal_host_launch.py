@@ -202,6 +202,15 @@ def test_launches_from_several_threads_do_not_mix():
     assert [output.tolist() for output in outputs] == [[n + 1] * 32 for n in range(8)]
 
 
+def test_a_large_buffer_can_come_and_go():
+    program = Program(ADD_ONE)
+    large = np.zeros(20 << 20, np.float32)
+    for values in (large, X, large):
+        result = program.run("k", [values], grid=32)
+        assert (result.outputs[0][:32] == values[:32] + 1).all() and result.errors == []
+        assert result.buffers[0].unique_store_bytes == 128
+
+
 def test_every_order_gives_the_same_result_for_a_kernel_without_races():
     source = f"""{PRELUDE}
     kernel void k(device float* out [[buffer(0)]], uint i [[thread_index_in_threadgroup]]) {{

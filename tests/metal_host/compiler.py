@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def build(key: str, make) -> Path:
     """
     library = cache_directory() / f"{key}.so"
     if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.tmp")
+        partial = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             library.with_suffix(".log").write_text(make(partial))
             os.replace(partial, library)

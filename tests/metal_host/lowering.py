@@ -16,6 +16,8 @@ The text is rewritten in six ways, and in no other:
 `#line` marks survive, so findings name the kernel's own file and line.
 """
 
+import numpy as np
+
 from .compiler import Compiler
 from .declarations import Declarations, FunctionConstant, Kernel
 from .paths import PREDEFINED
@@ -89,8 +91,8 @@ def literal(type_name: str, value: object) -> str:
     """A function constant's value in C++."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float):
-        return f"({type_name}){value!r}f"
+    if isinstance(value, (float, np.floating)):
+        return f"({type_name}){float(value)!r}f"
     return f"({type_name}){int(value)}"
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import threading
+from dataclasses import dataclass
 
 from .compiler import Compiler, MetalHostError, build, digest, find_compiler
 from .paths import INCLUDE, RUNTIME
@@ -15,6 +16,20 @@ _FLAGS = (
     "-std=c++20 -O2 -fPIC -shared -nostdlib++ -fno-exceptions -fno-rtti -fno-threadsafe-statics -fvisibility=hidden"
 ).split()
 _U64 = ctypes.c_uint64
+
+
+@dataclass(frozen=True)
+class FindingKind:
+    """A kind of finding, and what the fields of its rows are about; see runtime/tables.h."""
+
+    fatal: bool
+    text: str
+    about: str
+
+    @staticmethod
+    def parse(description: str) -> "FindingKind":
+        fatal, text, about = description.split("|")
+        return FindingKind(fatal == "true", text, about)
 
 
 class Runtime:
@@ -30,10 +45,10 @@ class Runtime:
         library.metal_host_forbid.argtypes = [ctypes.c_int, _U64, _U64, ctypes.c_int, ctypes.c_int]
         library.metal_host_table_fields.restype = ctypes.c_char_p
         library.metal_host_table_rows.restype = ctypes.POINTER(_U64)
-        library.metal_host_finding_text.restype = ctypes.c_char_p
+        library.metal_host_finding_kind.restype = ctypes.c_char_p
         self._fields = {}
-        self.findings = [
-            (library.metal_host_finding_text(kind).decode(), bool(library.metal_host_finding_is_fatal(kind)))
+        self.kinds = [
+            FindingKind.parse(library.metal_host_finding_kind(kind).decode())
             for kind in range(library.metal_host_num_finding_kinds())
         ]
         if not library.metal_host_start():
@@ -80,8 +95,17 @@ class Runtime:
         return self._fields[table]
 
 
-@functools.cache
+_starting = threading.Lock()
+
+
 def runtime() -> Runtime:
+    """The runtime of this process."""
+    with _starting:
+        return _start()
+
+
+@functools.cache
+def _start() -> Runtime:
     return Runtime(find_compiler())
 
 

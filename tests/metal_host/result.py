@@ -1,11 +1,13 @@
 """What a launch returns: outputs, counters, findings, and traffic by source line."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 
-FIRST_THREADGROUP_SLOT = 31
+from .native import FindingKind
+
 THREADGROUP_MEMORY_LIMIT = 32768
 _COLLECTIVES = ("reduces", "shuffles", "scans", "ballots", "matrix_multiplies", "quad_reduces", "quad_shuffles")
 
@@ -101,7 +103,7 @@ class Result:
     seconds: float = 0.0
     compile_warnings: list[str] = field(default_factory=list)
     _places: list[dict[str, int]] = field(default_factory=list, repr=False)
-    _line_of: object = field(default=None, repr=False)
+    _line_of: Callable[[int], str] | None = field(default=None, repr=False)
 
     @property
     def fatal(self) -> list[Finding]:
@@ -115,11 +117,10 @@ class Result:
     @property
     def lines(self) -> list[LineTraffic]:
         """Device traffic by source line, heaviest first."""
-        rows = [
-            LineTraffic(self._line_of(row["pc"]), **{k: v for k, v in row.items() if k not in ("pc", "is_store")},
-                        is_store=bool(row["is_store"]))
-            for row in self._places
-        ]
+        rows = []
+        for place in self._places:
+            fields = {name: value for name, value in place.items() if name not in ("pc", "is_store")}
+            rows.append(LineTraffic(self._line_of(place["pc"]), is_store=bool(place["is_store"]), **fields))
         return sorted(rows, key=lambda row: -row.bytes)
 
     def __str__(self) -> str:
@@ -149,16 +150,42 @@ class Result:
                 )
 
 
-def describe(row: dict[str, int], text: str, fatal: bool, names: dict[int, str], sizes: dict[int, int], line_of) -> Finding:
-    """A row of the runtime's findings as a Finding."""
-    where = line_of(row["pc"]) if row["pc"] else "?"
-    group = tuple(row[f"threadgroup_{axis}"] for axis in "xyz")
-    message = (
-        f"{text}{_detail(row, text, names, sizes, line_of)}; threadgroup {group} thread {row['thread']}; "
-        f"{where}; {row['count']} times"
-    )
-    in_device = text.split()[0] in ("out-of-range", "forbidden", "two")
-    return Finding(text, fatal, message, where, row["buffer"] if in_device else None, _signed(row["offset"]), row["count"])
+@dataclass(frozen=True)
+class Scene:
+    """What a finding's row refers to: names and sizes of buffers, and lines of addresses."""
+
+    names: dict[int, str]
+    sizes: dict[int, int]
+    line_of: Callable[[int], str]
+
+    def describe(self, row: dict[str, int], kind: FindingKind) -> Finding:
+        where = self.line_of(row["pc"]) if row["pc"] else "?"
+        group = tuple(row[f"threadgroup_{axis}"] for axis in "xyz")
+        text = (
+            f"{kind.text}{self._detail(row, kind.about)}; threadgroup {group} thread {row['thread']}; "
+            f"{where}; {row['count']} times"
+        )
+        buffer = row["buffer"] if kind.about == "device" else None
+        return Finding(kind.text, kind.fatal, text, where, buffer, _signed(row["offset"]), row["count"])
+
+    def _detail(self, row: dict[str, int], about: str) -> str:
+        offset, nbytes, other = _signed(row["offset"]), row["bytes"], row["other"]
+        if about == "device":
+            buffer = row["buffer"]
+            size = self.sizes.get(buffer, 0)
+            return f" of {nbytes} B at byte {offset} of buffer {buffer} {self.names.get(buffer, '')} ({size} B)"
+        if about == "race":
+            writer = f", which wrote it at {self.line_of(row['other_pc'])}" if row["other_pc"] else ""
+            return f" at threadgroup byte {offset} with thread {other}{writer}"
+        if about == "threadgroup":
+            return f": {nbytes} B at threadgroup byte {offset}"
+        if about == "lanes":
+            return f": lanes {row['offset']:08x} of {other:08x}"
+        if about == "count":
+            return f": {offset} of them"
+        if about == "address":
+            return f" at address {row['offset']:#x}"
+        return ""
 
 
 def over_limit(nbytes: int) -> Finding:
@@ -168,24 +195,3 @@ def over_limit(nbytes: int) -> Finding:
 
 def _signed(offset: int) -> int:
     return offset - (1 << 64) if offset >= 1 << 63 else offset
-
-
-def _detail(row, text, names, sizes, line_of) -> str:
-    if text.startswith(("out-of-range", "forbidden", "two threadgroups")):
-        buffer = row["buffer"]
-        return (
-            f" of {row['bytes']} B at byte {_signed(row['offset'])} of buffer {buffer} "
-            f"{names.get(buffer, '')} ({sizes.get(buffer, 0)} B)"
-        )
-    if "race" in text:
-        writer = f", which wrote it at {line_of(row['other_pc'])}" if row["other_pc"] else ""
-        return f" at threadgroup byte {row['offset']} with thread {row['other']}{writer}"
-    if text.startswith(("read of uninitialised", "threadgroup memory")):
-        return f": {row['bytes']} B at threadgroup byte {_signed(row['offset'])}"
-    if text.startswith("simdgroup function"):
-        return f": lanes {row['offset']:08x} of {row['other']:08x}"
-    if text.endswith("threads returned"):
-        return f": {row['offset']} of them"
-    if text in ("wild access", "thread stack overflow"):
-        return f" at address {row['offset']:#x}"
-    return ""

@@ -15,6 +15,7 @@ constexpr uint64_t kSlotMiddle = kSlotBytes / 2;
 constexpr uint64_t kArenaBytes = kSlotBytes * kNumSlots;
 constexpr uint64_t kSlackBytes = 64 << 10;
 constexpr uint64_t kPageBytes = 4096;
+constexpr uint64_t kKeptBytes = 64 << 20; // a larger slot is given back when it is emptied
 
 enum ByteFlag : uint8_t { kLoaded = 1, kStored = 2, kNoLoad = 4, kNoStore = 8 };
 
@@ -46,18 +47,21 @@ template <class T> T* reserve(uint64_t count) {
                   0);
 }
 
-void allocate(Record& record, uint64_t capacity) {
+void release(Record& record) {
   if (record.capacity) {
     munmap(record.flags, record.capacity);
     munmap(record.last_storer, record.capacity * sizeof(uint32_t));
     munmap(record.last_loader, (record.capacity / 32 + 1) * sizeof(uint32_t));
   }
+  record = {};
+}
+
+void allocate(Record& record, uint64_t capacity) {
+  release(record);
   record.flags = reserve<uint8_t>(capacity);
   record.last_storer = reserve<uint32_t>(capacity);
   record.last_loader = reserve<uint32_t>(capacity / 32 + 1);
   record.capacity = capacity;
-  record.touched = {};
-  record.stored = {};
 }
 
 void forget(Record& record) {
@@ -153,6 +157,22 @@ int find_slot(uint64_t address) {
   return offset < kArenaBytes ? (int)(offset / kSlotBytes) : -1;
 }
 
+namespace {
+
+void empty_slot(int index) {
+  Slot& slot = slots[index];
+  if (slot.mapped <= kKeptBytes) {
+    place_slot(index, 0);
+    return;
+  }
+  mmap(slot.base - kSlackBytes, slot.mapped + 2 * kSlackBytes, PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  slot.mapped = slot.size = 0;
+  release(records[index]);
+}
+
+} // namespace
+
 char* place_slot(int index, uint64_t size) {
   Slot& slot = slots[index];
   const uint64_t needed = (size + kPageBytes - 1) & ~(kPageBytes - 1);
@@ -166,12 +186,11 @@ char* place_slot(int index, uint64_t size) {
     memset(slot.base + size, 0xff, slot.size - size);
   }
   slot.size = size;
-  if (index < kNumBuffers) {
-    if (records[index].capacity < size) {
-      allocate(records[index], needed);
-    } else {
-      forget(records[index]);
-    }
+  if (index >= kNumBuffers) return slot.base;
+  if (records[index].capacity < size) {
+    allocate(records[index], needed);
+  } else {
+    forget(records[index]);
   }
   return slot.base;
 }
@@ -222,7 +241,7 @@ METAL_HOST_EXPORT void metal_host_bind(int index, void* address, uint64_t size) 
 METAL_HOST_EXPORT void metal_host_unbind() {
   for (int slot = 0; slot < kNumBuffers; slot++) {
     bound[slot] = {slots[slot].base, 0};
-    if (slots[slot].size) place_slot(slot, 0);
+    if (slots[slot].size) empty_slot(slot);
   }
 }
 

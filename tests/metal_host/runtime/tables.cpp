@@ -76,12 +76,9 @@ const Table* find_table(const char* name) {
   return nullptr;
 }
 
-struct Description {
-  bool fatal;
-  const char* text;
-};
-const Description descriptions[] = {
-#define METAL_HOST_DESCRIBE(name, fatal, text) {fatal, text},
+// "fatal|text|about" of every kind.
+const char* const descriptions[] = {
+#define METAL_HOST_DESCRIBE(name, fatal, text, about) #fatal "|" text "|" about,
     METAL_HOST_FINDINGS(METAL_HOST_DESCRIBE)};
 
 } // namespace
@@ -95,11 +92,8 @@ METAL_HOST_EXPORT const uint64_t* metal_host_table_rows(const char* table) {
 METAL_HOST_EXPORT int metal_host_table_count(const char* table) {
   return find_table(table)->count();
 }
-METAL_HOST_EXPORT const char* metal_host_finding_text(int kind) {
-  return descriptions[kind].text;
-}
-METAL_HOST_EXPORT int metal_host_finding_is_fatal(int kind) {
-  return descriptions[kind].fatal;
+METAL_HOST_EXPORT const char* metal_host_finding_kind(int kind) {
+  return descriptions[kind];
 }
 METAL_HOST_EXPORT int metal_host_num_finding_kinds() {
   return kNumFindingKinds;

@@ -57,25 +57,26 @@ struct LaunchArguments { METAL_HOST_LAUNCH_ARGUMENTS(METAL_HOST_FIELD) };
 extern BufferCounters buffer_counters[kNumBuffers];
 extern LaunchCounters launch_counters;
 
-// What can be found, whether the launch counts as failed, and how it is called.
-#define METAL_HOST_FINDINGS(X)                                                 \
-  X(kOutOfRangeLoad, true, "out-of-range load")                                \
-  X(kOutOfRangeStore, true, "out-of-range store")                              \
-  X(kForbiddenLoad, true, "forbidden load")                                    \
-  X(kForbiddenStore, true, "forbidden store")                                  \
-  X(kThreadgroupRace, true, "threadgroup data race")                           \
-  X(kSimdgroupRace, false, "race inside a simdgroup")                          \
-  X(kUninitialised, true, "read of uninitialised threadgroup memory")          \
-  X(kThreadgroupOutOfRange, true, "threadgroup memory out of range")           \
-  X(kDivergentBarrier, true, "divergent threadgroup_barrier")                  \
-  X(kBarrierAfterReturn, false, "threadgroup_barrier after threads returned")  \
-  X(kPartialCollective, false, "simdgroup function not reached by every lane") \
-  X(kOverwrite, false, "two threadgroups store to the same address")           \
-  X(kWildAccess, true, "wild access")                                          \
-  X(kStackOverflow, true, "thread stack overflow")
+// What can be found: whether the launch counts as failed, how it is called, and
+// what its fields are about (result.py writes the details from that).
+#define METAL_HOST_FINDINGS(X)                                                         \
+  X(kOutOfRangeLoad, true, "out-of-range load", "device")                              \
+  X(kOutOfRangeStore, true, "out-of-range store", "device")                            \
+  X(kForbiddenLoad, true, "forbidden load", "device")                                  \
+  X(kForbiddenStore, true, "forbidden store", "device")                                \
+  X(kOverwrite, false, "two threadgroups store to the same address", "device")         \
+  X(kThreadgroupRace, true, "threadgroup data race", "race")                           \
+  X(kSimdgroupRace, false, "race inside a simdgroup", "race")                          \
+  X(kUninitialised, true, "read of uninitialised threadgroup memory", "threadgroup")   \
+  X(kThreadgroupOutOfRange, true, "threadgroup memory out of range", "threadgroup")    \
+  X(kDivergentBarrier, true, "divergent threadgroup_barrier", "place")                 \
+  X(kBarrierAfterReturn, false, "threadgroup_barrier after threads returned", "count") \
+  X(kPartialCollective, false, "simdgroup function not reached by every lane", "lanes") \
+  X(kWildAccess, true, "wild access", "address")                                       \
+  X(kStackOverflow, true, "thread stack overflow", "address")
 
 enum FindingKind {
-#define METAL_HOST_ENUMERATOR(name, fatal, text) name,
+#define METAL_HOST_ENUMERATOR(name, fatal, text, about) name,
   METAL_HOST_FINDINGS(METAL_HOST_ENUMERATOR)
 #undef METAL_HOST_ENUMERATOR
   kNumFindingKinds

@@ -1,4 +1,4 @@
-// <metal_type_traits> and <metal_limits>.
+// <metal_type_traits>, <metal_limits> and <metal_array>.
 #pragma once
 #include "dialect.h"
 
@@ -93,6 +93,13 @@ METAL_HOST_INTEGER_LIMITS(ulong, 0, 18446744073709551615ul)
 METAL_HOST_FLOAT_LIMITS(float, 3.402823466e+38F, 1.175494351e-38F, 1.192092896e-07F, 24)
 METAL_HOST_FLOAT_LIMITS(half, 65504.0F, 6.103515625e-5F, 9.765625e-4F, 11)
 METAL_HOST_FLOAT_LIMITS(bfloat, 3.38953139e38F, 1.175494351e-38F, 0.0078125F, 8)
+
+template <class T, size_t N> struct array {
+  T data[N];
+  METAL_HOST_INLINE T& operator[](size_t i) { return data[i]; }
+  METAL_HOST_INLINE const T& operator[](size_t i) const { return data[i]; }
+  static constexpr size_t size() { return N; }
+};
 
 } // namespace metal
 
