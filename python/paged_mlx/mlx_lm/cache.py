@@ -111,7 +111,7 @@ class PagedKVCache(stock._BaseCache):
 
     @keys.setter
     def keys(self, keys):
-        self._set_array(0, keys)
+        self._order_after(0, keys)
 
     @property
     def values(self):
@@ -119,16 +119,22 @@ class PagedKVCache(stock._BaseCache):
 
     @values.setter
     def values(self, values):
-        self._set_array(1, values)
+        self._order_after(1, values)
 
     def _array(self, side: int):
         state = self.state
         return state[side] if state else None
 
-    def _set_array(self, side: int, array: mx.array) -> None:
-        # Models pass the arrays through mx.depends to order a pipeline.
+    def _order_after(self, side: int, array: mx.array) -> None:
+        """Order the pages after ``array``, and keep them.
+
+        Models assign ``mx.depends(cache.keys, x)`` to have x computed before the next step,
+        and one assigns zeros to values it never reads.
+        """
         pool, i = self.group.placed(self.layer)
-        pool.state[2 * i + side] = array
+        pages = pool.state[2 * i + side]
+        if array is not pages:
+            pool.state[2 * i + side] = mx.depends(pages, array)
 
     @property
     def nbytes(self) -> int:
@@ -327,6 +333,8 @@ class BatchPagedKVCache(PagedKVCache):
 def _by_token(x: mx.array, pool) -> mx.array:
     """``[batch, heads, tokens, dim]`` as ``[batch * tokens, heads, dim]``, the pool's dtype."""
     batch, heads, tokens, dim = x.shape
+    if dim == 0:
+        return mx.zeros((batch * tokens, heads, 1), pool.dtype)
     if tokens == 1:
         x = x.reshape(batch, heads, dim)
     else:

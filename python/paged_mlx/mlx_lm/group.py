@@ -190,6 +190,8 @@ class LayerGroup:
             k = k.astype(keys.dtype)
         if v.dtype != values.dtype:
             v = v.astype(values.dtype)
+        if values.shape[3] == 0:
+            v = v[..., :0]
         return GatheredKV(k, source, True), GatheredKV(v, source, False)
 
     def _stock_columns(self, source: PagesOfLayer) -> slice | None:
@@ -258,6 +260,9 @@ class LayerGroup:
 
 
 def geometry_of(keys: mx.array, values: mx.array) -> tuple:
-    """(num_kv_heads, head_dim, v_head_dim, dtype) of K ``[batch, heads, tokens, dim]`` and V."""
+    """(num_kv_heads, head_dim, v_head_dim, dtype) of K ``[batch, heads, tokens, dim]`` and V.
+
+    A V of no dimensions, of which one model's indexer makes use, is stored as one of zeros.
+    """
     dtype = keys.dtype if keys.dtype == values.dtype else mx.float32
-    return keys.shape[1], keys.shape[3], values.shape[3], dtype
+    return keys.shape[1], keys.shape[3], max(1, values.shape[3]), dtype
