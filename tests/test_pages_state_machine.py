@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from paged_mlx.allocator import (
     BuddyPageAllocator,
@@ -67,31 +67,47 @@ class Sequence:
         return [ExtraKey("salt", self.salt)] if self.salt else []
 
 
+pick = st.integers(0, 11)  # which sequence
+part = st.integers(0, 24)  # how far into it
+some_tokens = st.lists(st.integers(0, 2), max_size=9)
+
+
 class PageMachine(RuleBasedStateMachine):
     """All operations on one allocator, its tables, its cache and one block table."""
 
-    sequences = Bundle("sequences")
-
     @initialize(
         kind=st.sampled_from([PageAllocator, FIFOPageAllocator, LRUPageAllocator, BuddyPageAllocator]),
-        total_pages=st.integers(1, 24),
-        page_size=st.sampled_from([1, 2, 3, 4]),
-        growth=st.integers(0, 6),
-        cache_pages=st.sampled_from([None, 1, 5]),
+        total_pages=st.integers(2, 32),
+        page_size=st.integers(1, 4),
+        growth=st.sampled_from([0, 5]),
+        cache_pages=st.sampled_from([None, None, 5]),
+        lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     )
-    def begin(self, kind, total_pages, page_size, growth, cache_pages):
+    def begin(self, kind, total_pages, page_size, growth, cache_pages, lengths):
         self.allocator = kind(total_pages, page_size, max_pages=total_pages + growth, slab_pages=2)
         self.pool = SlotPool(page_size)
         self.allocator.attach(self.pool)
         self.cache = PrefixCache(self.allocator, max_pages=cache_pages, max_events=10000)
-        self.index = set()
+        self.index = set()  # what the events say is cached
         self.live = []
         self.block_table = BlockTable()
         self.stray = []  # pages held by nobody's table
+        self.edited = False  # a token was replaced: a page may follow two different beginnings
+        for length in lengths:
+            self.append(self.add(Sequence(PageTable(page_size))), [0] * length)
 
     def add(self, sequence):
+        """Take a sequence into the batch; the oldest leaves a batch that is full."""
         self.live.append(sequence)
+        if len(self.live) > 12:
+            self.live.pop(0).table.release()
         return sequence
+
+    def one(self, pick):
+        """One of the sequences, a new one if there is none."""
+        if not self.live:
+            self.add(Sequence(PageTable(self.allocator.page_size)))
+        return self.live[pick % len(self.live)]
 
     def state(self):
         """All that a failed call must leave alone; evictions are allowed and left out."""
@@ -103,22 +119,18 @@ class PageMachine(RuleBasedStateMachine):
             plan = sequence.table.append_tokens(len(tokens), self.allocator)
         except OutOfPages:
             assert self.state() == before
-            return False
+            return
         assert len(plan.copies) <= 1
         self.pool.write(plan.slots, tokens)
         sequence.tokens.extend(tokens)
-        return True
 
-    @rule(target=sequences)
-    def new(self):
-        return self.add(Sequence(PageTable(self.allocator.page_size)))
+    @rule(pick=pick, tokens=some_tokens)
+    def append_some(self, pick, tokens):
+        self.append(self.one(pick), tokens)
 
-    @rule(sequence=sequences, tokens=st.lists(st.integers(0, 2), max_size=11))
-    def append_some(self, sequence, tokens):
-        self.append(sequence, tokens)
-
-    @rule(chosen=st.lists(st.tuples(sequences, st.lists(st.integers(0, 2), max_size=3)), max_size=6, unique_by=lambda c: id(c[0])))
-    def append_to_a_batch(self, chosen):
+    @rule(batch=st.lists(st.tuples(pick, st.lists(st.integers(0, 2), max_size=3)), max_size=8, unique_by=lambda c: c[0]))
+    def append_to_a_batch(self, batch):
+        chosen = [(self.live[pick], tokens) for pick, tokens in batch if pick < len(self.live)]
         before = self.state()
         try:
             plan = append_batch([s.table for s, _ in chosen], [len(tokens) for _, tokens in chosen], self.allocator)
@@ -129,16 +141,17 @@ class PageMachine(RuleBasedStateMachine):
         for sequence, tokens in chosen:
             sequence.tokens.extend(tokens)
 
-    @rule(target=sequences, sequence=sequences)
-    def fork(self, sequence):
-        used = self.allocator.num_used
+    @rule(pick=pick)
+    def fork(self, pick):
+        sequence, used = self.one(pick), self.allocator.num_used
         child = Sequence(sequence.table.fork(), sequence.tokens, sequence.kept, sequence.salt)
         assert self.allocator.num_used == used
-        return self.add(child)
+        self.add(child)
 
-    @rule(sequence=sequences, data=st.data())
-    def truncate(self, sequence, data):
-        length = data.draw(st.integers(0, len(sequence.tokens)))
+    @rule(pick=pick, part=part)
+    def truncate(self, pick, part):
+        sequence = self.one(pick)
+        length = max(0, len(sequence.tokens) - part)
         if 0 < length < sequence.kept:
             with pytest.raises(ValueError, match="were given back"):
                 sequence.table.truncate(length)
@@ -147,20 +160,23 @@ class PageMachine(RuleBasedStateMachine):
         del sequence.tokens[length:]
         sequence.kept = sequence.kept if length else 0
 
-    @rule(sequence=consumes(sequences))
-    def release(self, sequence):
+    @rule(pick=pick)
+    def release(self, pick):
+        sequence = self.one(pick)
         sequence.table.release()
         assert sequence.table.num_pages == 0
         self.live.remove(sequence)
 
-    @rule(sequence=sequences)
-    def seal(self, sequence):
-        sequence.table.seal()
+    @rule(pick=pick, tokens=some_tokens)
+    def seal(self, pick, tokens):
+        self.one(pick).table.seal()
+        self.append(self.one(pick), tokens)
 
-    @rule(sequence=sequences, data=st.data())
-    def free_before(self, sequence, data):
-        position = data.draw(st.integers(0, len(sequence.tokens)))
-        ends = [e.logical_end for e in sequence.table.entries]
+    @rule(pick=pick, part=part)
+    def free_before(self, pick, part):
+        sequence = self.one(pick)
+        position = min(part, len(sequence.tokens))
+        ends = [entry.logical_end for entry in sequence.table.entries]
         expected = sum(end <= position for end in ends)
         freed = sequence.table.free_before(position)
         # a tail page with room stays
@@ -168,22 +184,24 @@ class PageMachine(RuleBasedStateMachine):
         if freed:
             sequence.kept = ends[freed - 1]
 
-    @rule(target=sequences, sequence=sequences, partial=st.sampled_from(["copy", "seal"]), data=st.data())
-    def share(self, sequence, partial, data):
-        length = data.draw(st.integers(0, len(sequence.tokens)))
+    @rule(pick=pick, part=part, partial=st.sampled_from(["copy", "seal"]))
+    def share(self, pick, part, partial):
+        sequence = self.one(pick)
+        length = min(part, len(sequence.tokens))
         table = PageTable(self.allocator.page_size)
         if sequence.table.num_freed and length:
             with pytest.raises(ValueError, match="must hold its whole prefix"):
                 share_prefix(sequence.table, table, length, partial=partial)
-            return multiple()
-        share_prefix(sequence.table, table, length, partial=partial)
-        return self.add(Sequence(table, sequence.tokens[:length], salt=sequence.salt))
-
-    @rule(sequence=sequences, data=st.data())
-    def write_in_place(self, sequence, data):
-        if sequence.kept == len(sequence.tokens):
             return
-        position = data.draw(st.integers(sequence.kept, len(sequence.tokens) - 1))
+        share_prefix(sequence.table, table, length, partial=partial)
+        self.add(Sequence(table, sequence.tokens[:length], salt=sequence.salt))
+
+    @rule(pick=pick, part=part)
+    def write_in_place(self, pick, part):
+        sequence = self.one(pick)
+        position = sequence.kept + part
+        if position >= len(sequence.tokens):
+            return
         page_id, _ = sequence.table.logical_to_physical(position)
         shared = self.allocator.ref_count(page_id) > 1
         before = self.state()
@@ -194,58 +212,51 @@ class PageMachine(RuleBasedStateMachine):
             return
         page_id, offset = sequence.table.logical_to_physical(position)
         assert self.allocator.ref_count(page_id) == 1
+        self.edited = True
         sequence.tokens[position] = (sequence.tokens[position] + 1) % 3
         self.pool.tokens[page_id * self.allocator.page_size + offset] = sequence.tokens[position]
 
     # The prefix cache.
 
-    @rule(sequence=sequences, data=st.data())
-    def cache_it(self, sequence, data):
-        length = data.draw(st.integers(0, len(sequence.tokens)))
-        free = self.allocator.num_free
-        self.cache.insert(sequence.tokens[:length], sequence.table, sequence.keys)
-        assert self.allocator.num_free >= free
+    @rule(pick=pick, left_out=st.sampled_from([0, 0, 1, 5]))
+    def cache_it(self, pick, left_out):
+        sequence = self.one(pick)
+        length = max(0, len(sequence.tokens) - left_out)
+        pages, cached = [s.table.page_ids for s in self.live], self.cache.page_ids
+        try:
+            self.cache.insert(sequence.tokens[:length], sequence.table, sequence.keys)
+        except ValueError:
+            assert self.edited and self.cache.page_ids == cached
+        assert [s.table.page_ids for s in self.live] == pages
 
-    @rule(
-        target=sequences,
-        prompt=st.one_of(st.none(), sequences),
-        tail=st.lists(st.integers(0, 2), max_size=6),
-        salt=st.integers(0, 1),
-        data=st.data(),
-    )
-    def reuse(self, prompt, tail, salt, data):
-        head = [] if prompt is None else prompt.tokens[: data.draw(st.integers(0, len(prompt.tokens)))]
-        tokens = [*head, *tail]
+    @rule(pick=pick, part=part, tail=some_tokens, salt=st.sampled_from([0, 0, 0, 1]))
+    def reuse(self, pick, part, tail, salt):
+        tokens = [*self.one(pick).tokens[:part], *tail]
         sequence = Sequence(PageTable(self.allocator.page_size), salt=salt)
         used, match = self.allocator.num_used, self.cache.match(tokens, sequence.keys)
         saved = self.cache.reuse(tokens, sequence.table, sequence.keys)
         assert match.num_tokens == saved <= max(0, len(tokens) - 1)
         assert match.page_ids == sequence.table.page_ids and self.allocator.num_used == used
         sequence.tokens = tokens[:saved]
-        self.add(sequence)
-        self.append(sequence, tokens[saved:])
-        return sequence
+        self.append(self.add(sequence), tokens[saved:])
 
     @rule(num_pages=st.integers(1, 4))
     def evict(self, num_pages):
-        evictable, free = self.cache.num_evictable, self.allocator.num_free
-        assert self.cache.evict(num_pages) == min(num_pages, evictable)
-        assert self.allocator.num_free == free + min(num_pages, evictable)
+        expected, free = min(num_pages, self.cache.num_evictable), self.allocator.num_free
+        assert self.cache.evict(num_pages) == expected
+        assert self.allocator.num_free == free + expected
 
-    @rule(data=st.data())
-    def forget(self, data):
-        if self.cache.num_pages:
-            page_id = data.draw(st.sampled_from(self.cache.page_ids))
-            assert self.cache.forget([page_id]) >= 1
-
-    @rule()
-    def reset_cache(self):
-        self.cache.reset()
-        assert self.cache.num_pages == 0
+    @rule(pick=pick, everything=st.sampled_from([False, False, True]))
+    def forget(self, pick, everything):
+        if everything:
+            self.cache.reset()
+            assert self.cache.num_pages == 0
+        elif self.cache.num_pages:
+            assert self.cache.forget([self.cache.page_ids[pick % self.cache.num_pages]]) >= 1
 
     # The allocator itself.
 
-    @rule(num_pages=st.integers(0, 5))
+    @rule(num_pages=st.integers(0, 4))
     def allocate(self, num_pages):
         available = self.allocator.num_available
         page_ids = self.allocator.allocate_pages(num_pages)
@@ -261,25 +272,20 @@ class PageMachine(RuleBasedStateMachine):
             assert page_ids[0] % (1 << (num_pages - 1).bit_length()) == 0
             self.stray.extend(page_ids)
 
-    @rule(data=st.data())
-    def free(self, data):
-        if self.stray:
-            page_id = data.draw(st.sampled_from(self.stray))
+    @rule(num_pages=st.integers(1, 4), keep=st.booleans())
+    @precondition(lambda self: self.stray)
+    def free(self, num_pages, keep):
+        for page_id in self.stray[:num_pages]:
+            if keep and isinstance(self.allocator, LRUPageAllocator) and not self.allocator.is_watched(page_id):
+                self.allocator.cache_page(page_id)
             self.stray.remove(page_id)
             self.allocator.free_page(page_id)
 
-    @rule(data=st.data())
-    @precondition(lambda self: isinstance(self.allocator, LRUPageAllocator))
-    def keep_stray_page(self, data):
-        fresh = [page_id for page_id in self.stray if not self.allocator.is_watched(page_id)]
-        if fresh:
-            self.allocator.cache_page(data.draw(st.sampled_from(fresh)))
-
-    @rule(data=st.data())
-    def misuse_a_free_page(self, data):
+    @rule(pick=pick)
+    def misuse_a_free_page(self, pick):
         free = sorted(self.allocator._free_ids())
         if free:
-            page_id = data.draw(st.sampled_from(free))
+            page_id = free[pick % len(free)]
             for call, error in [
                 (self.allocator.free_page, DoubleFree),
                 (self.allocator.share_page, UseAfterFree),
@@ -395,5 +401,5 @@ def machine(examples, steps):
     return case
 
 
-TestPages = machine(80, 50)
-TestPagesLong = pytest.mark.long(machine(1500, 100))
+TestPages = machine(120, 50)
+TestPagesLong = pytest.mark.long(machine(1600, 100))

@@ -358,6 +358,17 @@ def test_a_cache_of_limited_size_makes_room_or_stores_less(allocator):
     allocator.check([second, third], [cache])
 
 
+def test_making_room_never_evicts_what_the_new_pages_continue(allocator):
+    cache = PrefixCache(allocator, max_pages=3)
+    first = table_of(allocator, 8)
+    cache.insert(range(8), first)
+    first.release()
+    twin = table_of(allocator, 20)  # holds the same beginning in pages of its own
+    assert cache.insert(range(20), twin) == 1
+    assert cache.match(range(20)).num_tokens == 12
+    allocator.check([twin], [cache])
+
+
 def test_a_closed_cache_is_asked_for_no_more_pages(allocator, cache):
     table, _ = run(cache, list(range(8)))
     table.release()

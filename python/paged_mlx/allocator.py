@@ -19,8 +19,14 @@ class FIFOPageAllocator(PageAllocator):
     def _reset_free(self, page_ids: Iterable[int]) -> None:
         self._queue = deque(page_ids)
 
+    def _take_one(self) -> int | None:
+        return self._queue.popleft() if self._queue else None
+
     def _take(self, num_pages: int) -> list[int]:
         return [self._queue.popleft() for _ in range(num_pages)]
+
+    def _put_one(self, page_id: int) -> None:
+        self._queue.append(page_id)
 
     def _put(self, page_ids: Sequence[int]) -> None:
         self._queue.extend(page_ids)
@@ -132,6 +138,10 @@ class BuddyPageAllocator(PageAllocator):
         self._num_free = len(self._loose)
         self._merge()
 
+    def _put_one(self, page_id: int) -> None:
+        self._loose.append(page_id)
+        self._num_free += 1
+
     def _put(self, page_ids: Sequence[int]) -> None:
         self._loose.extend(page_ids)
         self._num_free += len(page_ids)
@@ -163,10 +173,13 @@ class BuddyPageAllocator(PageAllocator):
                 return start
         return None
 
-    def _take(self, num_pages: int) -> list[int]:
-        if num_pages == 1 and self._loose:
+    def _take_one(self) -> int | None:
+        if self._loose:
             self._num_free -= 1
-            return [self._loose.pop()]
+            return self._loose.pop()
+        return self._take_run(0)
+
+    def _take(self, num_pages: int) -> list[int]:
         self._merge()
         taken: list[int] = []
         while len(taken) < num_pages:

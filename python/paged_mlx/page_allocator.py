@@ -66,13 +66,19 @@ class PageAllocator:
         """Make exactly ``page_ids``, ascending, the free pages."""
         self._free = list(page_ids)[::-1]
 
+    def _take_one(self) -> int | None:
+        """Remove a page from the free list; None when that is empty."""
+        return self._free.pop() if self._free else None
+
     def _take(self, num_pages: int) -> list[int]:
         """Remove ``num_pages`` pages from the free list, which has that many."""
-        if num_pages == 1:
-            return [self._free.pop()]
         taken = self._free[: -num_pages - 1 : -1]
         del self._free[len(self._free) - num_pages :]
         return taken
+
+    def _put_one(self, page_id: int) -> None:
+        """Add a page whose last reference is gone to the free list."""
+        self._free.append(page_id)
 
     def _put(self, page_ids: Sequence[int]) -> None:
         """Add pages whose last reference is gone to the free list."""
@@ -145,9 +151,11 @@ class PageAllocator:
 
     def allocate_page(self) -> int | None:
         """Take one free page, held once; None when the pool is empty."""
-        if not self.num_free and not self._make_room(1):
-            return None
-        page_id = self._take(1)[0]
+        page_id = self._take_one()
+        if page_id is None:
+            if not self._make_room(1):
+                return None
+            page_id = self._take_one()
         self._refs[page_id] = 1
         return page_id
 
@@ -194,7 +202,7 @@ class PageAllocator:
             raise DoubleFree(f"[free_page] page_id must be held by somebody; got {page_id}, which is free.")
         self._refs[page_id] = count
         if not count:
-            self._put((page_id,))
+            self._put_one(page_id)
         elif count == 1 and page_id in self._watchers:
             self._watchers[page_id].pages_idle((page_id,))
 

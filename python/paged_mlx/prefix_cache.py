@@ -203,7 +203,9 @@ class PrefixCache:
         known = self._chain(packed, packed_keys)
         fresh = self._continue(known, packed, packed_keys, table)
         self._touch(known)
-        stored = [page for page in fresh if self._store(page, priority)]
+        stored = fresh[: self._room_for(len(fresh), known)]
+        for page in stored:
+            self._store(page, priority)
         if stored:
             self._events.add(
                 PagesStored,
@@ -221,12 +223,12 @@ class PrefixCache:
         """Return pages, not stored yet, for the full pages of ``table`` after the known ones."""
         fresh: list[CachedPage] = []
         parent = known[-1] if known else self._root
-        page_ids = table.full_pages(len(tokens) // TOKEN_BYTES)
+        page_ids, names = table.full_pages(len(tokens) // TOKEN_BYTES), set()
         for index in range(len(known), len(page_ids)):
             chunk = tokens[index * self._width : (index + 1) * self._width]
             page_keys = keys.get(index, b"")
             name = self._hash_page(parent.page_hash, chunk, page_keys)
-            if name in self._by_hash or any(page.page_hash == name for page in fresh):
+            if name in self._by_hash or name in names:
                 self.stats.collisions += 1
                 break
             if page_ids[index] == NO_PAGE:
@@ -240,24 +242,31 @@ class PrefixCache:
                 raise PageError(f"[insert] table must hold pages that nobody else caches; got page {page_ids[index]}.")
             parent = CachedPage(page_ids[index], name, chunk, page_keys, parent)
             fresh.append(parent)
+            names.add(name)
         return fresh
 
-    def _store(self, page: CachedPage, priority: int) -> bool:
-        """Store a page if its parent is stored and there is room."""
-        parent = page.parent
-        if self._max_pages is not None and self.num_pages >= self._max_pages and not self.evict(1):
-            return False
-        if parent is not self._root and self._by_page.get(parent.page_id) is not parent:
-            return False
+    def _room_for(self, num_pages: int, known: list[CachedPage]) -> int:
+        """Return how many pages may be stored, after evicting others than ``known`` for them."""
+        if self._max_pages is None:
+            return num_pages
+        excess = self.num_pages + num_pages - self._max_pages
+        if excess > 0:
+            held = [page.page_id for page in known]
+            self._allocator.share_pages(held)
+            self.evict(excess)
+            self._allocator.free_pages(held)
+        return min(num_pages, self._max_pages - self.num_pages)
+
+    def _store(self, page: CachedPage, priority: int) -> None:
+        """Take a reference to a page whose parent is stored, and make it findable."""
         self._allocator.share_page(page.page_id)
         self._allocator.watch(page.page_id, self)
         self._by_hash[page.page_hash] = self._by_page[page.page_id] = page
-        parent.add_child(page)
+        page.parent.add_child(page)
         page.created = page.last_used = self._time
         page.priority = priority
         page.stored_at = page.idle_at = self._clock()
         self.stats.stored += 1
-        return True
 
     # Giving up.
 
