@@ -22,8 +22,7 @@ namespace {
 
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 
-// A step of a batch with memory of its own, so that the next step can be
-// compared with it.
+// A step's arrays, their shapes checked. Views: valid while the arrays are.
 class Step {
  public:
   Step(
@@ -33,18 +32,20 @@ class Step {
       const std::optional<Ints>& cu_seqlens_q,
       const std::optional<Ints>& page_starts,
       const std::optional<Ints>& page_lens)
-      : op_(std::move(op)) {
+      : op_(std::move(op)),
+        tables_(block_tables.data()),
+        lens_(context_lens.data()),
+        cu_(cu_seqlens_q ? cu_seqlens_q->data() : nullptr),
+        starts_(page_starts ? page_starts->data() : nullptr),
+        page_lens_(page_lens ? page_lens->data() : nullptr) {
     check(block_tables, "block_tables", {"batch", "max_pages"});
     check(context_lens, "context_lens", {"batch"});
     batch_ = int(block_tables.shape(0));
     max_pages_ = int(block_tables.shape(1));
     expect("context_lens", context_lens, 0, batch_, "batch");
-    tables_ = copy(block_tables);
-    lens_ = copy(context_lens);
     if (cu_seqlens_q) {
       check(*cu_seqlens_q, "cu_seqlens_q", {"batch + 1"});
       expect("cu_seqlens_q", *cu_seqlens_q, 0, batch_ + 1, "batch + 1");
-      cu_ = copy(*cu_seqlens_q);
     }
     if (page_starts.has_value() != page_lens.has_value()) {
       fail(op_, "page_starts and page_lens must be given together", "one of them");
@@ -55,8 +56,6 @@ class Step {
         expect(name, *ints, 0, batch_, "batch");
         expect(name, *ints, 1, max_pages_, "max_pages");
       }
-      starts_ = copy(*page_starts);
-      page_lens_ = copy(*page_lens);
     }
   }
 
@@ -65,19 +64,15 @@ class Step {
     in.op = op_.c_str();
     in.batch = batch_;
     in.max_pages = max_pages_;
-    in.block_tables = tables_.data();
-    in.context_lens = lens_.data();
-    in.cu_seqlens_q = cu_.empty() ? nullptr : cu_.data();
-    in.page_starts = starts_.empty() ? nullptr : starts_.data();
-    in.page_lens = page_lens_.empty() ? nullptr : page_lens_.data();
+    in.block_tables = tables_;
+    in.context_lens = lens_;
+    in.cu_seqlens_q = cu_;
+    in.page_starts = starts_;
+    in.page_lens = page_lens_;
     return in;
   }
 
  private:
-  static std::vector<int32_t> copy(const Ints& a) {
-    return std::vector<int32_t>(a.data(), a.data() + a.size());
-  }
-
   void check(const Ints& a, const char* name, std::initializer_list<const char*> dims) const {
     if (a.ndim() == dims.size()) {
       return;
@@ -100,7 +95,7 @@ class Step {
 
   std::string op_;
   int batch_ = 0, max_pages_ = 0;
-  std::vector<int32_t> tables_, lens_, cu_, starts_, page_lens_;
+  const int32_t *tables_, *lens_, *cu_, *starts_, *page_lens_;
 };
 
 // Words are handed out in a few sizes only, so that a compiled step that takes
@@ -115,43 +110,57 @@ size_t rounded(size_t words) {
 
 class NativePlan {
  public:
-  NativePlan(Step step, PlanInput geometry, PlanTarget target, PlanOptions options)
-      : step_(std::move(step)), geometry_(geometry), target_(target) {
-    const PlanInput input = step_.input(geometry_);
+  NativePlan(const Step& step, PlanInput geometry, const PlanTarget& target, PlanOptions options)
+      : geometry_(geometry), words_(mx::array({0}, mx::int32)) {
+    const PlanInput input = step.input(geometry_);
     validate(input);
-    plan_ = make_plan(input, target_, options);
+    thread_local std::vector<int32_t> words;
+    notes_ = make_plan(input, target, options, words);
+    words_ = to_array(words.data());
   }
 
   // The plan of the next step, or None when it needs one of its own.
-  std::optional<NativePlan> advance(Step step) const {
-    const PlanInput after = step.input(geometry_);
-    validate(after);
-    NativePlan next = *this;
-    if (!advance_plan(next.plan_, step_.input(geometry_), after, target_)) {
+  std::optional<NativePlan> advance(const Step& step) const {
+    const PlanInput next = step.input(geometry_);
+    validate(next);
+    if (!same_pages(words(), notes_, next)) {
       return std::nullopt;
     }
-    next.step_ = std::move(step);
-    return next;
+    NativePlan plan = *this;
+    plan.words_ = to_array(words());
+    move_plan(plan.words_.data<int32_t>(), plan.notes_, next);
+    return plan;
   }
 
-  mx::array array() const {
-    const size_t words = plan_.words.size(), size = rounded(words);
-    mx::array a(mx::allocator::malloc(size * sizeof(int32_t)), mx::Shape{int(size)}, mx::int32);
-    auto* data = a.data<int32_t>();
-    std::copy(plan_.words.begin(), plan_.words.end(), data);
-    std::fill(data + words, data + size, 0);
-    return a;
+  const mx::array& array() const {
+    return words_;
   }
 
-  const Plan& plan() const {
-    return plan_;
+  const int32_t* words() const {
+    return words_.data<int32_t>();
+  }
+
+  const PlanHeader& header() const {
+    return *reinterpret_cast<const PlanHeader*>(words());
+  }
+
+  const PlanNotes& notes() const {
+    return notes_;
   }
 
  private:
-  Step step_;
+  static mx::array to_array(const int32_t* words) {
+    const size_t count = reinterpret_cast<const PlanHeader*>(words)->num_words;
+    const size_t size = rounded(count);
+    mx::array a(mx::allocator::malloc(size * sizeof(int32_t)), mx::Shape{int(size)}, mx::int32);
+    std::copy_n(words, count, a.data<int32_t>());
+    std::fill(a.data<int32_t>() + count, a.data<int32_t>() + size, 0);
+    return a;
+  }
+
   PlanInput geometry_;
-  PlanTarget target_;
-  Plan plan_;
+  PlanNotes notes_;
+  mx::array words_;
 };
 
 // Every key of every sequence is asked for, as by query tokens for all of them.
@@ -203,9 +212,9 @@ nb::dict header_dict(const PlanHeader& h) {
 
 using Decision = std::tuple<int, int, int, double, double, bool>;
 
-std::vector<Decision> decision_rows(const Plan& plan) {
+std::vector<Decision> decision_rows(const PlanNotes& notes) {
   std::vector<Decision> rows;
-  for (const SharingDecision& d : plan.decisions) {
+  for (const SharingDecision& d : notes.decisions) {
     rows.emplace_back(
         d.num_sequences, d.first_page, d.num_pages, d.cost_shared, d.cost_alone, d.shared);
   }
@@ -282,8 +291,8 @@ void bind_plan(nb::module_& m) {
           "context_lens"_a,
           "cu_seqlens_q"_a.none())
       .def("array", &NativePlan::array, "The words of plan_format.h, int32 [words].")
-      .def("header", [](const NativePlan& self) { return header_dict(self.plan().header()); })
-      .def("decisions", [](const NativePlan& self) { return decision_rows(self.plan()); });
+      .def("header", [](const NativePlan& self) { return header_dict(self.header()); })
+      .def("decisions", [](const NativePlan& self) { return decision_rows(self.notes()); });
   m.def(
       "check_tables",
       [](std::string op,
@@ -311,9 +320,8 @@ void bind_plan(nb::module_& m) {
          const mx::array& k_pages,
          const mx::array& v_pages,
          const std::optional<mx::array>& mask) {
-        const auto& words = plan.plan().words;
         check_plan(
-            plan.plan().header(), words.size(), attention_geometry(q, k_pages, v_pages, mask));
+            plan.header(), plan.array().size(), attention_geometry(q, k_pages, v_pages, mask));
       },
       "plan"_a,
       "q"_a,

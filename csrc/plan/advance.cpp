@@ -8,38 +8,63 @@ namespace paged_mlx {
 
 namespace {
 
-bool same_shape(const PlanInput& a, const PlanInput& b) {
-  return a.batch == b.batch && !a.ragged() && !b.ragged() && a.num_q_heads == b.num_q_heads &&
-      a.num_kv_heads == b.num_kv_heads && a.page_size == b.page_size && a.causal == b.causal &&
-      a.sliding_window == b.sliding_window && a.num_tokens() == b.num_tokens();
+const PlanHeader& header_of(const int32_t* words) {
+  return *reinterpret_cast<const PlanHeader*>(words);
 }
 
-// The sequence sees the same entries of the same pages, in one tile.
-bool same_pages(const PlanInput& a, const PlanInput& b, int s, int tile_tokens) {
-  const int len = a.query_len(s);
-  if (len != b.query_len(s)) {
+int num_items(const PlanHeader& h) {
+  return h.num_items[kVectorItem] + h.num_items[kTileItem] + h.num_items[kWideItem];
+}
+
+bool same_geometry(const PlanHeader& h, const PlanNotes& notes, const PlanInput& next) {
+  return notes.context_lens.size() == size_t(next.batch) && h.page_starts == 0 && !next.ragged() &&
+      h.num_q_heads == next.num_q_heads && h.num_kv_heads == next.num_kv_heads &&
+      h.page_size == next.page_size && (h.causal != 0) == next.causal &&
+      h.sliding_window == next.sliding_window;
+}
+
+// The sequence's tokens see the same entries of its table, in one tile.
+bool same_entries(const PlanNotes& notes, const PlanInput& next, int s) {
+  const int len = next.query_len(s);
+  const int old_len =
+      notes.cu_seqlens_q.empty() ? 1 : notes.cu_seqlens_q[s + 1] - notes.cu_seqlens_q[s];
+  const int before = notes.context_lens[s], after = next.context_lens[s];
+  if (len != old_len || (before == 0) != (after == 0)) {
     return false;
   }
-  if (len == 0) {
+  if (len == 0 || before == after) {
     return true;
   }
-  if ((a.context_lens[s] == 0) != (b.context_lens[s] == 0)) {
+  auto first = [&](int context_len) {
+    return entry_of(next, s, window_begin(next, context_len - len));
+  };
+  return len <= notes.tile_tokens && first(before) == first(after) &&
+      entry_of(next, s, before - 1) == entry_of(next, s, after - 1);
+}
+
+int sequence_of(const PlanInput& in, int token) {
+  if (!in.cu_seqlens_q) {
+    return token;
+  }
+  const int32_t* end = in.cu_seqlens_q + in.batch + 1;
+  return int(std::upper_bound(in.cu_seqlens_q, end, token) - in.cu_seqlens_q) - 1;
+}
+
+// Every sequence of the item has the item's pages where the item reads them.
+bool same_item_pages(const int32_t* words, const PlanItem& item, int entry, const PlanInput& next) {
+  const PlanHeader& h = header_of(words);
+  if (entry + item.page_count > next.max_pages) {
     return false;
   }
-  if (a.context_lens[s] == 0) {
-    return true;
+  for (int r = 0; r < item.row_count; r++) {
+    const int s = sequence_of(next, words[h.row_tokens + item.row_begin + r]);
+    const int32_t* row = next.block_tables + int64_t(s) * next.max_pages + entry;
+    if (std::memcmp(
+            row, words + h.pages + item.page_begin, item.page_count * sizeof(int32_t)) != 0) {
+      return false;
+    }
   }
-  if (a.context_lens[s] != b.context_lens[s] && len > tile_tokens) {
-    return false;
-  }
-  const int first = entry_of(a, s, window_begin(a, a.context_lens[s] - len));
-  const int last = entry_of(a, s, a.context_lens[s] - 1);
-  return first == entry_of(b, s, window_begin(b, b.context_lens[s] - len)) &&
-      last == entry_of(b, s, b.context_lens[s] - 1) &&
-      std::memcmp(
-          a.block_tables + int64_t(s) * a.max_pages + first,
-          b.block_tables + int64_t(s) * b.max_pages + first,
-          size_t(last - first + 1) * sizeof(int32_t)) == 0;
+  return true;
 }
 
 void move_positions(int32_t* words, PlanHeader& h, const PlanInput& in) {
@@ -59,7 +84,7 @@ void move_positions(int32_t* words, PlanHeader& h, const PlanInput& in) {
 // Key ranges follow from the rows' limits and the pages the item already has.
 void move_keys(int32_t* words, const PlanHeader& h, const PlanInput& in) {
   auto* item = reinterpret_cast<PlanItem*>(words + h.items);
-  auto* end = item + h.num_items[0] + h.num_items[1] + h.num_items[2];
+  auto* const end = item + num_items(h);
   for (; item != end; item++) {
     int key_begin = INT32_MAX, key_end = 0;
     for (int r = 0; r < item->row_count; r++) {
@@ -77,24 +102,30 @@ void move_keys(int32_t* words, const PlanHeader& h, const PlanInput& in) {
 
 } // namespace
 
-bool advance_plan(
-    Plan& plan,
-    const PlanInput& before,
-    const PlanInput& after,
-    const PlanTarget& target) {
-  if (!same_shape(before, after)) {
+bool same_pages(const int32_t* words, const PlanNotes& notes, const PlanInput& next) {
+  const PlanHeader& h = header_of(words);
+  if (!same_geometry(h, notes, next) || h.num_tokens != next.num_tokens()) {
     return false;
   }
-  const int tile_tokens = std::max(1, target.wide_rows / after.gqa_factor());
-  for (int s = 0; s < after.batch; s++) {
-    if (!same_pages(before, after, s, tile_tokens)) {
+  for (int s = 0; s < next.batch; s++) {
+    if (!same_entries(notes, next, s)) {
       return false;
     }
   }
-  PlanHeader& h = *reinterpret_cast<PlanHeader*>(plan.words.data());
-  move_positions(plan.words.data(), h, after);
-  move_keys(plan.words.data(), h, after);
+  const auto* items = reinterpret_cast<const PlanItem*>(words + h.items);
+  for (int i = 0; i < num_items(h); i++) {
+    if (!same_item_pages(words, items[i], notes.entry_begins[i], next)) {
+      return false;
+    }
+  }
   return true;
+}
+
+void move_plan(int32_t* words, PlanNotes& notes, const PlanInput& next) {
+  PlanHeader& h = *reinterpret_cast<PlanHeader*>(words);
+  move_positions(words, h, next);
+  move_keys(words, h, next);
+  notes.context_lens.assign(next.context_lens, next.context_lens + next.batch);
 }
 
 } // namespace paged_mlx

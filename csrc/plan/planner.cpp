@@ -25,17 +25,20 @@ struct Draft {
 
 class Writer {
  public:
-  Writer(const PlanInput& input, const std::vector<Segment>& segments, std::vector<Draft> drafts)
-      : in_(input), segments_(segments), drafts_(std::move(drafts)) {}
+  Writer(
+      const PlanInput& input,
+      const std::vector<Segment>& segments,
+      std::vector<Draft>& drafts,
+      std::vector<int32_t>& words)
+      : in_(input), segments_(segments), drafts_(drafts), words_(words) {}
 
-  std::vector<int32_t> write() {
+  void write() {
     number_partials();
     collect_row_tokens();
     lay_out();
     write_positions();
     write_items();
     write_merges();
-    return std::move(words_);
   }
 
  private:
@@ -125,7 +128,9 @@ class Writer {
     h.causal = in_.causal;
     h.sliding_window = in_.sliding_window;
     h.max_page_id = -1;
-    words_.resize(next_);
+    if (words_.size() < size_t(next_)) {
+      words_.resize(next_);
+    }
     *reinterpret_cast<PlanHeader*>(words_.data()) = h;
     std::copy(row_tokens_.begin(), row_tokens_.end(), words_.begin() + h.row_tokens);
   }
@@ -204,11 +209,11 @@ class Writer {
 
   const PlanInput& in_;
   const std::vector<Segment>& segments_;
-  std::vector<Draft> drafts_;
+  std::vector<Draft>& drafts_;
+  std::vector<int32_t>& words_;
   std::vector<int> part_counts_, row_tokens_, row_begins_;
   std::vector<std::vector<int>> parts_;
   int num_partials_ = 0, num_merges_ = 0, num_parts_ = 0, next_ = 0;
-  std::vector<int32_t> words_;
 };
 
 // Inside a kind, longest first: the last item to start is a short one.
@@ -220,11 +225,16 @@ void sort_drafts(std::vector<Draft>& drafts) {
 
 } // namespace
 
-Plan make_plan(const PlanInput& input, const PlanTarget& target, const PlanOptions& options) {
-  Plan plan;
-  const std::vector<Segment> segments = make_segments(input, target, options, plan.decisions);
+PlanNotes make_plan(
+    const PlanInput& input,
+    const PlanTarget& target,
+    const PlanOptions& options,
+    std::vector<int32_t>& words) {
+  PlanNotes notes;
+  const std::vector<Segment> segments = make_segments(input, target, options, notes.decisions);
   const double budget = item_budget(input, segments, target);
   std::vector<Draft> drafts;
+  drafts.reserve(segments.size());
   for (size_t i = 0; i < segments.size(); i++) {
     const int rows = int(segments[i].tokens.size()) * input.gqa_factor();
     for (const PageRange& range : cut(input, segments[i], budget, target, options)) {
@@ -233,8 +243,16 @@ Plan make_plan(const PlanInput& input, const PlanTarget& target, const PlanOptio
     }
   }
   sort_drafts(drafts);
-  plan.words = Writer(input, segments, std::move(drafts)).write();
-  return plan;
+  Writer(input, segments, drafts, words).write();
+  for (const Draft& draft : drafts) {
+    notes.entry_begins.push_back(draft.range.entry_begin);
+  }
+  notes.context_lens.assign(input.context_lens, input.context_lens + input.batch);
+  if (input.cu_seqlens_q) {
+    notes.cu_seqlens_q.assign(input.cu_seqlens_q, input.cu_seqlens_q + input.batch + 1);
+  }
+  notes.tile_tokens = tile_tokens(input, target);
+  return notes;
 }
 
 } // namespace paged_mlx

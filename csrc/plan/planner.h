@@ -83,30 +83,31 @@ struct SharingDecision {
   bool shared;
 };
 
-struct Plan {
-  std::vector<int32_t> words;
+// A plan without its words: what the next step is compared with.
+struct PlanNotes {
   std::vector<SharingDecision> decisions;
-
-  const PlanHeader& header() const {
-    return *reinterpret_cast<const PlanHeader*>(words.data());
-  }
+  std::vector<int32_t> entry_begins; // for each item, its first entry in the page tables
+  std::vector<int32_t> context_lens;
+  std::vector<int32_t> cu_seqlens_q; // empty: one query token each
+  int tile_tokens = 1;               // most query tokens of one tile
 };
 
 // Throws std::invalid_argument, in the one message form, before anything is
 // planned.
 void validate(const PlanInput& input);
 
-// `input` must be valid.
-Plan make_plan(const PlanInput& input, const PlanTarget& target, const PlanOptions& options);
+// Writes the plan of a valid step to `words`, whose memory is reused.
+PlanNotes make_plan(
+    const PlanInput& input,
+    const PlanTarget& target,
+    const PlanOptions& options,
+    std::vector<int32_t>& words);
 
-// Turns the plan of step `before` into that of step `after`, when the two differ
-// only in lengths that stay inside the same pages: new positions, the same
-// items. Returns false, with `plan` untouched, when `after` needs a plan of its
-// own. Both inputs must be valid.
-bool advance_plan(
-    Plan& plan,
-    const PlanInput& before,
-    const PlanInput& after,
-    const PlanTarget& target);
+// Whether the valid step `next` sees the same entries of the same pages as the
+// step that `words` and `notes` were made for: then only positions differ.
+bool same_pages(const int32_t* words, const PlanNotes& notes, const PlanInput& next);
+
+// Moves the positions of a plan to those of `next`, for which same_pages holds.
+void move_plan(int32_t* words, PlanNotes& notes, const PlanInput& next);
 
 } // namespace paged_mlx

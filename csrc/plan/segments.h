@@ -27,6 +27,12 @@ struct Segment {
   bool shared = false; // a prefix that several sequences have
 };
 
+// Most query tokens of one tile.
+inline int tile_tokens(const PlanInput& input, const PlanTarget& target) {
+  const int tokens = target.wide_rows / input.gqa_factor();
+  return tokens > 1 ? tokens : 1;
+}
+
 PlanKind kind_of(int rows, const PlanTarget& target);
 
 // Cost of `rows` rows per KV head against `keys` keys.

@@ -23,7 +23,7 @@ class Sharing {
       : in_(input), target_(target), decisions_(decisions) {}
 
   int tile_tokens() const {
-    return std::max(1, target_.wide_rows / in_.gqa_factor());
+    return paged_mlx::tile_tokens(in_, target_);
   }
 
   // The tiles of one sequence, each against the keys its tokens may see.
