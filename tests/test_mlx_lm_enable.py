@@ -205,3 +205,14 @@ def test_the_batch_of_a_cache_cannot_change():
         model(mx.array([[1, 2]]), cache=cache)
         with pytest.raises(ValueError, match="keys must have a batch of 1"):
             model(mx.array([[1, 2], [3, 4]]), cache=cache)
+
+
+def test_max_kv_size_gets_mlx_lms_rotating_cache(caplog):
+    model, prompt = zoo.tiny("qwen2"), zoo.prompt(40, seed=1)
+    expected = zoo.single(model, prompt, 8, cache=make_prompt_cache(model, max_kv_size=16))
+    with enable(model) as paged:
+        cache = make_prompt_cache(model, max_kv_size=16)
+        assert zoo.single(model, prompt, max_tokens=8, cache=cache) == expected
+        assert paged.paged_calls == 0
+        assert type(make_prompt_cache(model)[0]) is PagedKVCache
+    assert "max_kv_size=16" in caplog.text

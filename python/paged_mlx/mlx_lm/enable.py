@@ -1,6 +1,8 @@
 """``enable``: paged K and V for a model of mlx-lm, by one call, undone completely."""
 
 import copy
+import logging
+import sys
 from collections import Counter
 
 from mlx_lm.models import cache as stock
@@ -11,6 +13,8 @@ from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
 from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry
 from paged_mlx.mlx_lm.sequence import SequencePages
+
+log = logging.getLogger("paged_mlx")
 
 FIRST_PAGES = 64
 NO_LIMIT = 1 << 24
@@ -104,6 +108,11 @@ class PagedModel:
             return self._stock_make_cache()
         return [stock.KVCache() for _ in self.model.layers]
 
+    @property
+    def has_default_cache(self) -> bool:
+        """Whether mlx-lm, not the model, decides on the kind of cache."""
+        return self._stock_make_cache is None
+
     def make_cache(self) -> list:
         """A prompt cache on pages."""
         sequences = {window: SequencePages(group) for window, group in self.groups.items()}
@@ -176,4 +185,20 @@ class _MakeCache:
         self.paged = paged
 
     def __call__(self) -> list:
+        size = _asked_size()
+        if size is not None and self.paged.has_default_cache:
+            log.warning("max_kv_size=%d: mlx-lm's rotating cache is used, which is not paged", size)
+            return [stock.RotatingKVCache(size, keep=4) for _ in self.paged.model.layers]
         return self.paged.make_cache()
+
+
+def _asked_size() -> int | None:
+    """``max_kv_size`` of the ``make_prompt_cache`` that is calling, if it is.
+
+    It has no other way here: mlx-lm does not pass it on to ``make_cache``, and would without
+    one make caches of that size.
+    """
+    frame = sys._getframe(2)
+    if frame.f_code is stock.make_prompt_cache.__code__:
+        return frame.f_locals.get("max_kv_size")
+    return None
