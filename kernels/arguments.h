@@ -52,7 +52,10 @@
 #define PAGED_MLX_BUFFER_MERGED_LSE 2
 #define PAGED_MLX_BUFFER_PART_OUTS 3
 #define PAGED_MLX_BUFFER_PART_LSES 16
+#define PAGED_MLX_BUFFER_CARRIED 29
 #define PAGED_MLX_MERGE_PARTS 13
+#define PAGED_MLX_CONSTANT_HAS_CARRIED 0
+#define PAGED_MLX_CONSTANT_IS_LAST 1
 
 namespace paged_mlx {
 
@@ -77,14 +80,14 @@ struct AttendArguments {
   float softcap; // the cap in base-2 units
 };
 
+// Units: what the kernels that move pages move at a time, see page_moves.h.
 struct WritePagesArguments {
   int num_kv_heads, page_size;
-  int k_row, v_row; // words of 2 or 4 bytes... see write_pages.metal
-  int tokens;
+  int k_row, v_row; // units of one row
 };
 
 struct CopyPagesArguments {
-  long page_units[PAGED_MLX_COPY_POOLS]; // 8-byte units of one page of each pool
+  long page_units[PAGED_MLX_COPY_POOLS];
 };
 
 struct GatherPagesArguments {
@@ -93,7 +96,9 @@ struct GatherPagesArguments {
 };
 
 struct MergeStatesArguments {
-  int rows, dim, parts;
+  long rows;
+  int dim;
+  int parts; // of this dispatch
 };
 
 } // namespace paged_mlx

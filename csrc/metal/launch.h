@@ -1,0 +1,91 @@
+// From a call to dispatches: which variant of which kernel, its bindings, its
+// grid. No MLX in here, and no Metal: everything goes through an Encoder.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "metal/encoder.h"
+
+namespace paged_mlx::metal {
+
+using cpu::DType;
+using cpu::MaskKind;
+
+// The fields mean what they mean in cpu::AttentionArgs.
+struct AttendCall {
+  DType dtype;
+  Buffer q, k_pages, v_pages;
+  Buffer plan;
+  const int32_t* words; // the plan again, as the host reads it
+  Buffer out, lse;
+  int head_dim, v_head_dim;
+  float scale;
+  float softcap;
+  Buffer alibi_slopes, sinks; // null: none
+  MaskKind mask_kind;
+  Buffer mask;
+  int64_t mask_head_stride, mask_token_stride;
+};
+
+void attend(Encoder& encoder, const AttendCall& call);
+
+// Bytes of one row of a head, and of one element.
+struct RowBytes {
+  int k, v;
+};
+
+struct WritePagesCall {
+  Buffer k, v; // v null: only keys
+  Buffer k_pages, v_pages;
+  Buffer slots;
+  int tokens, num_kv_heads, page_size;
+  RowBytes row;
+};
+
+void write_pages(Encoder& encoder, const WritePagesCall& call);
+
+struct CopyPagesCall {
+  std::vector<Buffer> pools;
+  std::vector<int64_t> page_bytes; // of each pool
+  Buffer pairs;
+  int num_pairs;
+};
+
+void copy_pages(Encoder& encoder, const CopyPagesCall& call);
+
+struct GatherPagesCall {
+  Buffer k_pages, v_pages;
+  Buffer tables, context_lens;
+  Buffer page_starts, page_lens; // null: not ragged
+  Buffer k_out, v_out;
+  int batch, max_pages, length, num_kv_heads, page_size;
+  RowBytes row;
+};
+
+void gather_pages(Encoder& encoder, const GatherPagesCall& call);
+
+struct MergeStatesCall {
+  DType dtype;
+  std::vector<Buffer> outs, lses;
+  Buffer out, lse;
+  int64_t rows;
+  int dim;
+};
+
+void merge_states(Encoder& encoder, const MergeStatesCall& call);
+
+// The old contents of a buffer that a write could not reuse.
+void copy_buffer(Encoder& encoder, Buffer from, Buffer to, int64_t bytes);
+
+// The body that attends items of at most `rows` rows per KV head.
+struct Body {
+  const char* kernel;
+  int rows;       // that a threadgroup attends
+  int simdgroups; // of a threadgroup
+};
+
+Body choose_body(int rows, int head_dim, int v_head_dim, DType dtype);
+
+} // namespace paged_mlx::metal

@@ -1,0 +1,214 @@
+#include <algorithm>
+#include <string>
+
+#include "arguments.h"
+#include "metal/launch.h"
+
+namespace paged_mlx::metal {
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+// Multiply-adds of one dispatch, after which the GPU may turn to other work: a
+// fraction of a second on the slowest GPU that runs MLX.
+constexpr double kDispatchWork = 2e11;
+
+const char* type_name(DType dtype) {
+  return dtype == DType::float32 ? "float" : dtype == DType::float16 ? "half" : "bfloat";
+}
+
+const PlanHeader& header(const AttendCall& call) {
+  return *reinterpret_cast<const PlanHeader*>(call.words);
+}
+
+const PlanItem* items(const AttendCall& call) {
+  return reinterpret_cast<const PlanItem*>(call.words + header(call).items);
+}
+
+int gqa_factor(const AttendCall& call) {
+  return header(call).num_q_heads / header(call).num_kv_heads;
+}
+
+AttendArguments arguments_of(const AttendCall& call) {
+  const PlanHeader& plan = header(call);
+  AttendArguments a{};
+  a.mask_head_stride = call.mask_head_stride;
+  a.mask_token_stride = call.mask_token_stride;
+  a.items = plan.items;
+  a.row_tokens = plan.row_tokens;
+  a.positions = plan.positions;
+  a.row_ends = plan.row_ends;
+  a.pages = plan.pages;
+  a.page_starts = plan.page_starts;
+  a.page_lens = plan.page_lens;
+  a.merges = plan.merges;
+  a.parts = plan.parts;
+  a.num_merges = plan.num_merges;
+  a.num_q_heads = plan.num_q_heads;
+  a.num_kv_heads = plan.num_kv_heads;
+  a.gqa_factor = gqa_factor(call);
+  a.sliding_window = plan.sliding_window;
+  a.scale = call.softcap > 0 ? call.scale / call.softcap : float(call.scale * kLog2E);
+  a.softcap = float(call.softcap * kLog2E);
+  return a;
+}
+
+// Every function constant has a value, whatever the kernel uses.
+void set_constants(Variant& variant, const AttendCall& call) {
+  const PlanHeader& plan = header(call);
+  variant.set(PAGED_MLX_CONSTANT_WINDOW, plan.sliding_window > 0)
+      .set(PAGED_MLX_CONSTANT_SOFTCAP, call.softcap > 0)
+      .set(PAGED_MLX_CONSTANT_ALIBI, call.alibi_slopes != nullptr)
+      .set(PAGED_MLX_CONSTANT_SINKS, call.sinks != nullptr)
+      .set(PAGED_MLX_CONSTANT_MASK, call.mask_kind != MaskKind::none)
+      .set(PAGED_MLX_CONSTANT_RAGGED, plan.page_starts != 0)
+      .set(PAGED_MLX_CONSTANT_PAGE_SIZE, plan.page_size)
+      .set(PAGED_MLX_CONSTANT_MASK_ADDS, call.mask_kind == MaskKind::additive);
+}
+
+Variant body_variant(const AttendCall& call, const Body& body, int simdgroups) {
+  Variant variant;
+  variant.kernel = body.kernel;
+  variant.define("T", type_name(call.dtype))
+      .define("D", call.head_dim)
+      .define("DV", call.v_head_dim);
+  if (variant.kernel == "attend_vector") {
+    variant.define("ROWS", body.rows);
+  } else {
+    variant.define("ROW_TILES", body.rows / 8);
+  }
+  variant.define("SIMDGROUPS", simdgroups);
+  set_constants(variant, call);
+  return variant;
+}
+
+// The widest threadgroup that the pipeline takes; a kernel may be compiled for
+// fewer simdgroups only.
+Variant fitting_variant(Encoder& encoder, const AttendCall& call, const Body& body, int& simdgroups) {
+  for (simdgroups = body.simdgroups;; simdgroups /= 2) {
+    const Variant variant = body_variant(call, body, simdgroups);
+    if (simdgroups == 1 || encoder.max_threads(variant) >= 32 * simdgroups) {
+      return variant;
+    }
+  }
+}
+
+struct Partials {
+  Buffer out, state;
+};
+
+Partials make_partials(Encoder& encoder, const AttendCall& call) {
+  const PlanHeader& plan = header(call);
+  if (plan.num_partials == 0) {
+    return {call.lse, call.lse}; // bound, never touched
+  }
+  const size_t rows = size_t(plan.num_partials) * plan.num_q_heads;
+  return {
+      encoder.temporary(rows * call.v_head_dim * sizeof(float)),
+      encoder.temporary(rows * 2 * sizeof(float))};
+}
+
+void bind(Encoder& encoder, const AttendCall& call, const Partials& partials) {
+  encoder.set_input(PAGED_MLX_BUFFER_PLAN, call.plan);
+  encoder.set_input(PAGED_MLX_BUFFER_Q, call.q);
+  encoder.set_pages(PAGED_MLX_BUFFER_K_PAGES, call.k_pages);
+  encoder.set_pages(PAGED_MLX_BUFFER_V_PAGES, call.v_pages);
+  encoder.set_output(PAGED_MLX_BUFFER_OUT, call.out);
+  encoder.set_output(PAGED_MLX_BUFFER_LSE, call.lse);
+  encoder.set_output(PAGED_MLX_BUFFER_PARTIAL_OUT, partials.out);
+  encoder.set_output(PAGED_MLX_BUFFER_PARTIAL_STATE, partials.state);
+  if (call.alibi_slopes) {
+    encoder.set_input(PAGED_MLX_BUFFER_ALIBI, call.alibi_slopes);
+  }
+  if (call.sinks) {
+    encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);
+  }
+  if (call.mask_kind != MaskKind::none) {
+    encoder.set_input(PAGED_MLX_BUFFER_MASK, call.mask);
+  }
+}
+
+// Multiply-adds of an item, all KV heads.
+double work_of(const AttendCall& call, const PlanItem& item) {
+  const double keys = std::max(0, item.key_end - item.key_begin);
+  return keys * item.row_count * header(call).num_q_heads * (call.head_dim + call.v_head_dim);
+}
+
+// The items [begin, end) are of one kind: one dispatch, or several when they
+// would hold the GPU for long.
+void attend_items(
+    Encoder& encoder,
+    const AttendCall& call,
+    const Partials& partials,
+    int begin,
+    int end) {
+  int rows = 0;
+  for (int i = begin; i < end; i++) {
+    rows = std::max(rows, items(call)[i].row_count * gqa_factor(call));
+  }
+  const Body body = choose_body(rows, call.head_dim, call.v_head_dim, call.dtype);
+  int simdgroups = 0;
+  const Variant variant = fitting_variant(encoder, call, body, simdgroups);
+  const size_t row_tiles = (rows + body.rows - 1) / body.rows;
+  AttendArguments arguments = arguments_of(call);
+  for (int first = begin; first < end;) {
+    double work = 0;
+    int next = first;
+    while (next < end && (next == first || work < kDispatchWork)) {
+      work += work_of(call, items(call)[next++]);
+    }
+    arguments.items = header(call).items + first * int(sizeof(PlanItem) / sizeof(int32_t));
+    encoder.set_variant(variant);
+    bind(encoder, call, partials);
+    encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
+    encoder.dispatch(
+        {size_t(arguments.num_kv_heads), size_t(next - first), row_tiles},
+        {size_t(32 * simdgroups)});
+    if (work >= kDispatchWork) {
+      encoder.pause();
+    }
+    first = next;
+  }
+}
+
+void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& partials) {
+  const PlanHeader& plan = header(call);
+  Variant variant;
+  variant.kernel = "merge";
+  variant.define("T", type_name(call.dtype)).define("DV", call.v_head_dim);
+  set_constants(variant, call);
+  const int simdgroups = std::clamp(encoder.max_threads(variant) / 32, 1, 4);
+  encoder.set_variant(variant);
+  encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments_of(call));
+  encoder.set_input(PAGED_MLX_BUFFER_PLAN, call.plan);
+  encoder.set_input(PAGED_MLX_BUFFER_PARTIAL_OUT, partials.out);
+  encoder.set_input(PAGED_MLX_BUFFER_PARTIAL_STATE, partials.state);
+  encoder.set_output(PAGED_MLX_BUFFER_OUT, call.out);
+  encoder.set_output(PAGED_MLX_BUFFER_LSE, call.lse);
+  if (call.sinks) {
+    encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);
+  }
+  const size_t rows = size_t(plan.num_merges) * plan.num_q_heads;
+  encoder.dispatch({(rows + simdgroups - 1) / simdgroups}, {size_t(32 * simdgroups)});
+}
+
+} // namespace
+
+void attend(Encoder& encoder, const AttendCall& call) {
+  const PlanHeader& plan = header(call);
+  const Partials partials = make_partials(encoder, call);
+  encoder.begin_concurrent();
+  int begin = 0;
+  for (int count : plan.num_items) {
+    if (count > 0) {
+      attend_items(encoder, call, partials, begin, begin + count);
+    }
+    begin += count;
+  }
+  encoder.end_concurrent();
+  if (plan.num_merges > 0) {
+    merge_partials(encoder, call, partials);
+  }
+}
+
+} // namespace paged_mlx::metal

@@ -1,0 +1,179 @@
+#include <algorithm>
+
+#include "arguments.h"
+#include "metal/launch.h"
+
+namespace paged_mlx::metal {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr size_t kMaxGroups = 1 << 20; // of one grid dimension
+
+// The widest unit that divides all of these sizes, in bytes.
+int unit_of(std::initializer_list<int64_t> sizes) {
+  int unit = 16;
+  for (int64_t size : sizes) {
+    while (unit > 1 && size % unit != 0) {
+      unit /= 2;
+    }
+  }
+  return unit;
+}
+
+Variant mover(const char* kernel, int unit) {
+  const char* type = unit == 16 ? "uint4"
+      : unit == 8               ? "uint2"
+      : unit == 4               ? "uint"
+      : unit == 2               ? "ushort"
+                                : "uchar";
+  Variant variant;
+  variant.kernel = kernel;
+  variant.define("UNIT", type);
+  return variant;
+}
+
+// One thread per unit in x.
+void dispatch_units(Encoder& encoder, const Variant& variant, int64_t units, size_t y, size_t z) {
+  const size_t threads = std::min(kThreads, encoder.max_threads(variant));
+  encoder.dispatch({(size_t(units) + threads - 1) / threads, y, z}, {threads});
+}
+
+} // namespace
+
+void write_pages(Encoder& encoder, const WritePagesCall& call) {
+  const int v_row = call.v ? call.row.v : 0;
+  if (call.tokens == 0 || call.num_kv_heads * (call.row.k + v_row) == 0) {
+    return;
+  }
+  const int unit = unit_of({call.row.k, v_row});
+  const WritePagesArguments arguments{
+      call.num_kv_heads, call.page_size, call.row.k / unit, v_row / unit};
+  const Variant variant = mover("write_pages", unit);
+  encoder.set_variant(variant);
+  encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
+  encoder.set_input(PAGED_MLX_BUFFER_SLOTS, call.slots);
+  encoder.set_input(PAGED_MLX_BUFFER_K_TOKENS, call.k);
+  encoder.set_input(PAGED_MLX_BUFFER_V_TOKENS, call.v ? call.v : call.k);
+  encoder.set_written_pages(PAGED_MLX_BUFFER_K_PAGES, call.k_pages);
+  encoder.set_written_pages(PAGED_MLX_BUFFER_V_PAGES, call.v ? call.v_pages : call.k_pages);
+  const int64_t units = int64_t(call.num_kv_heads) * (arguments.k_row + arguments.v_row);
+  dispatch_units(encoder, variant, units, call.tokens, 1);
+}
+
+void copy_pages(Encoder& encoder, const CopyPagesCall& call) {
+  if (call.num_pairs == 0) {
+    return;
+  }
+  int unit = 16;
+  for (int64_t bytes : call.page_bytes) {
+    unit = unit_of({unit, bytes});
+  }
+  const Variant variant = mover("copy_pages", unit);
+  for (size_t first = 0; first < call.pools.size(); first += PAGED_MLX_COPY_POOLS) {
+    const size_t count = std::min<size_t>(PAGED_MLX_COPY_POOLS, call.pools.size() - first);
+    CopyPagesArguments arguments{};
+    int64_t most = 0;
+    encoder.set_variant(variant);
+    for (size_t i = 0; i < PAGED_MLX_COPY_POOLS; i++) {
+      const size_t pool = first + std::min(i, count - 1);
+      arguments.page_units[i] = call.page_bytes[pool] / unit;
+      most = std::max<int64_t>(most, arguments.page_units[i]);
+      encoder.set_written_pages(PAGED_MLX_BUFFER_POOLS + int(i), call.pools[pool]);
+    }
+    encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
+    encoder.set_input(PAGED_MLX_BUFFER_PAIRS, call.pairs);
+    if (most > 0) {
+      dispatch_units(encoder, variant, most, call.num_pairs, count);
+    }
+  }
+}
+
+void gather_pages(Encoder& encoder, const GatherPagesCall& call) {
+  const int unit = unit_of({call.row.k, call.row.v});
+  const GatherPagesArguments arguments{
+      call.max_pages,
+      call.length,
+      call.num_kv_heads,
+      call.page_size,
+      call.row.k / unit,
+      call.row.v / unit};
+  const int64_t units = int64_t(call.length) * (arguments.k_row + arguments.v_row);
+  if (units == 0 || call.batch == 0 || call.num_kv_heads == 0) {
+    return;
+  }
+  Variant variant = mover("gather_pages", unit);
+  variant.set(PAGED_MLX_CONSTANT_RAGGED, call.page_starts != nullptr);
+  encoder.set_variant(variant);
+  encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
+  encoder.set_input(PAGED_MLX_BUFFER_TABLES, call.tables);
+  encoder.set_input(PAGED_MLX_BUFFER_CONTEXT_LENS, call.context_lens);
+  encoder.set_pages(PAGED_MLX_BUFFER_K_PAGES, call.k_pages);
+  encoder.set_pages(PAGED_MLX_BUFFER_V_PAGES, call.v_pages);
+  encoder.set_output(PAGED_MLX_BUFFER_K_OUT, call.k_out);
+  encoder.set_output(PAGED_MLX_BUFFER_V_OUT, call.v_out);
+  if (call.page_starts) {
+    encoder.set_input(PAGED_MLX_BUFFER_PAGE_STARTS, call.page_starts);
+    encoder.set_input(PAGED_MLX_BUFFER_PAGE_LENS, call.page_lens);
+  }
+  dispatch_units(encoder, variant, units, call.num_kv_heads, call.batch);
+}
+
+void copy_buffer(Encoder& encoder, Buffer from, Buffer to, int64_t bytes) {
+  if (bytes == 0) {
+    return;
+  }
+  const int unit = unit_of({bytes});
+  const int64_t units = bytes / unit;
+  const Variant variant = mover("copy_buffer", unit);
+  const size_t threads = std::min(kThreads, encoder.max_threads(variant));
+  const size_t groups = (size_t(units) + threads - 1) / threads;
+  encoder.set_variant(variant);
+  encoder.set_bytes(PAGED_MLX_BUFFER_ARGUMENTS, &units, sizeof(units));
+  encoder.set_pages(PAGED_MLX_BUFFER_K_PAGES, from);
+  encoder.set_written_pages(PAGED_MLX_BUFFER_V_PAGES, to);
+  encoder.dispatch(
+      {std::min(groups, kMaxGroups), (groups + kMaxGroups - 1) / kMaxGroups, 1}, {threads});
+}
+
+void merge_states(Encoder& encoder, const MergeStatesCall& call) {
+  if (call.rows == 0) {
+    return;
+  }
+  const size_t parts = call.outs.size();
+  const bool carries = parts > PAGED_MLX_MERGE_PARTS;
+  const Buffer carried = carries
+      ? encoder.temporary(size_t(call.rows) * (call.dim + 1) * sizeof(float))
+      : call.lse; // bound, never touched
+  for (size_t first = 0; first < parts; first += PAGED_MLX_MERGE_PARTS) {
+    const size_t count = std::min<size_t>(PAGED_MLX_MERGE_PARTS, parts - first);
+    Variant variant;
+    variant.kernel = "merge_states";
+    variant.define(
+        "T",
+        call.dtype == DType::float32       ? "float"
+            : call.dtype == DType::float16 ? "half"
+                                           : "bfloat");
+    variant.set(PAGED_MLX_CONSTANT_HAS_CARRIED, first > 0)
+        .set(PAGED_MLX_CONSTANT_IS_LAST, first + count == parts);
+    const int simdgroups = std::clamp(encoder.max_threads(variant) / 32, 1, 4);
+    encoder.set_variant(variant);
+    encoder.set_arguments(
+        PAGED_MLX_BUFFER_ARGUMENTS, MergeStatesArguments{call.rows, call.dim, int(count)});
+    for (size_t i = 0; i < PAGED_MLX_MERGE_PARTS; i++) {
+      const size_t part = first + std::min(i, count - 1);
+      encoder.set_input(PAGED_MLX_BUFFER_PART_OUTS + int(i), call.outs[part]);
+      encoder.set_input(PAGED_MLX_BUFFER_PART_LSES + int(i), call.lses[part]);
+    }
+    if (first > 0) {
+      encoder.set_input(PAGED_MLX_BUFFER_CARRIED, carried);
+    }
+    encoder.set_output(PAGED_MLX_BUFFER_CARRIED, carried);
+    encoder.set_output(PAGED_MLX_BUFFER_MERGED_OUT, call.out);
+    encoder.set_output(PAGED_MLX_BUFFER_MERGED_LSE, call.lse);
+    const size_t rows = call.rows;
+    encoder.dispatch({(rows + simdgroups - 1) / simdgroups}, {size_t(32 * simdgroups)});
+  }
+}
+
+} // namespace paged_mlx::metal

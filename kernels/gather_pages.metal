@@ -1,0 +1,101 @@
+// K and V of each sequence, contiguous, both in one dispatch.
+//
+//   tables             [batch, max_pages]                            int32
+//   context_lens       [batch]                                       int32
+//   k_pages, v_pages   [num_pages, num_kv_heads, page_size, D or DV]
+//   k_out, v_out       [batch, num_kv_heads, length, D or DV]
+//   page_starts, page_lens [batch, max_pages], ragged tables only    int32
+//
+// Row j of a sequence is position j. Rows past its context, rows that no page
+// holds and rows of NO_PAGE are 0.
+//
+// Grid: x over the units of a (sequence, KV head) of K and V, in threads; y over
+// KV heads; z over sequences.
+
+#include "page_moves.h"
+
+namespace paged_mlx {
+
+constant bool kRagged [[function_constant(PAGED_MLX_CONSTANT_RAGGED)]];
+
+struct Slot {
+  int page; // NO_PAGE: nothing is there
+  int offset;
+};
+
+inline Slot find_slot(
+    int position,
+    int context_len,
+    const device int* table,
+    const device int* starts,
+    const device int* lens,
+    constant GatherPagesArguments& arguments) {
+  Slot slot = {PAGED_MLX_NO_PAGE, 0};
+  if (position >= context_len) {
+    return slot;
+  }
+  if (!kRagged) {
+    const int entry = position / arguments.page_size;
+    if (entry < arguments.max_pages) {
+      slot.page = table[entry];
+      slot.offset = position % arguments.page_size;
+    }
+    return slot;
+  }
+  for (int e = 0; e < arguments.max_pages && starts[e] <= position; e++) {
+    if (position < starts[e] + lens[e] && table[e] >= 0) {
+      slot.page = table[e];
+      slot.offset = position - starts[e];
+    }
+  }
+  return slot;
+}
+
+} // namespace paged_mlx
+
+using namespace paged_mlx;
+
+[[kernel]] void gather_pages(
+    constant GatherPagesArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
+    const device int* tables [[buffer(PAGED_MLX_BUFFER_TABLES)]],
+    const device int* context_lens [[buffer(PAGED_MLX_BUFFER_CONTEXT_LENS)]],
+    const device Unit* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
+    const device Unit* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
+    device Unit* k_out [[buffer(PAGED_MLX_BUFFER_K_OUT)]],
+    device Unit* v_out [[buffer(PAGED_MLX_BUFFER_V_OUT)]],
+    const device int* page_starts
+    [[buffer(PAGED_MLX_BUFFER_PAGE_STARTS), function_constant(kRagged)]],
+    const device int* page_lens
+    [[buffer(PAGED_MLX_BUFFER_PAGE_LENS), function_constant(kRagged)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 groups [[threadgroups_per_grid]],
+    uint3 size [[threads_per_threadgroup]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const long k_units = long(arguments.length) * arguments.k_row;
+  const long v_units = long(arguments.length) * arguments.v_row;
+  const long at = long(group.x) * size.x + thread_index;
+  if (at >= k_units + v_units) {
+    return;
+  }
+  const bool is_key = at < k_units;
+  const long unit = is_key ? at : at - k_units;
+  const int row_units = is_key ? arguments.k_row : arguments.v_row;
+  const int kv_head = group.y, sequence = group.z;
+  const long table = long(sequence) * arguments.max_pages;
+  const Slot slot = find_slot(
+      int(unit / row_units),
+      context_lens[sequence],
+      tables + table,
+      kRagged ? page_starts + table : tables,
+      kRagged ? page_lens + table : tables,
+      arguments);
+  const long from = unit % row_units +
+      row_units *
+          page_row(slot.page, kv_head, slot.offset, arguments.num_kv_heads, arguments.page_size);
+  const long to = (long(sequence) * groups.y + kv_head) * (is_key ? k_units : v_units) + unit;
+  if (is_key) {
+    k_out[to] = slot.page >= 0 ? k_pages[from] : Unit(0);
+  } else {
+    v_out[to] = slot.page >= 0 ? v_pages[from] : Unit(0);
+  }
+}
