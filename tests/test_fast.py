@@ -189,6 +189,33 @@ def test_nothing_of_the_size_of_the_context_is_allocated():
     assert mx.get_peak_memory() - before < k_pages.nbytes // 100
 
 
+def strided(x):
+    """The same values, every other element of a larger array."""
+    return mx.stack([x, mx.full(x.shape, mx.nan, x.dtype)], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_arrays_need_not_be_contiguous(evaluate):
+    call = attention_call()
+    odd = {name: strided(x) if isinstance(x, mx.array) else x for name, x in call.items()}
+    if evaluate:
+        mx.eval(odd["q"], odd["k_pages"], odd["v_pages"])
+    assert mx.array_equal(fast.paged_attention(**odd), fast.paged_attention(**call))
+    k, v = call["k_pages"], call["v_pages"]
+    for ours, plain in [
+        (
+            fast.write_pages(strided(rows(1)), rows(1), odd["k_pages"], odd["v_pages"], [2]),
+            fast.write_pages(rows(1), rows(1), k, v, [2]),
+        ),
+        (fast.copy_pages([odd["k_pages"]], [(0, 1)]), fast.copy_pages([k], [(0, 1)])),
+        (
+            fast.gather_pages(odd["k_pages"], odd["v_pages"], [[3]], [4]),
+            fast.gather_pages(k, v, [[3]], [4]),
+        ),
+    ]:
+        assert all(mx.array_equal(a, b) for a, b in zip(ours, plain))
+
+
 # Errors
 
 

@@ -164,7 +164,8 @@ std::vector<mx::array> paged_attention(
     check_number("softcap", *softcap, true);
     options.softcap = *softcap;
   }
-  std::vector<mx::array> inputs = {mx::contiguous(q, false, s), k_pages, v_pages, plan};
+  std::vector<mx::array> inputs = {
+      mx::contiguous(q, false, s), row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};
   if (alibi_slopes) {
     options.alibi = true;
     inputs.push_back(per_head("alibi_slopes", *alibi_slopes, shape, s));

@@ -111,16 +111,17 @@ std::vector<mx::array> write_pages(
   check_dtype("write_pages", "slot_mapping", slots, mx::int32, "slot numbers");
   const auto write = std::make_shared<WritePages>(s, mode);
   const auto k_rows = mx::contiguous(k, false, s), v_rows = mx::contiguous(v, false, s);
+  const auto k_old = row_contiguous(k_pages, s), v_old = row_contiguous(v_pages, s);
   if (mode == WriteMode::donate) { // outputs of one node hold its inputs: nothing could be donated
     return {
-        mx::array(k_pages.shape(), k_pages.dtype(), write, {k_rows, k_pages, slots}),
-        mx::array(v_pages.shape(), v_pages.dtype(), write, {v_rows, v_pages, slots})};
+        mx::array(k_pages.shape(), k_pages.dtype(), write, {k_rows, k_old, slots}),
+        mx::array(v_pages.shape(), v_pages.dtype(), write, {v_rows, v_old, slots})};
   }
   return mx::array::make_arrays(
       {k_pages.shape(), v_pages.shape()},
       {k_pages.dtype(), v_pages.dtype()},
       write,
-      {k_rows, v_rows, k_pages, v_pages, slots});
+      {k_rows, v_rows, k_old, v_old, slots});
 }
 
 std::vector<mx::Shape> WritePages::output_shapes(const std::vector<mx::array>& inputs) {
@@ -202,11 +203,15 @@ std::vector<mx::array> copy_pages(
   if (mode == WriteMode::donate) { // as in write_pages
     std::vector<mx::array> copied;
     for (const auto& pool : pools) {
-      copied.emplace_back(pool.shape(), pool.dtype(), copy, std::vector<mx::array>{pool, pairs});
+      copied.emplace_back(
+          pool.shape(), pool.dtype(), copy, std::vector<mx::array>{row_contiguous(pool, s), pairs});
     }
     return copied;
   }
-  std::vector<mx::array> inputs = pools;
+  std::vector<mx::array> inputs;
+  for (const auto& pool : pools) {
+    inputs.push_back(row_contiguous(pool, s));
+  }
   inputs.push_back(pairs);
   return mx::array::make_arrays(std::move(shapes), dtypes, copy, std::move(inputs));
 }
@@ -280,7 +285,8 @@ std::vector<mx::array> gather_pages(
   check_dtype("gather_pages", "v_pages", v_pages, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("gather_pages", "block_tables", block_tables, mx::int32, "page ids");
   check_dtype("gather_pages", "context_lens", context_lens, mx::int32, "lengths");
-  std::vector<mx::array> inputs = {k_pages, v_pages, block_tables, context_lens};
+  std::vector<mx::array> inputs = {
+      row_contiguous(k_pages, s), row_contiguous(v_pages, s), block_tables, context_lens};
   if (page_starts && page_lens) {
     shape("page_starts", *page_starts, {"batch", "max_pages"});
     shape("page_lens", *page_lens, {"batch", "max_pages"});

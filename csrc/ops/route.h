@@ -5,9 +5,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "mlx/allocator.h"
 #include "mlx/array.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
 
 #include "cpu/attention.h"
 
@@ -24,6 +27,23 @@ inline cpu::DType cpu_dtype(mx::Dtype dtype) {
 [[noreturn]] inline void no_gpu(const char* op) {
   throw std::runtime_error(
       std::string("[") + op + "] this build has no GPU backend: use stream=mx.cpu.");
+}
+
+// Pages as the kernels read them, row by row. Versions of a pool and arrays that
+// are known to be contiguous pass as they are.
+inline mx::array row_contiguous(const mx::array& pages, mx::Stream s) {
+  const bool known = !pages.is_tracer() && pages.is_available();
+  if (known && pages.flags().row_contiguous) {
+    return pages;
+  }
+  if (!known && pages.has_primitive()) {
+    const std::string_view made_by = pages.primitive().name();
+    if (made_by == "PagedAttention" || made_by == "WritePages" || made_by == "CopyPages" ||
+        made_by == "GatherPages") {
+      return pages;
+    }
+  }
+  return mx::contiguous(pages, false, s);
 }
 
 // How an operation that writes pages treats the buffer it is given.
