@@ -8,7 +8,7 @@ import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 
 from paged_mlx.mlx_lm import enable, explain, hook  # noqa: E402
-from paged_mlx.mlx_lm.enable import paged_model_of  # noqa: E402
+from paged_mlx.mlx_lm.model_seam import paged_model_of  # noqa: E402
 
 
 def test_every_layer_of_a_window_model_is_paged():

@@ -1,26 +1,32 @@
 """``enable``: paged K and V for a model of mlx-lm, by one call, undone completely."""
 
 import copy
-import logging
-import sys
 from collections import Counter
 
 from mlx_lm.models import cache as stock
 
 from paged_mlx.host_ints import fail
-from paged_mlx.mlx_lm import hook
+from paged_mlx.mlx_lm import hook, prompt_hooks
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
-from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry
+from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, reasons_of
+from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
+from paged_mlx.mlx_lm.prefixes import PromptPrefixes
 from paged_mlx.mlx_lm.sequence import SequencePages
 
-log = logging.getLogger("paged_mlx")
-
 FIRST_PAGES = 64
+PAGES_BEFORE_EVICTION = 4096  # a pool with a prefix cache grows to, then it evicts
 NO_LIMIT = 1 << 24
 
 
-def enable(model, *, page_size: int = 16, num_pages: int | None = None, retain: int | None = 32):
+def enable(
+    model,
+    *,
+    page_size: int = 16,
+    num_pages: int | None = None,
+    retain: int | None = 32,
+    prefix_cache: bool = False,
+):
     """Keep K and V of ``model`` in pages from now on.
 
     Prompt caches made afterwards, by mlx-lm's functions or ``model.make_cache()``, are
@@ -32,6 +38,9 @@ def enable(model, *, page_size: int = 16, num_pages: int | None = None, retain: 
         num_pages: Pages for each kind of layer. None: the pools double on demand.
         retain: Tokens that a sliding-window layer keeps behind its window, so that as many
             can be taken back; None: all of them.
+        prefix_cache: Let prompts that begin alike share pages, in a batch and across calls.
+            Windows then keep all their pages, and pages outlive their sequences until
+            the pool needs them.
 
     Returns:
         A PagedModel: a context manager, and the way to look at the pages.
@@ -40,7 +49,7 @@ def enable(model, *, page_size: int = 16, num_pages: int | None = None, retain: 
         ValueError: The model is enabled already, has no cache that can be paged, or an
             option is not what it must be.
     """
-    return PagedModel(model, page_size, num_pages, retain)
+    return PagedModel(model, page_size, num_pages, retain, prefix_cache)
 
 
 class PagedModel:
@@ -49,9 +58,10 @@ class PagedModel:
     Attributes:
         model: The model.
         groups: Its layers, one group for each window.
+        prefixes: PromptPrefixes, with ``prefix_cache=True``; else None.
     """
 
-    def __init__(self, model, page_size, num_pages, retain):
+    def __init__(self, model, page_size, num_pages, retain, prefix_cache=False):
         if paged_model_of(model) is not None:
             fail("enable", "model must not be enabled already", type(model).__name__)
         for name, value in (("page_size", page_size), ("num_pages", num_pages), ("retain", retain)):
@@ -65,14 +75,25 @@ class PagedModel:
         self.layout = Layout.of(caches)
         if not self.layout.num_layers:
             fail("enable", "model must have a cache of K and V that can be paged", caches[:1])
+        if prefix_cache:
+            retain = None
+            self._check_all_paged()
         first, most = (num_pages, num_pages) if num_pages else (FIRST_PAGES, NO_LIMIT // page_size)
+        unhurried = most if prefix_cache and num_pages is None else first
         self.groups = {
-            window: LayerGroup(num_layers, page_size, first, most, window, retain)
+            window: LayerGroup(num_layers, page_size, first, most, min(unhurried, PAGES_BEFORE_EVICTION), window, retain)
             for window, num_layers in self.layout.num_layers.items()
         }
         for (window, layer), geometry in probe_geometry(model, caches, self.layout.places).items():
             self.groups[window].geometry[layer] = geometry
+        self.prefixes = PromptPrefixes(self) if prefix_cache else None
         self.enable()
+
+    def _check_all_paged(self) -> None:
+        others = [reason for place in self.layout.places for reason in reasons_of(place)]
+        if others:
+            must = "prefix_cache must be False, because not all that the model remembers is in pages"
+            fail("enable", must, others[0])
 
     # On and off
 
@@ -80,8 +101,10 @@ class PagedModel:
         """Page the model's caches again, after ``disable``."""
         if self._enabled:
             return
-        self.model.make_cache = _MakeCache(self)
+        self.model.make_cache = MakeCache(self)
         hook.install()
+        if self.prefixes is not None:
+            prompt_hooks.install()
         self._enabled = True
 
     def disable(self) -> None:
@@ -90,6 +113,8 @@ class PagedModel:
             return
         self._enabled = False
         hook.uninstall()
+        if self.prefixes is not None:
+            prompt_hooks.uninstall()
         del self.model.make_cache
         if self._own_make_cache is not None:
             self.model.make_cache = self._own_make_cache
@@ -170,35 +195,3 @@ class PagedModel:
     def __repr__(self):
         state = "" if self._enabled else ", disabled"
         return f"PagedModel({type(self.model).__module__}, {list(self.groups.values())}{state})"
-
-
-def paged_model_of(model) -> PagedModel | None:
-    """What ``enable`` returned for this model, while it is enabled."""
-    make_cache = getattr(model, "make_cache", None)
-    return make_cache.paged if isinstance(make_cache, _MakeCache) else None
-
-
-class _MakeCache:
-    """``model.make_cache`` of an enabled model."""
-
-    def __init__(self, paged: PagedModel):
-        self.paged = paged
-
-    def __call__(self) -> list:
-        size = _asked_size()
-        if size is not None and self.paged.has_default_cache:
-            log.warning("max_kv_size=%d: mlx-lm's rotating cache is used, which is not paged", size)
-            return [stock.RotatingKVCache(size, keep=4) for _ in self.paged.model.layers]
-        return self.paged.make_cache()
-
-
-def _asked_size() -> int | None:
-    """``max_kv_size`` of the ``make_prompt_cache`` that is calling, if it is.
-
-    It has no other way here: mlx-lm does not pass it on to ``make_cache``, and would without
-    one make caches of that size.
-    """
-    frame = sys._getframe(2)
-    if frame.f_code is stock.make_prompt_cache.__code__:
-        return frame.f_locals.get("max_kv_size")
-    return None

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from paged_mlx.mlx_lm.enable import PagedModel, paged_model_of
+from paged_mlx.mlx_lm.enable import PagedModel
 from paged_mlx.mlx_lm.layout import CachePlace
+from paged_mlx.mlx_lm.model_seam import paged_model_of
 
 OWN_ATTENTION = "the model computes attention itself, from gathered K and V"
 NOT_WRITTEN = "nothing was written to it"

@@ -29,15 +29,17 @@ class LayerGroup:
         page_size: Tokens in a page.
         num_pages: Pages at first.
         max_pages: Pages at most; more than ``num_pages`` lets the pools double on demand.
+        grow_first: Pages up to which the pools grow before cached pages are evicted.
         window: Keys a token may see, its own included; None: all.
         retain: Tokens kept behind the window, so that a rewind of as many stays possible;
             None: all.
     """
 
-    def __init__(self, num_layers, page_size, num_pages, max_pages, window, retain):
+    def __init__(self, num_layers, page_size, num_pages, max_pages, grow_first, window, retain):
         self.num_layers = num_layers
         self.page_size = page_size
         self.max_pages = max_pages
+        self.grow_first = grow_first
         self.window = window
         self.retain = retain
         self.allocator = PageAllocator(num_pages, page_size)
@@ -160,15 +162,24 @@ class LayerGroup:
                 table.free_before(position)
 
     def _append(self, tables, counts):
-        """Append to all tables or to none; a pool that may grow doubles first."""
+        """Append to all tables or to none; pools double when they must and may."""
+        most = sum(count // self.page_size + 2 for count in counts)
+        while self.allocator.num_free < most and self._grow(self.grow_first):
+            pass
         while True:
             try:
                 return append_batch(tables, counts, self.allocator)
             except OutOfPages:
-                total = self.allocator.total_pages
-                if total >= self.max_pages:
+                if not self._grow(self.max_pages):
                     raise
-                self.allocator.grow(min(total, self.max_pages - total))
+
+    def _grow(self, limit: int) -> bool:
+        """Double the pools, up to ``limit`` pages; False when they have as many."""
+        total = self.allocator.total_pages
+        if total >= limit:
+            return False
+        self.allocator.grow(min(total, limit - total))
+        return True
 
     def reclaim(self) -> None:
         """Free the pages of sequences that are gone."""

@@ -58,6 +58,15 @@ class Layout:
         return CachePlace(window, layer)
 
 
+def reasons_of(place):
+    """Why caches stay as they are, one reason for each that does."""
+    if isinstance(place, list):
+        for part in place:
+            yield from reasons_of(part)
+    elif not isinstance(place, CachePlace):
+        yield place
+
+
 def build(places, caches, make) -> list:
     """``caches`` with those that have a place replaced by ``make(place)``."""
     return [_build(place, cache, make) for place, cache in zip(places, caches)]
