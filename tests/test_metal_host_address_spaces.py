@@ -23,8 +23,11 @@ struct Arguments {
 
 struct Total {
   float value;
-  Total(float start) thread : value(start) {}
+  int2 parts;
+  Total(float start) thread : value(start), parts{1, int(start)} {}
   float get() const thread { return value; }
+  thread float& edit() { return value; }
+  static constexpr int rows() { return 8; }
 };
 
 template <typename T>
@@ -53,14 +56,16 @@ template <typename T, int N>
   shared[i] = simd_sum(row.get()) * bias;
   if (i == 0) first = shared[0];
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  row.edit() = Total::rows();
   float sum = first;
   add(sum, shared, N - 1 - i);
+  const int2 range = i < 4 ? int2(0, 4) : int2(4, N) - 1;
   simdgroup_matrix<float, 8, 8> m = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   simdgroup_load(m, shared, 8);
   thread auto& elements = m.thread_elements();
   float4 v = float4(elements[0], 1, 2, 3).wzyx;
   half4 h = half4(v) + half4(1.0h);
-  out[g] = sum + exp2(v.x) + float(h.y) + float(bfloat(sum));
+  out[g] = sum + range.x + exp2(v.x) + float(h.y) + float(bfloat(sum));
   atomic_fetch_add_explicit(count, 1u, memory_order_relaxed);
   device const uint4* wide = (device const uint4*)in;
   out[g] += float(wide[0].x) + as_type<float>(wide[0].y);
@@ -98,6 +103,8 @@ def test_sound_source_has_no_errors():
         ("device const uint4* wide", "const uint4* wide"),
         ("threadgroup float shared[N];", "float shared[N];"),
         ("out[g] = sum", "arguments.length = 1; out[g] = sum"),
+        ("  Total row =", "  threadgroup Total shared_row; shared_row.edit() = 1;\n  Total row ="),
+        ("thread float& edit()", "device float& edit()"),
         ("bfloat(sum)", "bfloat(h.x) + (bfloat)h"),
     ],
 )

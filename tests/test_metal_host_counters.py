@@ -44,6 +44,13 @@ def test_adjacent_scalar_loads_merge_into_one():
     assert (loads.simdgroup_loads, loads.merged_loads, loads.merged_load_segments_32) == (128, 32, 256)
 
 
+def test_loads_merge_whichever_way_they_are_written():
+    source = copy_kernel("float s = 0; for (int j = 3; j >= 0; j--) s = s * 2 + in[i * 4 + j]; out[i] = s;", "half")
+    result = metal_host.run(source, [BIG.astype(np.float16), BIG[:1024]], grid=1024, group=256)
+    loads = result.buffers[0]
+    assert (loads.simdgroup_loads, loads.merged_loads, loads.merged_load_segments_32) == (128, 32, 256)
+
+
 def test_a_row_that_every_simdgroup_loads_is_reread_once_each():
     source = copy_kernel("out[i] = in[i % 32];")
     result = metal_host.run(source, [BIG[:32], BIG[:256]], grid=256, group=128)

@@ -134,6 +134,11 @@ def test_includes_are_found_and_findings_name_their_file(tmp_path):
     assert result.errors[0].where == "body.h:2"
 
 
+def test_macros_can_be_given_with_the_source():
+    program = Program(ADD_ONE.replace("+= 1", "+= STEP"), defines={"STEP": 3})
+    assert (program.run("k", [X], groups=1).outputs[0] == X + 3).all()
+
+
 def test_inputs_are_left_alone_and_outputs_are_copies():
     values = X.copy()
     result = metal_host.run(ADD_ONE, [values], groups=1)
@@ -170,10 +175,14 @@ def test_host_memory_outside_what_was_stored_is_not_written_back():
 
 
 def test_a_buffer_that_shrinks_is_guarded_at_its_new_end():
-    program = Program(ADD_ONE)
-    program.run("k", [np.zeros(4096, np.float32)], grid=4096)
-    result = program.run("k", [X], grid=33, check=False)
+    source = f"""{PRELUDE}
+    kernel void k(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                  uint i [[thread_position_in_grid]]) {{ out[i] = in[i + 1]; }}"""
+    program = Program(source)
+    program.run("k", [np.zeros(64, np.float32), X], grid=32)
+    result = program.run("k", [X, X], grid=32, check=False)
     assert result.errors[0].text.startswith("out-of-range load of 4 B at byte 128")
+    assert np.isnan(result.outputs[1][31])
 
 
 def test_nothing_is_remembered_from_one_launch_to_the_next():

@@ -79,6 +79,8 @@ class Declarations:
         explicit: Spans of explicit kernel instantiations.
         repeats: Spans of functions that repeat an earlier one but for address spaces.
         plain_kernels: Where each kernel that is no template begins.
+        methods: The `)` of each method's parameters that no address space follows:
+            one for objects in thread memory. Constructors are not among them.
     """
 
     def __init__(self, preprocessed: str):
@@ -89,6 +91,7 @@ class Declarations:
         self.explicit: list[tuple[int, int]] = []
         self.repeats: list[tuple[int, int]] = []
         self.plain_kernels: list[int] = []
+        self.methods: list[int] = []
         self._read_scope(0, len(self.tokens))
         self.variables = self._find_variables()
 
@@ -105,7 +108,7 @@ class Declarations:
             raise ValueError(f"[run] kernel must be one of {known}; got {name}.")
         return expression, self.kernels[base]
 
-    def _read_scope(self, begin: int, end: int) -> None:
+    def _read_scope(self, begin: int, end: int, class_name: str | None = None) -> None:
         seen = set()
         for item in list(self._items(begin, end)):
             words = self.tokens.words(item.begin, item.end)
@@ -120,7 +123,9 @@ class Declarations:
                 self.repeats.append((item.begin, item.end))
             else:
                 if kind == "class":
-                    self._read_scope(item.body[0] + 1, item.body[1])
+                    self._read_scope(item.body[0] + 1, item.body[1], self._class_name(item))
+                if kind == "function" and class_name:
+                    self._read_method(item, class_name)
                 if item.body and "kernel" in self.tokens.words(item.begin, item.body[0]):
                     self._read_kernel(item)
 
@@ -139,7 +144,9 @@ class Declarations:
 
     def _item(self, begin: int, end: int) -> _Item:
         tokens = self.tokens
-        at, body, initialised = begin, None, False
+        at, body = begin, None
+        initialised = False  # after the `=` of a variable
+        initialising = False  # after the `:` of a constructor
         while at < end:
             text = tokens[at]
             if text == ";":
@@ -149,9 +156,12 @@ class Declarations:
                 continue
             if text == "=" and tokens[tokens.before(at)] != "operator":
                 initialised = True
+            if text == ":" and tokens[tokens.before(at)] == ")":
+                initialising = True
             if tokens.opens(at):
                 closed = tokens.closing(at)
-                if text == "{" and not initialised:
+                is_member = initialising and (tokens.kind(tokens.before(at)) == "name" or tokens[tokens.before(at)] == ">")
+                if text == "{" and not initialised and not is_member:
                     body = (at, closed)
                     if self._kind(_Item(begin, closed, body)) in ("namespace", "extern", "function"):
                         return _Item(begin, closed + 1, body)
@@ -230,16 +240,32 @@ class Declarations:
         self.instances.setdefault(_unquote(attributes.get("host_name")) or name, name)
 
     def _parameter_list(self, item: _Item) -> int:
-        """The parenthesis that opens the parameters: the last one before the body."""
+        """The parenthesis that opens the parameters of a function."""
         tokens = self.tokens
-        at, opened = self._after_templates(item.begin), None
-        while at < item.body[0]:
-            if tokens.opens(at):
-                if tokens[at] == "(":
-                    opened = at
-                at = tokens.closing(at)
-            at += 1
-        return opened
+        at = self._after_templates(item.begin)
+        while True:
+            if tokens[at] == "(":
+                name = tokens[tokens.before(at)]
+                is_call_operator = name == "operator" and tokens[tokens.after(tokens.closing(at))] == "("
+                if name != "__attribute__" and not is_call_operator:
+                    return at
+            at = tokens.closing(at) + 1 if tokens.opens(at) else at + 1
+
+    def _class_name(self, item: _Item) -> str:
+        words = self.tokens.words(self._after_templates(item.begin), item.body[0], attributes=False)
+        keyword = next(i for i, word in enumerate(words) if word in ("struct", "class", "union"))
+        return next((word for word in words[keyword + 1 :] if _NAME.match(word)), "")
+
+    def _read_method(self, item: _Item, class_name: str) -> None:
+        tokens = self.tokens
+        opened = self._parameter_list(item)
+        closed = tokens.closing(opened)
+        before = tokens.words(item.begin, opened)
+        after = tokens.words(closed, item.body[0])
+        is_constructor = before[-1] == class_name and "operator" not in before
+        is_member = not {"static", "friend", "~"}.intersection(before)
+        if is_member and not is_constructor and not ADDRESS_SPACES.intersection(after):
+            self.methods.append(closed)
 
     def _parameters(self, kernel: str, opened: int) -> list[Parameter]:
         parameters = []

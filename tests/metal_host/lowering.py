@@ -29,11 +29,13 @@ _UNSET = "metal_host_unset_"
 _PADDING = 64
 
 
-def preprocess(compiler: Compiler, text: str, include_dirs, name: str) -> str:
+_PREDEFINED = {"__METAL__": 1, "__METAL_VERSION__": 310, "__HAVE_BFLOAT__": 1, "__AIR64__": 1}
+
+
+def preprocess(compiler: Compiler, text: str, include_dirs, defines: dict[str, object], name: str) -> str:
     """Expand `text` with Metal's predefined macros; `name` is its file name in messages."""
-    defines = ["__METAL__=1", "__METAL_VERSION__=310", "__HAVE_BFLOAT__=1", "__AIR64__=1"]
     arguments = ["-E", "-x", "c++", "-std=c++17", "-nostdinc", "-nostdinc++", "-undef", "-Wno-everything"]
-    arguments += [f"-D{define}" for define in defines]
+    arguments += [f"-D{macro}={value}" for macro, value in (_PREDEFINED | dict(defines)).items()]
     for directory in [PREDEFINED, *include_dirs]:
         arguments += ["-I", str(directory)]
     return compiler.run([*arguments, "-"], f"preprocessing of {name}", f'# 1 "{name}"\n{text}')[0]

@@ -18,6 +18,7 @@ class Program:
     Args:
         source: Source text, a path, or a list of paths that are read one after another.
         include_dirs: Where its quoted includes are found.
+        defines: Macros and their values, as if `#define`d before the text.
         compiler: Name of a clang++; default: see `compiler.find_compiler`.
 
     Raises:
@@ -25,10 +26,10 @@ class Program:
         MetalHostError: It does not preprocess.
     """
 
-    def __init__(self, source, include_dirs=(), compiler: str | None = None):
+    def __init__(self, source, include_dirs=(), defines=(), compiler: str | None = None):
         self.compiler = find_compiler(compiler)
         text, name = read_source(source)
-        preprocessed = lowering.preprocess(self.compiler, text, include_dirs, name)
+        preprocessed = lowering.preprocess(self.compiler, text, include_dirs, defines, name)
         _require_ascii(text, name)
         _require_ascii(preprocessed, name)
         self.declared = Declarations(preprocessed)
