@@ -161,7 +161,7 @@ void start_states(const TilePass& pass, Scratch& scratch, State* states) {
       const Row& row = pass.rows[r];
       const int64_t at =
           int64_t(row.token) * job.num_q_heads + row.head + h * job.gqa_factor;
-      DotProduct<X>::pack_query(
+      DotProduct<X>::pack_row(
           static_cast<const T*>(job.q) + at * job.head_dim,
           job.head_dim,
           q + int64_t(r) * pass.q_stride);

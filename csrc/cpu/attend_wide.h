@@ -1,9 +1,9 @@
 // Prefill attention: many rows of one KV head of one item.
 //
-//   q       [panel, D, kPanel]    float, scratch: lanes are rows
-//   acc     [panel, Dv, kPanel]   float, scratch
-//   k_tile  [kTileKeys, D]        float, scratch: 64 keys, converted once for all panels
-//   v_tile  [kTileKeys, Dv]       float, scratch
+//   q       [panel, words, kPanel]  words of DotProduct, scratch: lanes are rows
+//   acc     [panel, Dv, kPanel]     float, scratch
+//   k_tile  [kTileKeys, words]      words of DotProduct, scratch: converted once for all panels
+//   v_tile  [kTileKeys, Dv]         float, scratch
 //
 // With rows in the lanes, an element of K or V is a broadcast, so nothing is
 // transposed but the queries, and the softmax has no horizontal step.
@@ -24,7 +24,7 @@ constexpr int kPanel = kPanelVecs * kLanes;
 constexpr int kTileKeys = 64;
 constexpr int kMicroKeys = kManyRegisters ? 8 : 4;
 constexpr int kMicroDims = kMicroKeys;
-constexpr int kChainDims = 32;
+constexpr int kChainWords = 32;
 constexpr int kMaxWideRows = 384;
 constexpr size_t kWideStateBytes = 448 * 1024; // q and acc of one pass
 
@@ -35,16 +35,16 @@ struct WidePass {
   int kv_head;
   int first_row;
   int num_rows;
-  int dim;   // padded head_dim
+  int words; // of a query or key: padded head_dim, packed
   int v_dim; // padded v_head_dim
   int num_panels;
 
   Row* rows;     // [panels * kPanel]; lanes without a row see nothing
-  float* q;      // [panel, dim, kPanel]
+  float* q;      // [panel, words, kPanel]
   float* acc;    // [panel, v_dim, kPanel]
   float* most;   // [panel, kPanel]
   float* sums;   // [panel, kPanel]
-  float* k_tile; // [kTileKeys, dim]
+  float* k_tile; // [kTileKeys, words]
   float* v_tile; // [kTileKeys, v_dim]
   float* scores; // [kTileKeys, kPanel]
   int32_t* begins; // [panel, kPanel]
@@ -77,25 +77,30 @@ void transpose_out(const float* from, int count, float* const* rows) {
 }
 
 template <typename X>
+PAGED_MLX_INLINE void pack_row(const typename X::T* from, int n, float* words) {
+  DotProduct<X>::pack_row(from, n, reinterpret_cast<typename DotProduct<X>::Query*>(words));
+}
+
+template <typename X>
 void pack_queries(const WidePass& pass, float* wide_rows) {
   const Job& job = pass.job;
   const auto* const q = static_cast<const typename X::T*>(job.q);
   float* rows[4];
   for (int i = 0; i < 4; i++) {
-    rows[i] = wide_rows + i * pass.dim;
+    rows[i] = wide_rows + i * pass.words;
   }
   for (int r = 0; r < pass.num_panels * kPanel; r += 4) {
     for (int i = 0; i < 4; i++) {
       if (r + i < pass.num_rows) {
         const Row& row = pass.rows[r + i];
         const int64_t at = int64_t(row.token) * job.num_q_heads + row.head;
-        widen_row<X>(q + at * job.head_dim, job.head_dim, rows[i]);
+        pack_row<X>(q + at * job.head_dim, job.head_dim, rows[i]);
       } else {
-        memset(rows[i], 0, pass.dim * sizeof(float));
+        memset(rows[i], 0, pass.words * sizeof(float));
       }
     }
     const size_t panel = r / kPanel;
-    transpose_in(rows, pass.dim, pass.q + panel * pass.dim * kPanel + r % kPanel);
+    transpose_in(rows, pass.words, pass.q + panel * pass.words * kPanel + r % kPanel);
   }
 }
 
@@ -172,10 +177,10 @@ void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
     const int64_t row = page_row(job, pass.item, i) + head - start;
     for (int key = begin; key < end; key++) {
       const int64_t at = row + key;
-      widen_row<X>(
+      pack_row<X>(
           static_cast<const T*>(job.k_pages) + at * job.head_dim,
           job.head_dim,
-          pass.k_tile + (key - position) * pass.dim);
+          pass.k_tile + (key - position) * pass.words);
       widen_row<X>(
           static_cast<const T*>(job.v_pages) + at * job.v_head_dim,
           job.v_head_dim,
@@ -185,25 +190,26 @@ void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
 }
 
 // Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
-// kChainDims elements at a time: a shorter chain of roundings.
-void score_keys(const float* q, const float* keys, int dim, float* scores) {
-  for (int first = 0; first < dim; first += kChainDims) {
-    const int end = min_int(first + kChainDims, dim);
+// kChainWords words at a time: a shorter chain of roundings.
+template <typename X>
+void score_keys(const float* q, const float* keys, int words, float* scores) {
+  for (int first = 0; first < words; first += kChainWords) {
+    const int end = min_int(first + kChainWords, words);
     Vec dots[kMicroKeys][kPanelVecs];
     for (int j = 0; j < kMicroKeys; j++) {
       for (int x = 0; x < kPanelVecs; x++) {
         dots[j][x] = Vec{};
       }
     }
-    for (int d = first; d < end; d++) {
+    for (int w = first; w < end; w++) {
       Vec row[kPanelVecs];
       for (int x = 0; x < kPanelVecs; x++) {
-        row[x] = load(q + d * kPanel + x * kLanes);
+        row[x] = load(q + w * kPanel + x * kLanes);
       }
       for (int j = 0; j < kMicroKeys; j++) {
-        const Vec key = splat(keys[j * dim + d]);
+        const Vec key = splat_word(keys + j * words + w);
         for (int x = 0; x < kPanelVecs; x++) {
-          dots[j][x] = fma(key, row[x], dots[j][x]);
+          dots[j][x] = DotProduct<X>::add_words(key, row[x], dots[j][x]);
         }
       }
     }
@@ -314,6 +320,7 @@ void add_values(
 }
 
 // A tile of keys against the rows of one panel.
+template <typename X>
 void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) {
   const KeyRange seen = seen_by(pass, panel * kPanel, kPanel);
   const KeyRange keys = {max_int(tile.begin, seen.begin), min_int(tile.end, seen.end)};
@@ -321,10 +328,10 @@ void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) 
     return;
   }
   const Job& job = pass.job;
-  const float* const q = pass.q + size_t(panel) * pass.dim * kPanel;
+  const float* const q = pass.q + size_t(panel) * pass.words * kPanel;
   const int low = keys.begin - position, high = keys.end - position;
   for (int j = low / kMicroKeys * kMicroKeys; j < high; j += kMicroKeys) {
-    score_keys(q, pass.k_tile + j * pass.dim, pass.dim, pass.scores + j * kPanel);
+    score_keys<X>(q, pass.k_tile + j * pass.words, pass.words, pass.scores + j * kPanel);
   }
   bool whole = job.plain;
   for (int r = panel * kPanel; whole && r < (panel + 1) * kPanel; r++) {
@@ -354,14 +361,14 @@ void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) 
 template <typename X>
 void attend_pass(const WidePass& pass) {
   start_pass<X>(pass);
-  memset(pass.k_tile, 0, sizeof(float) * kTileKeys * pass.dim);
+  memset(pass.k_tile, 0, sizeof(float) * kTileKeys * pass.words);
   const KeyRange all = seen_by(pass, 0, pass.num_rows);
   int page = 0;
   for (int at = all.begin / kTileKeys * kTileKeys; at < all.end; at += kTileKeys) {
     const KeyRange tile = {max_int(at, all.begin), min_int(at + kTileKeys, all.end)};
     load_tile<X>(pass, at, tile, page);
     for (int panel = 0; panel < pass.num_panels; panel++) {
-      attend_panel(pass, panel, at, tile);
+      attend_panel<X>(pass, panel, at, tile);
     }
   }
   finish_pass<X>(pass);
@@ -379,10 +386,12 @@ size_t wide_scratch_bytes(const Job& job) {
   return wide_rows(job) * row + kTileKeys * (dims + kPanel) * sizeof(float) + 16 * 64;
 }
 
+template <typename X>
 WidePass make_pass(
     const Job& job, const PlanItem& item, int kv_head, int first_row, int num_rows, char* memory) {
   const int panels = (num_rows + kPanel - 1) / kPanel;
-  const int dim = padded(job.head_dim), v_dim = padded(job.v_head_dim);
+  const int words = padded(job.head_dim) / DotProduct<X>::kPerWord;
+  const int v_dim = padded(job.v_head_dim);
   const size_t lanes = size_t(panels) * kPanel;
   Scratch scratch{memory};
   return {
@@ -391,15 +400,15 @@ WidePass make_pass(
       kv_head,
       first_row,
       num_rows,
-      dim,
+      words,
       v_dim,
       panels,
       scratch.take<Row>(lanes),
-      scratch.take<float>(lanes * dim),
+      scratch.take<float>(lanes * words),
       scratch.take<float>(lanes * v_dim),
       scratch.take<float>(lanes),
       scratch.take<float>(lanes),
-      scratch.take<float>(size_t(kTileKeys) * dim),
+      scratch.take<float>(size_t(kTileKeys) * words),
       scratch.take<float>(size_t(kTileKeys) * v_dim),
       scratch.take<float>(size_t(kTileKeys) * kPanel),
       scratch.take<int32_t>(lanes),
@@ -412,7 +421,7 @@ void attend_wide(const Job& job, int index, int kv_head, char* memory) {
   const int total = item.row_count * job.gqa_factor;
   const int step = wide_rows(job);
   for (int first = 0; first < total; first += step) {
-    attend_pass<X>(make_pass(job, item, kv_head, first, min_int(step, total - first), memory));
+    attend_pass<X>(make_pass<X>(job, item, kv_head, first, min_int(step, total - first), memory));
   }
 }
 

@@ -68,6 +68,12 @@ PAGED_MLX_INLINE void store4(float* p, Vec4 v) {
 PAGED_MLX_INLINE Vec splat(float x) {
   return x - Vec{}; // x + 0 would not be x for -0
 }
+// 32 bits in every lane, whatever they mean.
+PAGED_MLX_INLINE Vec splat_word(const float* p) {
+  int32_t word;
+  memcpy(&word, p, sizeof(word));
+  return (Vec)(word - VecI{});
+}
 PAGED_MLX_INLINE VecI splat_int(int32_t x) {
   return x - VecI{};
 }
@@ -132,10 +138,9 @@ PAGED_MLX_INLINE bool any_greater(Vec a, Vec b) {
 // The four quarters added up: [x0 + x2 + ..., ...], always in the same order.
 #if defined(__AVX512F__)
 PAGED_MLX_INLINE Vec4 fold(Vec v) {
-  typedef float Half __attribute__((vector_size(32)));
-  const Half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+  const __m256 h =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  return (Vec4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 }
 #elif defined(__AVX2__)
 PAGED_MLX_INLINE Vec4 fold(Vec v) {
@@ -337,15 +342,18 @@ PAGED_MLX_INLINE void widen_row(const typename X::T* from, int n, float* to) {
   }
 }
 
-// How kPair elements of a query meet kPair elements of a key: as floats in lane
-// order, unless the machine multiplies 16-bit floats itself.
+// How the elements of a query meet those of a key: as floats in lane order,
+// unless the machine multiplies 16-bit floats itself, two to a word.
 template <typename X>
 struct DotProduct {
   using Query = float;
   using Key = Pair;
-  static PAGED_MLX_INLINE void pack_query(const typename X::T* from, int n, Query* to) {
+  static constexpr int kPerWord = 1; // elements of a 32-bit word of a packed row
+
+  static PAGED_MLX_INLINE void pack_row(const typename X::T* from, int n, Query* to) {
     widen_row<X>(from, n, to);
   }
+  // kPair elements of a key, those of a query, one partial sum per lane.
   static PAGED_MLX_INLINE Key load_key(const typename X::T* p) {
     return X::load2(p);
   }
@@ -355,6 +363,10 @@ struct DotProduct {
   static PAGED_MLX_INLINE Vec add(const Query* q, Key k, Vec sum) {
     return fma(load(q + kLanes), k.b, fma(load(q), k.a, sum));
   }
+  // One word of each of kLanes rows.
+  static PAGED_MLX_INLINE Vec add_words(Vec a, Vec b, Vec sum) {
+    return fma(a, b, sum);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -362,9 +374,11 @@ template <>
 struct DotProduct<BFloat16> {
   using Query = uint16_t;
   using Key = __m512bh;
-  static PAGED_MLX_INLINE void pack_query(const uint16_t* from, int n, Query* to) {
-    memset(to, 0, (n + kPair - 1) / kPair * kPair * sizeof(Query));
+  static constexpr int kPerWord = 2;
+
+  static PAGED_MLX_INLINE void pack_row(const uint16_t* from, int n, Query* to) {
     memcpy(to, from, n * sizeof(Query));
+    memset(to + n, 0, ((n + kPair - 1) / kPair * kPair - n) * sizeof(Query));
   }
   static PAGED_MLX_INLINE Key load_key(const uint16_t* p) {
     return (Key)_mm512_loadu_si512(p);
@@ -374,6 +388,9 @@ struct DotProduct<BFloat16> {
   }
   static PAGED_MLX_INLINE Vec add(const Query* q, Key k, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (Key)_mm512_loadu_si512(q), k);
+  }
+  static PAGED_MLX_INLINE Vec add_words(Vec a, Vec b, Vec sum) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (Key)a, (Key)b);
   }
 };
 #endif

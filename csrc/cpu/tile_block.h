@@ -190,9 +190,15 @@ __attribute__((noinline)) void raise_maxima(
 }
 
 // Phase 2: scores of the block become weights.
-template <int kRows>
-PAGED_MLX_INLINE void
-soften(float unit, float* scores, float* most, float* sums, float* acc, int acc_stride) {
+template <int kRows, typename PrefetchRow>
+PAGED_MLX_INLINE void soften(
+    float unit,
+    float* scores,
+    float* most,
+    float* sums,
+    float* acc,
+    int acc_stride,
+    PrefetchRow prefetch_row) {
   bool higher = false;
   for (int r = 0; r < kRows; r++) {
     Vec top = load(scores + r * kBlockKeys);
@@ -214,6 +220,9 @@ soften(float unit, float* scores, float* most, float* sums, float* acc, int acc_
       store(at, weight);
     }
     store(sums + r * kLanes, total);
+    for (int i = r; i < kQuad; i += kRows) {
+      prefetch_row(i);
+    }
   }
 }
 
@@ -239,7 +248,7 @@ PAGED_MLX_INLINE void add_columns(
   }
   for (int j = block.low; j < block.high; j++) {
     const T* const value = v_pages + (block.rows[j] + head_row) * dim + d;
-    if constexpr (kAhead) {
+    if (kAhead && j >= kQuad) {
       const T* const next = v_pages + (block.ahead[j / kQuad] + ahead_row) * dim;
       prefetch_part<kPairs * kPair * sizeof(T)>(
           reinterpret_cast<const char*>(next),
@@ -315,8 +324,12 @@ __attribute__((noinline)) void attend_block(
       keys[i] = k_pages + (block.rows[j + i] + head_row) * job.head_dim;
     }
     const T* const ahead = k_pages + (block.ahead[j / kQuad] + ahead_row) * job.head_dim;
-    score_quad<X, kRows, kAhead>(
-        pass, q, keys, reinterpret_cast<const char*>(ahead), scores + j);
+    if (j < kBlockKeys - kQuad) {
+      score_quad<X, kRows, kAhead>(
+          pass, q, keys, reinterpret_cast<const char*>(ahead), scores + j);
+    } else {
+      score_quad<X, kRows, false>(pass, q, keys, nullptr, scores + j);
+    }
   }
   if (!(job.plain && block.seen_by_all)) {
     for (int r = 0; r < kRows; r++) {
@@ -331,7 +344,23 @@ __attribute__((noinline)) void attend_block(
       state.most + first_row,
       state.sums + first_row * kLanes,
       acc,
-      pass.acc_stride);
+      pass.acc_stride,
+      [&](int i) __attribute__((always_inline)) {
+        if constexpr (kAhead) {
+          constexpr int kLast = kBlockKeys / kQuad - 1;
+          const int k_bytes = job.head_dim * sizeof(T), v_bytes = job.v_head_dim * sizeof(T);
+          const char* const k = reinterpret_cast<const char*>(
+              k_pages + (block.ahead[kLast] + i + ahead_row) * job.head_dim);
+          const char* const v = static_cast<const char*>(job.v_pages) +
+              (block.ahead[0] + i + ahead_row) * v_bytes;
+          for (int b = 0; b < k_bytes; b += 64) {
+            prefetch(k + b);
+          }
+          for (int b = 0; b < v_bytes; b += 64) {
+            prefetch(v + b);
+          }
+        }
+      });
   add_values<X, kRows, kAhead>(pass, block, head_row, ahead_row, scores, acc);
 }
 
