@@ -45,6 +45,8 @@ def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, **opt
 def refusal(q, k, v, mask) -> str | None:
     """Why this call cannot read the pages; None when it can."""
     source = k.source
+    if v is k:
+        return "K is V too, of latent attention"
     if type(v) is not GatheredKV or v.source is not source or not k.is_key or v.is_key:
         return "K and V are not one layer's"
     step = source.step
