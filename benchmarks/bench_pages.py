@@ -7,8 +7,6 @@ fork, a token. One thread does everything, so CPU time is the time that it takes
 import random
 
 import numpy as np
-
-from benchmarks.harness import Candidate, Case, run
 from paged_mlx.allocator import (
     BuddyPageAllocator,
     FIFOPageAllocator,
@@ -21,12 +19,21 @@ from paged_mlx.page_hash import page_hashes
 from paged_mlx.page_table import PageTable
 from paged_mlx.prefix_cache import PrefixCache
 
+from benchmarks.harness import Candidate, Case, run
+
 PAGE_SIZE = 16
 ALLOCATORS = (PageAllocator, FIFOPageAllocator, LRUPageAllocator, BuddyPageAllocator)
 
 
 def case(name, unit, units, candidates, check, rounds=20) -> Case:
-    return Case(name, [Candidate(*c) for c in candidates], check, rounds=rounds, clock="cpu", about={"unit": unit, "units": units})
+    return Case(
+        name,
+        [Candidate(*c) for c in candidates],
+        check,
+        rounds=rounds,
+        clock="cpu",
+        about={"unit": unit, "units": units},
+    )
 
 
 def allocation(kind, pages=10_000):
@@ -104,7 +111,13 @@ def same(outputs: dict) -> None:
 
 
 def cases():
-    yield case("allocate + free, page by page", "page", 10_000, [allocation(kind) for kind in ALLOCATORS], same)
+    yield case(
+        "allocate + free, page by page",
+        "page",
+        10_000,
+        [allocation(kind) for kind in ALLOCATORS],
+        same,
+    )
     for batch in (1, 32, 256):
         steps = [decode_step(batch, True), decode_step(batch, False)]
         yield case(f"decode step, {batch} sequences: append, plan, pack", "step", 16, steps, same)
@@ -122,8 +135,8 @@ def main():
     for result in record["cases"]:
         about = result["about"]
         for candidate in result["candidates"]:
-            each = candidate["median"] / about["units"]
-            print(f"{result['name']:<48} {candidate['name']:<28} {each * 1e6:9.3f} us per {about['unit']}")
+            each = f"{candidate['median'] / about['units'] * 1e6:9.3f} us per {about['unit']}"
+            print(f"{result['name']:<48} {candidate['name']:<28} {each}")
 
 
 if __name__ == "__main__":

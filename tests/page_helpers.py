@@ -35,4 +35,17 @@ def table_of(allocator, num_tokens):
 def snapshot(allocator, *tables):
     """All that a failed call must leave alone."""
     counts = [allocator.ref_count(page_id) for page_id in range(allocator.total_pages)]
-    return counts, sorted(allocator._free_ids()), [(t.num_tokens, t.entries, t.is_sealed, t.allocator) for t in tables]
+    return (
+        counts,
+        sorted(allocator._free_ids()),
+        [(t.num_tokens, t.entries, t.is_sealed, t.allocator) for t in tables],
+    )
+
+
+def run(cache, tokens, keys=()):
+    """Compute a sequence: reuse what is cached, append the rest, cache the result."""
+    table = PageTable(4)
+    saved = cache.reuse(tokens, table, keys)
+    table.append_tokens(len(tokens) - saved, cache._allocator)
+    cache.insert(tokens, table, keys)
+    return table, saved

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 from page_helpers import FailingPool, RecordingPool, snapshot, table_of
-
 from paged_mlx.allocator import (
     BuddyPageAllocator,
     FIFOPageAllocator,
@@ -56,6 +55,17 @@ def test_page_allocation_returns_a_page_once_its_last_holder_frees_it(kind):
     assert allocator.ref_count(page_id) == 0 and allocator.allocate_page() == page_id
 
 
+@every_allocator
+@pytest.mark.parametrize("count", [-1, 1.5, "2", None])
+def test_page_allocation_of_an_impossible_count_is_an_error(kind, count):
+    allocator = kind(4, 4)
+    with pytest.raises(
+        ValueError, match=r"^\[allocate_pages\] num_pages must be a whole number of at least 0"
+    ):
+        allocator.allocate_pages(count)
+    assert allocator.num_free == 4
+
+
 def test_plain_allocator_reuses_the_page_freed_last():
     allocator = PageAllocator(4, 4)
     allocator.allocate_pages(4)
@@ -79,7 +89,9 @@ def test_freeing_a_free_page_is_a_double_free(kind):
     allocator.free_page(page_id)
     before = snapshot(allocator)
     for free in (lambda: allocator.free_page(page_id), lambda: allocator.free_pages([page_id])):
-        with pytest.raises(DoubleFree, match=r"^\[free_pages?\] page_ids? must be held .*; got 0, which is free"):
+        with pytest.raises(
+            DoubleFree, match=r"^\[free_pages?\] page_ids? must be held .*; got 0, which is free"
+        ):
             free()
     with pytest.raises(DoubleFree):
         allocator.free_page(3)  # never allocated
@@ -132,7 +144,9 @@ def test_a_page_given_twice_to_a_bulk_call_is_an_error():
     assert snapshot(allocator) == before
 
 
-@pytest.mark.parametrize("arguments", [(0, 4), (4, 0), (-1, 4), (4, 1.5), ("4", 4), (2**31, 1), (2**20, 2**12)])
+@pytest.mark.parametrize(
+    "arguments", [(0, 4), (4, 0), (-1, 4), (4, 1.5), ("4", 4), (2**31, 1), (2**20, 2**12)]
+)
 @every_allocator
 def test_impossible_sizes_are_refused(kind, arguments):
     with pytest.raises(ValueError, match=rf"^\[{kind.__name__}\] .* must be .*; got"):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from page_helpers import table_of
-
 from paged_mlx.allocator import PageAllocator
 from paged_mlx.append import append_batch
 from paged_mlx.block_table import BlockTable, pack
@@ -54,7 +53,9 @@ def test_pack_keeps_the_place_of_pages_behind_a_window(allocator):
     table.seal()
     table.append_tokens(1, allocator)
     packed = pack([table])
-    assert packed.page_starts.tolist() == [[0, 4, 8, 11]] and packed.page_lens.tolist() == [[4, 4, 3, 1]]
+    assert packed.page_starts.tolist() == [[0, 4, 8, 11]] and packed.page_lens.tolist() == [
+        [4, 4, 3, 1]
+    ]
     assert packed.block_tables[0, :3].tolist() == [-1, -1, 2]
 
 
@@ -62,7 +63,9 @@ def test_pack_turns_query_lens_into_cu_seqlens(allocator):
     tables = [table_of(allocator, n) for n in (9, 3)]
     packed = pack(tables, [4, 1])
     assert packed.cu_seqlens_q.tolist() == [0, 4, 5] and packed.cu_seqlens_q.dtype == np.int32
-    with pytest.raises(ValueError, match="query_lens must be at most the context, .*; got 4 of 3 in row 1"):
+    with pytest.raises(
+        ValueError, match="query_lens must be at most the context, .*; got 4 of 3 in row 1"
+    ):
         pack(tables, [4, 4])
     with pytest.raises(ValueError, match="query_lens must have one length per table, 2; got 1"):
         pack(tables, [4])
@@ -120,6 +123,13 @@ def test_an_updated_block_table_equals_a_fresh_one_after_any_change(allocator):
     block_table.update(tables)
     for _ in changes():
         assert_same(block_table.update(tables), pack(tables))
+
+
+def test_a_row_follows_the_table_that_takes_it_over(allocator):
+    forks = [table_of(allocator, n).fork() for n in (5, 6)]
+    block_table = BlockTable()
+    for fork in forks:
+        assert_same(block_table.update([fork]), pack([fork]))
 
 
 def test_a_table_that_shrank_and_left_the_batch_leaves_nothing_behind(allocator):

@@ -2,7 +2,6 @@
 
 import pytest
 from page_helpers import FailingPool, RecordingPool, snapshot, table_of
-
 from paged_mlx.allocator import LRUPageAllocator, PageAllocator
 from paged_mlx.errors import OutOfPages
 from paged_mlx.page_table import PageTable, copy_on_write

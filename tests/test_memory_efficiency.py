@@ -1,7 +1,6 @@
 """What paging and sharing save: the chapter's scenarios, and figures to check by hand."""
 
 import pytest
-
 from paged_mlx.memory import PrefixGroup, analyze_memory_efficiency, bytes_per_token
 
 
@@ -25,7 +24,9 @@ def test_memory_efficiency_prints_what_it_returns(capsys):
 
 def test_memory_efficiency_of_static_allocation_in_bytes():
     # the chapter's batch of 8, 4096 tokens each, 32 layers of 4096 in bfloat16: 17.2 GB
-    report = analyze_memory_efficiency([4096] * 8, max_seq_len=4096, token_bytes=bytes_per_token(32, 32, 128), show=False)
+    report = analyze_memory_efficiency(
+        [4096] * 8, max_seq_len=4096, token_bytes=bytes_per_token(32, 32, 128), show=False
+    )
     assert report.static.bytes == 8 * 4096 * 4096 * 32 * 2 * 2
     assert round(report.static.bytes / 1e9, 1) == 17.2
     assert report.paged.saved == 0.0 and report.static.waste == 0.0
@@ -33,7 +34,9 @@ def test_memory_efficiency_of_static_allocation_in_bytes():
 
 
 def test_memory_efficiency_counts_the_waste_in_the_last_page():
-    report = analyze_memory_efficiency([5, 8], max_seq_len=16, page_size=4, prefix_groups=[], show=False)
+    report = analyze_memory_efficiency(
+        [5, 8], max_seq_len=16, page_size=4, prefix_groups=[], show=False
+    )
     assert (report.paged.slots, report.paged.unused_slots) == (16, 3)
     assert report.paged.waste == 3 / 16 and report.static.waste == 19 / 32
     assert report.shared == report.shared.__class__("shared", 4, 16, 3, 128, 0.5)
@@ -42,7 +45,9 @@ def test_memory_efficiency_counts_the_waste_in_the_last_page():
 
 def test_memory_efficiency_of_a_prefix_that_ends_inside_a_page():
     # 6 of 9 tokens are common: page 0 is shared, page 1 is copied by all but the last writer
-    report = analyze_memory_efficiency([9, 9, 9], page_size=4, prefix_groups=[(6, [0, 1, 2])], show=False)
+    report = analyze_memory_efficiency(
+        [9, 9, 9], page_size=4, prefix_groups=[(6, [0, 1, 2])], show=False
+    )
     assert report.paged.slots == 9 * 4
     assert report.shared.slots == (1 + 3 * 2) * 4
     assert report.saved_by_sharing == pytest.approx(2 / 9)

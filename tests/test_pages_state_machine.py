@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from paged_mlx.allocator import (
     BuddyPageAllocator,
     FIFOPageAllocator,
@@ -43,7 +42,9 @@ class SlotPool:
         copied = {}
         for source, target in pairs:
             for offset in range(self.page_size):
-                copied[target * self.page_size + offset] = self.tokens.get(source * self.page_size + offset, WIPED)
+                copied[target * self.page_size + offset] = self.tokens.get(
+                    source * self.page_size + offset, WIPED
+                )
         self.tokens.update(copied)
 
     def grow(self, num_pages):
@@ -76,7 +77,9 @@ class PageMachine(RuleBasedStateMachine):
     """All operations on one allocator, its tables, its cache and one block table."""
 
     @initialize(
-        kind=st.sampled_from([PageAllocator, FIFOPageAllocator, LRUPageAllocator, BuddyPageAllocator]),
+        kind=st.sampled_from(
+            [PageAllocator, FIFOPageAllocator, LRUPageAllocator, BuddyPageAllocator]
+        ),
         total_pages=st.integers(2, 32),
         page_size=st.integers(1, 4),
         growth=st.sampled_from([0, 5]),
@@ -111,7 +114,9 @@ class PageMachine(RuleBasedStateMachine):
 
     def state(self):
         """All that a failed call must leave alone; evictions are allowed and left out."""
-        return [(s.table.entries, s.table.num_tokens, s.table.is_sealed) for s in self.live], dict(self.pool.tokens)
+        return [(s.table.entries, s.table.num_tokens, s.table.is_sealed) for s in self.live], dict(
+            self.pool.tokens
+        )
 
     def append(self, sequence, tokens):
         before = self.state()
@@ -128,12 +133,20 @@ class PageMachine(RuleBasedStateMachine):
     def append_some(self, pick, tokens):
         self.append(self.one(pick), tokens)
 
-    @rule(batch=st.lists(st.tuples(pick, st.lists(st.integers(0, 2), max_size=3)), max_size=8, unique_by=lambda c: c[0]))
+    @rule(
+        batch=st.lists(
+            st.tuples(pick, st.lists(st.integers(0, 2), max_size=3)),
+            max_size=8,
+            unique_by=lambda c: c[0],
+        )
+    )
     def append_to_a_batch(self, batch):
         chosen = [(self.live[pick], tokens) for pick, tokens in batch if pick < len(self.live)]
         before = self.state()
         try:
-            plan = append_batch([s.table for s, _ in chosen], [len(tokens) for _, tokens in chosen], self.allocator)
+            plan = append_batch(
+                [s.table for s, _ in chosen], [len(tokens) for _, tokens in chosen], self.allocator
+            )
         except OutOfPages:
             assert self.state() == before
             return
@@ -180,7 +193,9 @@ class PageMachine(RuleBasedStateMachine):
         expected = sum(end <= position for end in ends)
         freed = sequence.table.free_before(position)
         # a tail page with room stays
-        assert freed in (expected, expected - 1) and (freed == expected or position == len(sequence.tokens))
+        assert freed in (expected, expected - 1) and (
+            freed == expected or position == len(sequence.tokens)
+        )
         if freed:
             sequence.kept = ends[freed - 1]
 
@@ -276,7 +291,11 @@ class PageMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.stray)
     def free(self, num_pages, keep):
         for page_id in self.stray[:num_pages]:
-            if keep and isinstance(self.allocator, LRUPageAllocator) and not self.allocator.is_watched(page_id):
+            if (
+                keep
+                and isinstance(self.allocator, LRUPageAllocator)
+                and not self.allocator.is_watched(page_id)
+            ):
                 self.allocator.cache_page(page_id)
             self.stray.remove(page_id)
             self.allocator.free_page(page_id)
@@ -323,7 +342,10 @@ class PageMachine(RuleBasedStateMachine):
             entries = table.entries
             assert [e.logical_end for e in entries[:-1]] == [e.logical_start for e in entries[1:]]
             if entries:
-                assert entries[0].logical_start == sequence.kept and entries[-1].logical_end == table.num_tokens
+                assert (
+                    entries[0].logical_start == sequence.kept
+                    and entries[-1].logical_end == table.num_tokens
+                )
 
     @invariant()
     def cached_pages_hold_the_tokens_they_are_named_for(self):
@@ -332,7 +354,9 @@ class PageMachine(RuleBasedStateMachine):
         size = self.allocator.page_size
         for page in self.cache._by_page.values():
             slots = range(page.page_id * size, (page.page_id + 1) * size)
-            assert [self.pool.tokens[slot] for slot in slots] == np.frombuffer(page.tokens, "<i4").tolist()
+            assert [self.pool.tokens[slot] for slot in slots] == np.frombuffer(
+                page.tokens, "<i4"
+            ).tolist()
 
     @invariant()
     def events_tell_what_is_cached(self):
@@ -358,7 +382,10 @@ class PageMachine(RuleBasedStateMachine):
         assert (kept.block_tables[:, width:] == -1).all()
         assert (kept.context_lens == fresh.context_lens).all()
         for row, sequence in enumerate(self.live):
-            assert packed_slots(fresh, row, sequence.kept, self.allocator.page_size) == sequence.table.slots(sequence.kept).tolist()
+            assert (
+                packed_slots(fresh, row, sequence.kept, self.allocator.page_size)
+                == sequence.table.slots(sequence.kept).tolist()
+            )
 
     def teardown(self):
         if hasattr(self, "allocator"):
@@ -381,7 +408,11 @@ def packed_slots(packed, row, first, page_size):
     """The slots of a row's positions from ``first`` on, read as the kernel reads them."""
     slots = []
     for column, page_id in enumerate(packed.block_tables[row].tolist()):
-        start = column * page_size if packed.page_starts is None else int(packed.page_starts[row, column])
+        start = (
+            column * page_size
+            if packed.page_starts is None
+            else int(packed.page_starts[row, column])
+        )
         size = page_size if packed.page_lens is None else int(packed.page_lens[row, column])
         for position in range(max(start, first), min(start + size, int(packed.context_lens[row]))):
             assert page_id >= 0

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .errors import PageError, whole_number
-from .page_allocator import PageAllocator
+from paged_mlx.errors import PageError, fail, whole_number
+from paged_mlx.page_allocator import PageAllocator
 
 __all__ = ["BuddyPageAllocator", "FIFOPageAllocator", "LRUPageAllocator", "PageAllocator"]
 
@@ -79,7 +79,7 @@ class LRUPageAllocator(PageAllocator):
     def uncache_page(self, page_id: int) -> None:
         """Undo ``cache_page``; the page becomes free if no table holds it."""
         if page_id not in self._cached:
-            raise PageError(f"[uncache_page] page_id must be cached; got {page_id}.")
+            fail("uncache_page", "page_id must be cached", page_id, PageError)
         self._cached.discard(page_id)
         self._idle.pop(page_id, None)
         self.unwatch(page_id)
@@ -121,7 +121,9 @@ class LRUPageAllocator(PageAllocator):
     def check(self, tables: Iterable[object] | None = None, caches: Iterable[object] = ()) -> None:
         super().check(tables, caches)
         idle = {page_id for page_id in self._cached if self._refs[page_id] == 1}
-        assert set(self._idle) == idle, "the evictable pages are not the cached ones that nobody else holds"
+        assert set(self._idle) == idle, (
+            "the evictable pages are not the cached ones that nobody else holds"
+        )
 
 
 class BuddyPageAllocator(PageAllocator):
@@ -183,7 +185,9 @@ class BuddyPageAllocator(PageAllocator):
         self._merge()
         taken: list[int] = []
         while len(taken) < num_pages:
-            order = min((num_pages - len(taken)).bit_length() - 1, self.longest_run.bit_length() - 1)
+            order = min(
+                (num_pages - len(taken)).bit_length() - 1, self.longest_run.bit_length() - 1
+            )
             start = self._take_run(order)
             taken.extend(range(start, start + (1 << order)))
         return taken
@@ -234,5 +238,9 @@ class BuddyPageAllocator(PageAllocator):
         super().check(tables, caches)
         for order, runs in enumerate(self._runs):
             for start in runs:
-                assert start % (1 << order) == 0, f"run {start} of {1 << order} pages is not aligned"
-                assert start ^ (1 << order) not in runs, f"run {start} and its buddy of {1 << order} pages are not merged"
+                assert start % (1 << order) == 0, (
+                    f"run {start} of {1 << order} pages is not aligned"
+                )
+                assert start ^ (1 << order) not in runs, (
+                    f"run {start} and its buddy of {1 << order} pages are not merged"
+                )

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import OutOfPages, whole_number
-from .page_allocator import PageAllocator
+from paged_mlx.errors import OutOfPages, fail, whole_number
+from paged_mlx.page_allocator import PageAllocator
 
 if TYPE_CHECKING:
-    from .page_table import PageTable
+    from paged_mlx.page_table import PageTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,9 @@ class AppendPlan:
     slots: np.ndarray
 
 
-def append_batch(tables: Sequence[PageTable], num_tokens: Sequence[int], allocator: PageAllocator) -> AppendPlan:
+def append_batch(
+    tables: Sequence[PageTable], num_tokens: Sequence[int], allocator: PageAllocator
+) -> AppendPlan:
     """``append_tokens`` for a batch: all tables or none, one copy operation for all.
 
     Args:
@@ -46,7 +48,12 @@ def append_batch(tables: Sequence[PageTable], num_tokens: Sequence[int], allocat
         OutOfPages: There are too few pages for all; nothing has changed.
         ValueError: An argument is wrong.
     """
-    counts = [count if type(count) is int and count >= 0 else whole_number("append_tokens", "num_tokens", count) for count in num_tokens]
+    counts = [
+        count
+        if type(count) is int and count >= 0
+        else whole_number("append_tokens", "num_tokens", count)
+        for count in num_tokens
+    ]
     needs = _new_pages(tables, counts, allocator)
     copied = _shared_tails(tables, counts, allocator)
     targets, page_ids = _take_pages(len(copied), sum(needs), allocator)
@@ -68,12 +75,16 @@ def append_batch(tables: Sequence[PageTable], num_tokens: Sequence[int], allocat
     return AppendPlan(copies, _joined(slots))
 
 
-def _new_pages(tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator) -> list[int]:
+def _new_pages(
+    tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator
+) -> list[int]:
     """Return how many pages each table needs beyond its tail page; check the arguments."""
     if len(tables) != len(counts):
-        raise ValueError(f"[append_tokens] num_tokens must have one count per table, {len(tables)}; got {len(counts)}.")
+        fail(
+            "append_tokens", f"num_tokens must have one count per table, {len(tables)}", len(counts)
+        )
     if len(tables) > 1 and len(set(map(id, tables))) < len(tables):
-        raise ValueError("[append_tokens] tables must be different ones; got one twice.")
+        fail("append_tokens", "tables must be different ones", "one twice")
     size = allocator.page_size
     needs = []
     for table, count in zip(tables, counts):
@@ -84,8 +95,13 @@ def _new_pages(tables: Sequence[PageTable], counts: list[int], allocator: PageAl
     return needs
 
 
-def _shared_tails(tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator) -> list[int]:
-    """Return the rows that would write to a tail page others hold too; the last holder never copies."""
+def _shared_tails(
+    tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator
+) -> list[int]:
+    """Return the rows that would write to a tail page others hold too.
+
+    Of several rows that share one, the last has nobody left to copy for.
+    """
     rows: list[int] = []
     leaving: dict[int, int] = {}
     for row, (table, count) in enumerate(zip(tables, counts)):
@@ -97,14 +113,18 @@ def _shared_tails(tables: Sequence[PageTable], counts: list[int], allocator: Pag
     return rows
 
 
-def _take_pages(num_copies: int, num_new: int, allocator: PageAllocator) -> tuple[list[int], list[int]]:
-    """Take pages to copy to and new pages, all or none; new pages get the lower ids of a fresh pool."""
+def _take_pages(
+    num_copies: int, num_new: int, allocator: PageAllocator
+) -> tuple[list[int], list[int]]:
+    """Take pages to copy to and new pages, all or none; a fresh pool's lower ids are the new."""
     wanted = num_copies + num_new
     page_ids = allocator.allocate_pages(wanted) if wanted else []
     if page_ids is None:
-        raise OutOfPages(
-            f"[append_tokens] the pool must have {wanted} pages to give, {num_copies} of them for copies; "
-            f"got {allocator.num_available} of {allocator.total_pages}."
+        fail(
+            "append_tokens",
+            f"the pool must have {wanted} pages to give, {num_copies} of them for copies",
+            f"{allocator.num_available} of {allocator.total_pages}",
+            OutOfPages,
         )
     return page_ids[num_new:], page_ids[:num_new]
 

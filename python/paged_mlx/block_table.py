@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import whole_number
-from .page_table import NO_PAGE, PageTable
+from paged_mlx.errors import fail, whole_number
+from paged_mlx.page_table import NO_PAGE, PageTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ class BlockTable:
         self._lens: list[int] = []  # entries of each row of the buffer
         self.rows_written = 0  # rows rewritten by the last update
 
-    def update(self, tables: Sequence[PageTable], query_lens: Sequence[int] | None = None) -> PackedTables:
+    def update(
+        self, tables: Sequence[PageTable], query_lens: Sequence[int] | None = None
+    ) -> PackedTables:
         """Pack ``tables`` as ``pack`` does.
 
         Returns:
@@ -87,15 +89,23 @@ class BlockTable:
         batch = len(tables)
         context_lens = np.array([table._num_tokens for table in tables], np.int32)
         starts, lens = self._ragged(tables, context_lens)
-        return PackedTables(self._ids[:batch], context_lens, _cu_seqlens(query_lens, context_lens), starts, lens)
+        return PackedTables(
+            self._ids[:batch], context_lens, _cu_seqlens(query_lens, context_lens), starts, lens
+        )
 
     def _check(self, tables: Sequence[PageTable]) -> None:
         if not len(tables):
-            raise ValueError("[pack] tables must have at least one table, because a batch of none has no shape; got 0.")
+            fail(
+                "pack",
+                "tables must have at least one table, because a batch of none has no shape",
+                "0",
+            )
         size = tables[0]._page_size
         for table in tables:
             if table._page_size != size:
-                raise ValueError(f"[pack] tables must have one page_size, {size} as the first; got {table._page_size}.")
+                fail(
+                    "pack", f"tables must have one page_size, {size} as the first", table._page_size
+                )
 
     def _reserve(self, batch: int, max_pages: int) -> None:
         """Make the buffer large enough, with room to grow; keep what it holds."""
@@ -131,7 +141,6 @@ class BlockTable:
         starts = np.minimum(starts, context_lens[:, None]).astype(np.int32)
         for row, table in enumerate(tables):
             if table._starts is not None:
-                starts[row] = context_lens[row]
                 starts[row, : len(table._starts)] = table._starts
         lens = np.diff(starts, axis=1, append=context_lens[:, None])
         return starts, lens.astype(np.int32, copy=False)
@@ -142,8 +151,12 @@ def _cu_seqlens(query_lens: Sequence[int] | None, context_lens: np.ndarray) -> n
         return None
     lens = np.array([whole_number("pack", "query_lens", length) for length in query_lens], np.int64)
     if len(lens) != len(context_lens):
-        raise ValueError(f"[pack] query_lens must have one length per table, {len(context_lens)}; got {len(lens)}.")
+        fail("pack", f"query_lens must have one length per table, {len(context_lens)}", len(lens))
     if (lens > context_lens).any():
         row = int(np.argmax(lens > context_lens))
-        raise ValueError(f"[pack] query_lens must be at most the context, which includes the query; got {lens[row]} of {context_lens[row]} in row {row}.")
+        fail(
+            "pack",
+            "query_lens must be at most the context, which includes the query",
+            f"{lens[row]} of {context_lens[row]} in row {row}",
+        )
     return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from .page_hash import TOKEN_BYTES
+from paged_mlx.page_hash import TOKEN_BYTES
 
 _by_tokens = attrgetter("tokens")
 
@@ -36,7 +36,12 @@ class CachedPage:
     )  # fmt: skip
 
     def __init__(
-        self, page_id: int, page_hash: bytes, tokens: bytes = b"", keys: bytes = b"", parent: CachedPage | None = None
+        self,
+        page_id: int,
+        page_hash: bytes,
+        tokens: bytes = b"",
+        keys: bytes = b"",
+        parent: CachedPage | None = None,
     ) -> None:
         self.page_id = page_id
         self.page_hash = page_hash

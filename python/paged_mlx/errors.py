@@ -8,6 +8,7 @@ changed nothing.
 from __future__ import annotations
 
 import operator
+from typing import NoReturn
 
 
 class PageError(ValueError):
@@ -30,6 +31,11 @@ class OutOfPages(RuntimeError):
     """The pool has too few pages left, counting those that could be evicted."""
 
 
+def fail(function: str, must: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``error`` in the one form of message."""
+    raise error(f"[{function}] {must}; got {got}.")
+
+
 def whole_number(function: str, name: str, value: object, minimum: int = 0) -> int:
     """Return ``value`` as an int, which must be at least ``minimum``.
 
@@ -41,5 +47,5 @@ def whole_number(function: str, name: str, value: object, minimum: int = 0) -> i
     except TypeError:
         number = minimum - 1
     if number < minimum:
-        raise ValueError(f"[{function}] {name} must be a whole number of at least {minimum}; got {value!r}.")
+        fail(function, f"{name} must be a whole number of at least {minimum}", repr(value))
     return number

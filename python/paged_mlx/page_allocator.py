@@ -11,15 +11,15 @@ Not thread-safe: an allocator and its tables belong to one thread at a time.
 from __future__ import annotations
 
 import operator
-import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from .errors import DoubleFree, PageError, UnknownPage, UseAfterFree, whole_number
-from .eviction import Evictor
+from paged_mlx.attached_pools import AttachedPools
+from paged_mlx.errors import DoubleFree, PageError, UnknownPage, UseAfterFree, fail, whole_number
+from paged_mlx.eviction import Evictor, Evictors
 
 MAX_SLOTS = 2**31 - 1  # a slot is an int32
 
@@ -47,16 +47,20 @@ class PageAllocator:
         name = type(self).__name__
         self._total = whole_number(name, "total_pages", total_pages, 1)
         self._page_size = whole_number(name, "page_size", page_size, 1)
-        self._max_pages = whole_number(name, "max_pages", self._total if max_pages is None else max_pages, self._total)
-        self._slab_pages = whole_number(name, "slab_pages", self._total if slab_pages is None else slab_pages, 1)
+        self._max_pages = whole_number(
+            name, "max_pages", self._total if max_pages is None else max_pages, self._total
+        )
+        self._slab_pages = whole_number(
+            name, "slab_pages", self._total if slab_pages is None else slab_pages, 1
+        )
         if self._max_pages * self._page_size > MAX_SLOTS:
-            raise ValueError(
-                f"[{name}] total_pages * page_size must be at most {MAX_SLOTS}, "
-                f"because a slot is an int32; got {self._max_pages * self._page_size}."
+            fail(
+                name,
+                f"total_pages * page_size must be at most {MAX_SLOTS}, because a slot is an int32",
+                self._max_pages * self._page_size,
             )
-        self._evictors: list[Evictor] = []
-        self._watchers: dict[int, Evictor] = {}
-        self._pools: list[weakref.ref[Any]] = []
+        self._evictors = Evictors()
+        self._pools = AttachedPools()
         self._set_counts(array("i", bytes(4 * self._total)))
         self._reset_free(range(self._total))
 
@@ -182,10 +186,10 @@ class PageAllocator:
         page_id = self._known("share_page", page_id)
         count = self._refs[page_id]
         if not count:
-            raise UseAfterFree(f"[share_page] page_id must be held by somebody, because free pages are reused; got {page_id}.")
+            _fail_free("share_page", page_id, UseAfterFree)
         self._refs[page_id] = count + 1
-        if count == 1 and page_id in self._watchers:
-            self._watchers[page_id].pages_busy((page_id,))
+        if count == 1 and page_id in self._evictors.watched:
+            self._evictors.busy((page_id,))
 
     def free_page(self, page_id: int) -> None:
         """Remove a holder; the page becomes free with its last one.
@@ -199,81 +203,64 @@ class PageAllocator:
         page_id = self._known("free_page", page_id)
         count = self._refs[page_id] - 1
         if count < 0:
-            raise DoubleFree(f"[free_page] page_id must be held by somebody; got {page_id}, which is free.")
+            _fail_free("free_page", page_id, DoubleFree)
         self._refs[page_id] = count
         if not count:
             self._put_one(page_id)
-        elif count == 1 and page_id in self._watchers:
-            self._watchers[page_id].pages_idle((page_id,))
+        elif count == 1 and page_id in self._evictors.watched:
+            self._evictors.idle((page_id,))
 
     def share_pages(self, page_ids: array[int] | Sequence[int]) -> None:
         """``share_page`` for many different pages at once, all or nothing."""
         ids = self._distinct("share_pages", page_ids)
-        before = self._counts[ids]
-        if not before.all():
-            page_id = int(ids[np.argmin(before)])
-            raise UseAfterFree(f"[share_pages] page_ids must be held by somebody, because free pages are reused; got {page_id}.")
+        before = self._held("share_pages", ids, UseAfterFree)
         self._counts[ids] = before + 1
-        if self._watchers:
-            self._notify(ids[before == 1].tolist(), "pages_busy")
+        if self._evictors.watched:
+            self._evictors.busy(ids[before == 1].tolist())
 
     def free_pages(self, page_ids: array[int] | Sequence[int]) -> None:
         """``free_page`` for many different pages at once, all or nothing."""
         ids = self._distinct("free_pages", page_ids)
-        before = self._counts[ids]
-        if not before.all():
-            page_id = int(ids[np.argmin(before)])
-            raise DoubleFree(f"[free_pages] page_ids must be held by somebody; got {page_id}, which is free.")
+        before = self._held("free_pages", ids, DoubleFree)
         self._counts[ids] = before - 1
         self._put(ids[before == 1].tolist())
-        if self._watchers:
-            self._notify(ids[before == 2].tolist(), "pages_idle")
+        if self._evictors.watched:
+            self._evictors.idle(ids[before == 2].tolist())
 
     # Evictors.
 
     def add_evictor(self, evictor: Evictor) -> None:
         """Ask ``evictor`` for pages, after those added before it, when none is free."""
-        self._evictors.append(evictor)
+        self._evictors.add(evictor)
 
     def remove_evictor(self, evictor: Evictor) -> None:
-        """Ask ``evictor`` no more; it must watch no page.
+        """Ask ``evictor`` no more.
 
         Raises:
             ValueError: It was never added, or still watches pages.
         """
-        if evictor not in self._evictors or evictor in self._watchers.values():
-            raise ValueError("[remove_evictor] evictor must be one that was added and watches no page.")
         self._evictors.remove(evictor)
 
     def watch(self, page_id: int, evictor: Evictor) -> None:
         """Tell ``evictor`` whenever it becomes, or stops being, the page's only holder.
 
-        The evictor holds a reference already. One evictor watches a page.
+        The evictor holds a reference already.
+
+        Raises:
+            UseAfterFree: Nobody holds the page.
+            PageError: Another evictor watches it.
         """
         if not self._refs[self._known("watch", page_id)]:
-            raise UseAfterFree(f"[watch] page_id must be held by the evictor; got {page_id}, which is free.")
-        if page_id in self._watchers:
-            raise PageError(f"[watch] page_id must be watched by one evictor alone; got {page_id}.")
-        self._watchers[page_id] = evictor
+            _fail_free("watch", page_id, UseAfterFree)
+        self._evictors.watch(page_id, evictor)
 
     def unwatch(self, page_id: int) -> None:
         """End ``watch``."""
-        if page_id not in self._watchers:
-            raise PageError(f"[unwatch] page_id must be watched; got {page_id}.")
-        del self._watchers[page_id]
+        self._evictors.unwatch(page_id)
 
     def is_watched(self, page_id: int) -> bool:
         """Whether an evictor watches the page."""
-        return page_id in self._watchers
-
-    def _notify(self, page_ids: list[int], method: str) -> None:
-        told: dict[int, tuple[Evictor, list[int]]] = {}
-        for page_id in dict.fromkeys(page_ids):
-            evictor = self._watchers.get(page_id)
-            if evictor is not None:
-                told.setdefault(id(evictor), (evictor, []))[1].append(page_id)
-        for evictor, watched in told.values():
-            getattr(evictor, method)(watched)
+        return page_id in self._evictors.watched
 
     def _make_room(self, num_pages: int) -> bool:
         """Grow, then evict, until ``num_pages`` are free; change nothing if that cannot be."""
@@ -289,29 +276,23 @@ class PageAllocator:
     # Pools.
 
     def attach(self, pool: Any) -> None:
-        """Tell ``pool`` which pages to copy (``pool.copy(pairs)``) and how many ids exist.
+        """Tell a pool, see ``AttachedPools``, which pages to copy and how many there are.
 
-        A pool with ``num_pages`` is told to ``grow(num_pages)`` before ids pass its end, and
-        to ``shrink(num_pages)``, if it can, when the allocator does. The pool is referenced weakly. Attaching twice is the same as once.
+        The pool is referenced weakly. Attaching twice is the same as once.
 
         Raises:
             ValueError: The pool has fewer pages than ids exist, or pages of another size.
         """
-        if getattr(pool, "page_size", self._page_size) != self._page_size:
-            raise ValueError(f"[attach] pool.page_size must be {self._page_size}, as the allocator's; got {pool.page_size}.")
-        if getattr(pool, "num_pages", self._total) < self._total:
-            raise ValueError(f"[attach] pool.num_pages must be at least {self._total}, as the allocator's; got {pool.num_pages}.")
-        if not any(attached is pool for attached in self.pools):
-            self._pools.append(weakref.ref(pool))
+        self._pools.add(pool, self._total, self._page_size)
 
     def detach(self, pool: Any) -> None:
         """Undo ``attach``; a pool that is not attached is left alone."""
-        self._pools = [ref for ref in self._pools if ref() is not None and ref() is not pool]
+        self._pools.remove(pool)
 
     @property
     def pools(self) -> list[Any]:
         """The attached pools that are still alive."""
-        return [pool for pool in (ref() for ref in self._pools) if pool is not None]
+        return list(self._pools)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Have every attached pool copy whole pages, in one operation for all layers.
@@ -321,10 +302,9 @@ class PageAllocator:
         """
         for page_id in (page_id for pair in pairs for page_id in pair):
             if not self._refs[self._known("copy_pages", page_id)]:
-                raise UseAfterFree(f"[copy_pages] pairs must name pages that somebody holds; got {page_id}, which is free.")
+                _fail_free("copy_pages", page_id, UseAfterFree)
         if pairs:
-            for pool in self.pools:
-                pool.copy(list(pairs))
+            self._pools.copy(pairs)
 
     # Size.
 
@@ -335,8 +315,12 @@ class PageAllocator:
         """
         total = self._total + whole_number("grow", "num_pages", num_pages, 1)
         if total * self._page_size > MAX_SLOTS:
-            raise ValueError(f"[grow] num_pages must keep slots below {MAX_SLOTS}, because a slot is an int32; got {num_pages}.")
-        self._grow_pools(total)
+            fail(
+                "grow",
+                f"num_pages must keep slots below {MAX_SLOTS}, because a slot is an int32",
+                num_pages,
+            )
+        self._pools.grow(total)
         added = range(self._total, total)
         counts = self._refs[:]
         counts.extend(0 for _ in added)
@@ -350,26 +334,18 @@ class PageAllocator:
         Returns:
             Pages removed. A page in use, and every id below it, stays; so does page 0.
         """
-        wanted = self._total - 1 if num_pages is None else whole_number("shrink", "num_pages", num_pages)
+        wanted = (
+            self._total - 1 if num_pages is None else whole_number("shrink", "num_pages", num_pages)
+        )
         used = np.flatnonzero(self._counts)
         lowest = max(int(used[-1]) + 1 if used.size else 1, self._total - wanted)
         if lowest >= self._total:
             return 0
-        for pool in self.pools:
-            if hasattr(pool, "shrink"):
-                pool.shrink(lowest)
+        self._pools.shrink(lowest)
         removed, self._total = self._total - lowest, lowest
         self._set_counts(self._refs[:lowest])
         self._reset_free(np.flatnonzero(self._counts == 0).tolist())
         return removed
-
-    def _grow_pools(self, total_pages: int) -> None:
-        short = [pool for pool in self.pools if getattr(pool, "num_pages", total_pages) < total_pages]
-        for pool in short:
-            if not hasattr(pool, "grow"):
-                raise ValueError(f"[grow] the attached pools must be able to grow to {total_pages} pages; got {pool!r}.")
-        for pool in short:
-            pool.grow(total_pages)
 
     def _set_counts(self, refs: array[int]) -> None:
         """One buffer, two views: ``_refs`` is fast for one page, ``_counts`` for many."""
@@ -384,7 +360,19 @@ class PageAllocator:
                 return operator.index(page_id)
         except TypeError:
             pass
-        raise UnknownPage(f"[{function}] page_id must be in [0, {self._total}), the pages of this pool; got {page_id!r}.")
+        fail(
+            function,
+            f"page_id must be in [0, {self._total}), the pages of this pool",
+            repr(page_id),
+            UnknownPage,
+        )
+
+    def _held(self, function: str, ids: np.ndarray, error: type[PageError]) -> np.ndarray:
+        """Return the counts of pages, which must all be held."""
+        counts = self._counts[ids]
+        if not counts.all():
+            _fail_free(function, int(ids[np.argmin(counts)]), error)
+        return counts
 
     def _distinct(self, function: str, page_ids: array[int] | Sequence[int]) -> np.ndarray:
         """Return known ids, each given once. A table's pages, an array, differ already."""
@@ -393,10 +381,15 @@ class PageAllocator:
         else:
             ids = np.array([self._known(function, page_id) for page_id in page_ids], np.int32)
             if len(set(page_ids)) < len(ids):
-                raise PageError(f"[{function}] page_ids must be different pages; got one twice.")
+                fail(function, "page_ids must be different pages", "one twice", PageError)
         if ids.size and int(ids.view(np.uint32).max()) >= self._total:
             page_id = int(ids[np.argmax(ids.view(np.uint32))])
-            raise UnknownPage(f"[{function}] page_ids must be in [0, {self._total}), the pages of this pool; got {page_id}.")
+            fail(
+                function,
+                f"page_ids must be in [0, {self._total}), the pages of this pool",
+                page_id,
+                UnknownPage,
+            )
         return ids
 
     def check(self, tables: Iterable[Any] | None = None, caches: Iterable[Any] = ()) -> None:
@@ -410,11 +403,15 @@ class PageAllocator:
             AssertionError: With what disagrees.
         """
         free = sorted(self._free_ids())
-        assert len(free) == self.num_free, f"num_free is {self.num_free}, the free list has {len(free)} pages"
+        assert len(free) == self.num_free, (
+            f"num_free is {self.num_free}, the free list has {len(free)} pages"
+        )
         assert len(self._refs) == self._total, f"{len(self._refs)} counts for {self._total} pages"
         assert (self._counts >= 0).all(), "a reference count is negative"
-        assert free == np.flatnonzero(self._counts == 0).tolist(), "the free list is not the pages of count 0, each once"
-        for page_id in self._watchers:
+        assert free == np.flatnonzero(self._counts == 0).tolist(), (
+            "the free list is not the pages of count 0, each once"
+        )
+        for page_id in self._evictors.watched:
             assert self._refs[page_id] > 0, f"page {page_id} is watched and free"
         for evictor in self._evictors:
             if evictor is not self and hasattr(evictor, "check"):
@@ -426,11 +423,20 @@ class PageAllocator:
         held = self._own_references()
         for holder in holders:
             ids = np.asarray(holder.page_ids, dtype=np.int64)
-            assert not ids.size or (0 <= ids.min() and ids.max() < self._total), f"{holder!r} holds an unknown page"
+            assert not ids.size or (0 <= ids.min() and ids.max() < self._total), (
+                f"{holder!r} holds an unknown page"
+            )
             np.add.at(held, ids, 1)
         for page_id in np.flatnonzero(held != self._counts).tolist():
-            raise AssertionError(f"page {page_id} has ref_count {self._refs[page_id]} and {held[page_id]} holders")
+            raise AssertionError(
+                f"page {page_id} has ref_count {self._refs[page_id]} and {held[page_id]} holders"
+            )
 
     def _own_references(self) -> np.ndarray:
         """References that the allocator itself holds, per page."""
         return np.zeros(self._total, dtype=np.int64)
+
+
+def _fail_free(function: str, page_id: int, error: type[PageError]) -> NoReturn:
+    must = "page_id must be held by somebody, because free pages are reused"
+    fail(function, must, f"{page_id}, which is free", error)

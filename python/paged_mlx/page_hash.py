@@ -15,7 +15,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from .errors import whole_number
+from paged_mlx.errors import fail, whole_number
 
 TOKEN_BYTES = 4  # a token id is packed as a little-endian int32
 
@@ -49,16 +49,17 @@ def hash_page(parent_hash: bytes, tokens: bytes, keys: bytes) -> bytes:
     return sha256(parent_hash + tokens + keys).digest()
 
 
-def page_hashes(
-    tokens: Tokens, page_size: int, keys: Iterable[ExtraKey] = (), hash_page: HashPage = hash_page
-) -> list[bytes]:
+def page_hashes(tokens: Tokens, page_size: int, keys: Iterable[ExtraKey] = ()) -> list[bytes]:
     """Return the hash of each full page of a sequence, 32 bytes each."""
-    packed, packed_keys = pack_tokens(tokens), pack_keys(keys, page_size)
+    packed, page_keys = pack_tokens(tokens), pack_keys(keys, page_size)
     width = page_size * TOKEN_BYTES
-    hashes, parent, no_keys = [], root_hash(page_size), b""
-    for index in range(len(packed) // width):
-        page_keys = packed_keys.get(index, no_keys) if packed_keys else no_keys
-        parent = hash_page(parent, packed[index * width : (index + 1) * width], page_keys)
+    hashes, parent, new_hash = [], root_hash(page_size), sha256().copy
+    for start in range(0, len(packed) // width * width, width):
+        page_hash = new_hash()
+        page_hash.update(parent + packed[start : start + width])
+        if page_keys:
+            page_hash.update(page_keys.get(start // width, b""))
+        parent = page_hash.digest()
         hashes.append(parent)
     return hashes
 
@@ -79,7 +80,11 @@ def pack_tokens(tokens: Tokens) -> bytes:
                 return packed.tobytes()
     except (struct.error, TypeError, ValueError):
         pass
-    raise ValueError("[pack_tokens] tokens must be a sequence of token ids, whole numbers below 2**31; got something else.")
+    fail(
+        "pack_tokens",
+        "tokens must be a sequence of token ids, whole numbers below 2**31",
+        "something else",
+    )
 
 
 def unpack_tokens(packed: bytes) -> tuple[int, ...]:
@@ -95,7 +100,7 @@ def pack_keys(keys: Iterable[ExtraKey], page_size: int) -> dict[int, bytes]:
     packed: dict[int, list[bytes]] = {}
     for key in keys:
         if not isinstance(key, ExtraKey):
-            raise ValueError(f"[pack_keys] keys must be ExtraKey objects; got {key!r}.")
+            fail("pack_keys", "keys must be ExtraKey objects", repr(key))
         position = whole_number("pack_keys", "position", key.position)
         parts = (_packed_value(key.kind), _packed_value(key.value), _packed_value(position))
         packed.setdefault(position // page_size, []).append(b"".join(parts))
@@ -110,5 +115,5 @@ def _packed_value(value: str | bytes | int) -> bytes:
     elif isinstance(value, int):
         kind, data = b"i", b"%d" % value
     else:
-        raise ValueError(f"[pack_keys] an extra key's value must be a str, bytes or int; got {value!r}.")
+        fail("pack_keys", "an extra key's value must be a str, bytes or int", repr(value))
     return kind + struct.pack("<Q", len(data)) + data

@@ -18,9 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .append import AppendPlan, append_batch
-from .errors import OutOfPages, whole_number
-from .page_allocator import PageAllocator
+from paged_mlx.append import AppendPlan, append_batch
+from paged_mlx.errors import fail, whole_number
+from paged_mlx.page_allocator import PageAllocator
+from paged_mlx.sharing import copy_on_write, share_prefix
+
+__all__ = ["NO_PAGE", "PageTable", "PageTableEntry", "copy_on_write", "share_prefix"]
 
 NO_PAGE = -1
 
@@ -108,8 +111,15 @@ class PageTable:
     @property
     def entries(self) -> list[PageTableEntry]:
         """The entries that hold a page, in logical order; a snapshot."""
-        shared = [self._allocator.ref_count(page_id) > 1 for page_id in self.page_ids] if self._allocator else []
-        bounds = [*(self._start(i) for i in range(self._num_freed, len(self._pages))), self._num_tokens]
+        shared = (
+            [self._allocator.ref_count(page_id) > 1 for page_id in self.page_ids]
+            if self._allocator
+            else []
+        )
+        bounds = [
+            *(self._start(i) for i in range(self._num_freed, len(self._pages))),
+            self._num_tokens,
+        ]
         return [
             PageTableEntry(start, end, page_id, is_cow)
             for start, end, page_id, is_cow in zip(bounds, bounds[1:], self.page_ids, shared)
@@ -138,7 +148,11 @@ class PageTable:
         """
         stop = self._num_tokens if stop is None else stop
         if not 0 <= start <= stop <= self._num_tokens:
-            raise ValueError(f"[slots] start and stop must lie in order in [0, {self._num_tokens}]; got {start} and {stop}.")
+            fail(
+                "slots",
+                f"start and stop must lie in order in [0, {self._num_tokens}]",
+                f"{start} and {stop}",
+            )
         if start == stop:
             return np.empty(0, np.int32)
         self._locate("slots", start)
@@ -157,7 +171,10 @@ class PageTable:
         long as entry i covers ``[i * page_size, (i + 1) * page_size)``; NO_PAGE if given back."""
         count = min(num_tokens, self._num_tokens) // self._page_size
         if self._starts is not None:
-            uniform = (start == i * self._page_size for i, start in enumerate(self._starts[1 : count + 1], 1))
+            uniform = (
+                start == i * self._page_size
+                for i, start in enumerate(self._starts[1 : count + 1], 1)
+            )
             count = min(count, sum(itertools.takewhile(bool, uniform)))
         return self._pages[:count].tolist()
 
@@ -168,26 +185,36 @@ class PageTable:
         if type(logical_pos) is not int:
             logical_pos = whole_number(function, "logical_pos", logical_pos)
         if not 0 <= logical_pos < self._num_tokens:
-            raise ValueError(f"[{function}] logical_pos must be in [0, {self._num_tokens}), the tokens of the table; got {logical_pos}.")
+            fail(
+                function,
+                f"logical_pos must be in [0, {self._num_tokens}), the tokens of the table",
+                logical_pos,
+            )
         if self._starts is None:
             index, offset = divmod(logical_pos, self._page_size)
         else:
             index = bisect_right(self._starts, logical_pos) - 1
             offset = logical_pos - self._starts[index]
         if index < self._num_freed:
-            raise ValueError(
-                f"[{function}] logical_pos must be at least {self._first_kept()}, "
-                f"because the pages before were given back; got {logical_pos}."
+            fail(
+                function,
+                f"logical_pos must be at least {self._first_kept()}, because "
+                "the pages before were given back",
+                logical_pos,
             )
         return index, offset
 
     def _first_kept(self) -> int:
         """The first position whose page is held; num_tokens when none is."""
-        return self._start(self._num_freed) if self._num_freed < len(self._pages) else self._num_tokens
+        return (
+            self._start(self._num_freed) if self._num_freed < len(self._pages) else self._num_tokens
+        )
 
     def _tail_len(self) -> int:
         """Tokens in the last page; page_size when there is none, so there is no room."""
-        return self._num_tokens - self._start(len(self._pages) - 1) if self._pages else self._page_size
+        return (
+            self._num_tokens - self._start(len(self._pages) - 1) if self._pages else self._page_size
+        )
 
     def _room(self) -> int:
         """Tokens that the tail page can still take."""
@@ -214,15 +241,21 @@ class PageTable:
         """
         length = whole_number("truncate", "length", length)
         if length > self._num_tokens:
-            raise ValueError(f"[truncate] length must be at most {self._num_tokens}, the tokens of the table; got {length}.")
+            fail(
+                "truncate",
+                f"length must be at most {self._num_tokens}, the tokens of the table",
+                length,
+            )
         if length == self._num_tokens:
             return
         if not length:
             return self._drop_all()
         if length < self._first_kept():
-            raise ValueError(
-                f"[truncate] length must be 0 or at least {self._first_kept()}, "
-                f"because the pages before were given back; got {length}."
+            fail(
+                "truncate",
+                f"length must be 0 or at least {self._first_kept()}, because "
+                "the pages before were given back",
+                length,
             )
         kept = self._entries_covering(length)
         self._give_back(kept, len(self._pages))
@@ -269,7 +302,11 @@ class PageTable:
         """
         position = whole_number("free_before", "position", position)
         if position > self._num_tokens:
-            raise ValueError(f"[free_before] position must be at most {self._num_tokens}, the tokens of the table; got {position}.")
+            fail(
+                "free_before",
+                f"position must be at most {self._num_tokens}, the tokens of the table",
+                position,
+            )
         first = self._num_freed
         end = self._entries_ending_by(position)
         if end <= first:
@@ -291,7 +328,11 @@ class PageTable:
         """Leading entries without a token at ``position`` or later, nor room for one."""
         if position == self._num_tokens and self._tail_len() == self._page_size:
             return len(self._pages)
-        return position // self._page_size if self._starts is None else max(0, bisect_right(self._starts, position) - 1)
+        return (
+            position // self._page_size
+            if self._starts is None
+            else max(0, bisect_right(self._starts, position) - 1)
+        )
 
     def _give_back(self, first: int, end: int) -> None:
         """Release entries [first, end), the last one first."""
@@ -305,9 +346,17 @@ class PageTable:
 
     def _check_allocator(self, function: str, allocator: PageAllocator) -> None:
         if allocator is not self._allocator and self._allocator is not None:
-            raise ValueError(f"[{function}] allocator must be the one that the table's pages came from; got {allocator!r}.")
+            fail(
+                function,
+                "allocator must be the one that the table's pages came from",
+                repr(allocator),
+            )
         if allocator.page_size != self._page_size:
-            raise ValueError(f"[{function}] allocator.page_size must be {self._page_size}, as the table's; got {allocator.page_size}.")
+            fail(
+                function,
+                f"allocator.page_size must be {self._page_size}, as the table's",
+                allocator.page_size,
+            )
 
     def _replace(self, index: int, page_id: int) -> None:
         """Put a page of ours in an entry's place and give the old one back."""
@@ -343,71 +392,3 @@ class PageTable:
         run = np.array(self._pages[max(index, 0) :], np.int32) * np.int32(size)
         first = tail_len if index >= 0 else 0
         return (run[:, None] + np.arange(size, dtype=np.int32)).ravel()[first : first + num_tokens]
-
-
-def share_prefix(source_table: PageTable, target_table: PageTable, prefix_length: int, partial: str = "copy") -> None:
-    """Let an empty table begin with the first ``prefix_length`` tokens of another.
-
-    Args:
-        source_table: Holds the tokens.
-        target_table: Empty; shares the pages afterwards.
-        prefix_length: Tokens to share.
-        partial: What happens to a page that the prefix fills in part. ``"copy"``: whoever
-            writes to it first copies it, except its last holder. ``"seal"``: it stays
-            shared for good, and the next token after the prefix starts a new page.
-
-    Raises:
-        ValueError: An argument is wrong, or the source gave back pages of the prefix.
-    """
-    name, source, target = "share_prefix", source_table, target_table
-    prefix_length = whole_number(name, "prefix_length", prefix_length)
-    if partial not in ("copy", "seal"):
-        raise ValueError(f'[{name}] partial must be "copy" or "seal"; got {partial!r}.')
-    if prefix_length > source._num_tokens:
-        raise ValueError(f"[{name}] prefix_length must be at most {source._num_tokens}, the tokens of the source; got {prefix_length}.")
-    if target._num_tokens or target is source:
-        raise ValueError(f"[{name}] target_table must be empty and not the source; got {target!r}.")
-    if target._page_size != source._page_size:
-        raise ValueError(f"[{name}] target_table.page_size must be {source._page_size}, as the source's; got {target._page_size}.")
-    if target._allocator not in (None, source._allocator):
-        raise ValueError(f"[{name}] target_table must belong to no allocator, or to the source's; got {target._allocator!r}.")
-    if not prefix_length:
-        return
-    if source._num_freed:
-        raise ValueError(f"[{name}] source_table must hold its whole prefix; got one whose pages before position {source._first_kept()} were given back.")
-    kept = source._entries_covering(prefix_length)
-    target._adopt(source._pages[:kept], prefix_length, source._allocator)
-    if source._starts is not None and source._starts[kept - 1] != (kept - 1) * source._page_size:
-        target._starts = source._starts[:kept]
-    if partial == "seal" and target._tail_len() < target._page_size:
-        target.seal()
-        if source._num_tokens == prefix_length:
-            source.seal()
-
-
-def copy_on_write(page_table: PageTable, logical_pos: int, page_allocator: PageAllocator) -> bool:
-    """Make the page of a position the table's own before it is written to.
-
-    Returns:
-        True when the page was shared and has been copied; False when the table is its
-        last holder, who never copies.
-
-    Raises:
-        OutOfPages: There is no page to copy to; nothing has changed.
-        ValueError: The position is not in the table, or the allocator is not its own.
-    """
-    page_table._check_allocator("copy_on_write", page_allocator)
-    index, _ = page_table._locate("copy_on_write", logical_pos)
-    source = page_table._pages[index]
-    if page_allocator.ref_count(source) == 1:
-        return False
-    target = page_allocator.allocate_page()
-    if target is None:
-        raise OutOfPages(f"[copy_on_write] the pool must have a free page; got 0 of {page_allocator.total_pages}.")
-    try:
-        page_allocator.copy_pages([(source, target)])
-    except BaseException:
-        page_allocator.free_page(target)
-        raise
-    page_table._replace(index, target)
-    return True

@@ -14,12 +14,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .cache_events import CacheCleared, CacheEvent, CacheStats, EventLog, PageRemoved, PagesStored
-from .cached_page import CachedPage
-from .errors import PageError, whole_number
-from .eviction import EvictionPolicy, EvictionQueue, least_recently_used
-from .page_allocator import PageAllocator
-from .page_hash import (
+from paged_mlx.cache_events import (
+    CacheCleared,
+    CacheEvent,
+    CacheStats,
+    EventLog,
+    PageRemoved,
+    PagesStored,
+)
+from paged_mlx.cached_page import CachedPage
+from paged_mlx.errors import PageError, fail, whole_number
+from paged_mlx.eviction import EvictionPolicy, EvictionQueue, least_recently_used
+from paged_mlx.page_allocator import PageAllocator
+from paged_mlx.page_hash import (
     TOKEN_BYTES,
     ExtraKey,
     HashPage,
@@ -30,7 +37,7 @@ from .page_hash import (
     root_hash,
     unpack_tokens,
 )
-from .page_table import NO_PAGE, PageTable
+from paged_mlx.page_table import NO_PAGE, PageTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,9 @@ class PrefixCache:
         self._allocator = allocator
         self._page_size = allocator.page_size
         self._width = self._page_size * TOKEN_BYTES
-        self._max_pages = None if max_pages is None else whole_number("PrefixCache", "max_pages", max_pages, 1)
+        self._max_pages = (
+            None if max_pages is None else whole_number("PrefixCache", "max_pages", max_pages, 1)
+        )
         self._events = EventLog(whole_number("PrefixCache", "max_events", max_events))
         self._hash_page = hash_page
         self._clock = clock
@@ -129,7 +138,7 @@ class PrefixCache:
         """
         packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
         if table.num_tokens:
-            raise ValueError(f"[reuse] table must be empty; got {table.num_tokens} tokens.")
+            fail("reuse", "table must be empty", f"{table.num_tokens} tokens")
         table._check_allocator("reuse", self._allocator)
         pages, num_tokens = self._find(packed, packed_keys)
         self.stats.add_query(len(packed) // TOKEN_BYTES, num_tokens, self._page_size)
@@ -177,7 +186,9 @@ class PrefixCache:
 
     # Storing.
 
-    def insert(self, tokens: Tokens, table: PageTable, keys: Iterable[ExtraKey] = (), priority: int = 0) -> int:
+    def insert(
+        self, tokens: Tokens, table: PageTable, keys: Iterable[ExtraKey] = (), priority: int = 0
+    ) -> int:
         """Remember the full pages of a table by their tokens.
 
         A page whose tokens are cached already, in another page, is left to the table.
@@ -198,7 +209,11 @@ class PrefixCache:
         """
         packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
         if len(packed) // TOKEN_BYTES > table.num_tokens:
-            raise ValueError(f"[insert] table must hold all tokens, {len(packed) // TOKEN_BYTES}; got {table.num_tokens}.")
+            fail(
+                "insert",
+                f"table must hold all tokens, {len(packed) // TOKEN_BYTES}",
+                table.num_tokens,
+            )
         table._check_allocator("insert", self._allocator)
         known = self._chain(packed, packed_keys)
         fresh = self._continue(known, packed, packed_keys, table)
@@ -234,12 +249,18 @@ class PrefixCache:
             if page_ids[index] == NO_PAGE:
                 break
             if page_ids[index] in self._by_page:
-                raise ValueError(
-                    f"[insert] tokens must be those that the table's pages hold; got others for page {page_ids[index]}, "
-                    f"at position {index * self._page_size}."
+                fail(
+                    "insert",
+                    "tokens must be those that the table's pages hold",
+                    f"others for page {page_ids[index]}, at position {index * self._page_size}",
                 )
             if self._allocator.is_watched(page_ids[index]):
-                raise PageError(f"[insert] table must hold pages that nobody else caches; got page {page_ids[index]}.")
+                fail(
+                    "insert",
+                    "table must hold pages that nobody else caches",
+                    f"page {page_ids[index]}",
+                    PageError,
+                )
             parent = CachedPage(page_ids[index], name, chunk, page_keys, parent)
             fresh.append(parent)
             names.add(name)
@@ -376,18 +397,32 @@ class PrefixCache:
             AssertionError: With what disagrees.
         """
         pages = self._root.descendants()
-        assert {page.page_id for page in pages} == set(self._by_page), "the tree and the index hold different pages"
-        assert len(pages) == len(self._by_page) == len(self._by_hash), "a page is in the cache twice"
+        assert {page.page_id for page in pages} == set(self._by_page), (
+            "the tree and the index hold different pages"
+        )
+        assert len(pages) == len(self._by_page) == len(self._by_hash), (
+            "a page is in the cache twice"
+        )
         for page in pages:
             name = f"cached page {page.page_id}"
             siblings = page.parent.children[page.keys]
-            assert siblings == sorted(siblings, key=lambda sibling: sibling.tokens), f"{name} is out of order"
+            assert siblings == sorted(siblings, key=lambda sibling: sibling.tokens), (
+                f"{name} is out of order"
+            )
             assert self._by_hash.get(page.page_hash) is page, f"{name} is not found by its hash"
             expected = self._hash_page(page.parent.page_hash, page.tokens, page.keys)
             assert page.page_hash == expected, f"{name} has another hash than its tokens"
             count = self._allocator.ref_count(page.page_id)
-            assert page.idle == (count == 1), f"{name} is {'idle' if page.idle else 'busy'} with ref_count {count}"
+            assert page.idle == (count == 1), (
+                f"{name} is {'idle' if page.idle else 'busy'} with ref_count {count}"
+            )
         leaves = {page.page_id for page in pages if page.idle and not page.children}
-        assert leaves == self._queue.ready(), "the eviction queue is not the idle pages that nothing continues"
-        assert self._num_idle == sum(page.idle for page in pages), "the count of idle pages is wrong"
-        assert self._max_pages is None or len(pages) <= self._max_pages, "the cache holds more than max_pages"
+        assert leaves == self._queue.ready(), (
+            "the eviction queue is not the idle pages that nothing continues"
+        )
+        assert self._num_idle == sum(page.idle for page in pages), (
+            "the count of idle pages is wrong"
+        )
+        assert self._max_pages is None or len(pages) <= self._max_pages, (
+            "the cache holds more than max_pages"
+        )
