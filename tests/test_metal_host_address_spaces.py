@@ -2,10 +2,11 @@
 
 import pytest
 
+import metal_host
 from metal_host import address_spaces
 
 pytestmark = pytest.mark.skipif(
-    address_spaces.find_checker() is None,
+    metal_host.unsupported() is not None or address_spaces.find_checker() is None,
     reason="the address-space check needs a clang with C++ for OpenCL: apt-get install clang-19",
 )
 

@@ -100,9 +100,10 @@ def test_a_barrier_after_some_threads_returned_is_reported():
 
 
 def test_a_collective_in_a_branch_runs_over_its_lanes_and_is_reported():
-    result = launch("float s = -1; if (i < 16) s = simd_sum(in[i]); out[i] = s;", group=32)
+    result = launch("float s = -1; if (i % 2) s = simd_sum(in[i]); out[i] = s;", group=32)
     assert kinds(result) == {"simdgroup function not reached by every lane"}
-    assert (result.outputs[1][:16] == X[:16].sum()).all() and result.outputs[1][16] == -1
+    out = result.outputs[1][:32]
+    assert (out[1::2] == X[1:32:2].sum()).all() and (out[::2] == -1).all()
 
 
 def test_a_load_past_the_end_names_the_byte_the_buffer_and_the_line():
@@ -146,7 +147,7 @@ def test_threadgroup_memory_set_by_the_launch_has_its_length():
                   uint i [[thread_index_in_threadgroup]]) {{ t[i] = i; out[i] = t[i]; }}"""
     out = [np.zeros(32, np.float32)]
     assert metal_host.run(source, out, groups=1, threadgroup_memory=128).errors == []
-    result = metal_host.run(source, out, groups=1, threadgroup_memory=124, check=False)
+    result = metal_host.run(source, out, groups=1, threadgroup_memory=112, check=False)
     assert kinds(result) == {"threadgroup memory out of range"}
 
 

@@ -80,6 +80,13 @@ def test_function_constants_switch_code_and_arguments(scale):
         scale.run("scale_float", buffers[:2], groups=1, constants={3: 2.0, 4: True})
 
 
+def test_a_buffer_may_depend_on_a_constant_derived_from_others():
+    source = SCALE.replace("template <typename T>", "constant bool wants_bias = has_bias && factor > 0;\ntemplate <typename T>")
+    source = source.replace("function_constant(has_bias)]],", "function_constant(wants_bias)]],")
+    out = Program(source).run("scale_float", [X, X], groups=1, constants={3: 2.0, 4: False}).outputs[1]
+    assert (out == 2 * X).all()
+
+
 def test_a_function_constant_without_a_value_is_an_error_where_it_is_used(scale):
     with pytest.raises(MetalHostError, match=r"value for 3 \(factor\), which kernel scale_float uses"):
         scale.run("scale_float", [X, X], groups=1, constants={4: False})
@@ -98,7 +105,17 @@ def test_an_unbound_buffer_is_a_value_error():
         metal_host.run(source, [X], groups=1)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"grid": 32, "groups": 1}, {"groups": 1, "group": 1025}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"grid": 32, "groups": 1},
+        {"groups": 1, "group": 1025},
+        {"groups": (1, 0)},
+        {"groups": 1, "threadgroup_memory": 20},
+        {"groups": 1, "threadgroup_memory": 9 * [16]},
+    ],
+)
 def test_a_launch_without_a_sound_size_is_a_value_error(sizes):
     with pytest.raises(ValueError, match=r"\[run\]"):
         metal_host.run(ADD_ONE, [X], **sizes)

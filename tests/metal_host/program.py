@@ -6,7 +6,7 @@ from pathlib import Path
 from . import lowering
 from .buffers import DirectMemory, GuardedMemory, to_buffers
 from .compiler import MetalHostError, find_compiler
-from .declarations import Declarations, Kernel
+from .declarations import Declarations, Kernel, Parameter
 from .native import MAX_THREADS, NUM_THREADGROUP_BUFFERS, runtime
 from .result import THREADGROUP_MEMORY_LIMIT, BufferCounters, Counters, Result, Scene, over_limit
 from .variant import Variant, compile_variant
@@ -119,8 +119,8 @@ class Program:
             started = time.perf_counter()
             completed = runtime().launch(**arguments)
             seconds = time.perf_counter() - started
-            result = _collect(variant, memory, sum(dynamic))
-        result.kernel, result.completed, result.seconds = kernel, completed, seconds
+            result = _collect(kernel, variant, memory, sum(dynamic))
+        result.completed, result.seconds = completed, seconds
         if check and (result.fatal or not completed):
             raise MetalHostError(f"kernel {kernel}:\n{result}")
         return result
@@ -129,12 +129,18 @@ class Program:
         for parameter in kernel.parameters:
             if not parameter.is_buffer or parameter.index in bound:
                 continue
-            condition = self.declared.constants.get(parameter.condition)
-            if condition is None or constants.get(condition.id):
+            if not self._is_optional(parameter, constants):
                 raise ValueError(
                     f"[run] buffers must bind {parameter.index} ({parameter.name}), "
                     f"a parameter of kernel {kernel.name}; got {sorted(bound)}."
                 )
+
+    def _is_optional(self, parameter: Parameter, constants: dict) -> bool:
+        """Whether the parameter depends on a function constant that is false, or on one derived from others."""
+        constant = self.declared.constants.get(parameter.condition)
+        if constant is None:
+            return parameter.condition is not None
+        return not constants.get(constant.id)
 
 
 def run(source, buffers, **launch) -> Result:
@@ -144,7 +150,7 @@ def run(source, buffers, **launch) -> Result:
     return program.run(kernel, buffers, **launch)
 
 
-def _collect(variant: Variant, memory, dynamic_bytes: int) -> Result:
+def _collect(kernel: str, variant: Variant, memory, dynamic_bytes: int) -> Result:
     native = runtime()
     names = {p.index: p.name for p in variant.kernel.parameters if p.is_buffer}
     rows = native.table("buffers")
@@ -159,7 +165,7 @@ def _collect(variant: Variant, memory, dynamic_bytes: int) -> Result:
     if counters.threadgroup_memory_bytes > THREADGROUP_MEMORY_LIMIT:
         errors.append(over_limit(counters.threadgroup_memory_bytes))
     return Result(
-        variant.kernel.name,
+        kernel,
         outputs=memory.read_back(),
         buffers={index: by_slot[slot] for index, slot in memory.slot_of.items()},
         counters=counters,
@@ -199,6 +205,8 @@ def _thread_counts(kernel: Kernel, grid, groups, group) -> tuple[tuple, tuple]:
     if not 0 < group[0] * group[1] * group[2] <= limit:
         raise ValueError(f"[run] group must have 1 to {limit} threads, the limit of kernel {kernel.name}; got {group}.")
     threads = _three(grid) if grid is not None else tuple(a * b for a, b in zip(_three(groups), group))
+    if min(threads) < 1:
+        raise ValueError(f"[run] grid must have a thread in each dimension, as Metal demands; got {threads}.")
     return threads, group
 
 
@@ -206,6 +214,8 @@ def _threadgroup_bytes(sizes) -> list[int]:
     sizes = list(sizes) if hasattr(sizes, "__len__") else [sizes]
     if len(sizes) > NUM_THREADGROUP_BUFFERS:
         raise ValueError(f"[run] threadgroup_memory must have at most {NUM_THREADGROUP_BUFFERS} sizes; got {sizes}.")
+    if any(size % 16 for size in sizes):
+        raise ValueError(f"[run] threadgroup_memory must be in multiples of 16 B, as Metal demands; got {sizes}.")
     return [int(size) for size in sizes]
 
 
