@@ -1,5 +1,6 @@
 """Programs, variants and launches of the Metal host."""
 
+import os
 import threading
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import metal_host
 from metal_host import HostMemory, MetalHostError, Program
+from metal_host.compiler import prune
 
 pytestmark = pytest.mark.skipif(metal_host.unsupported() is not None, reason=str(metal_host.unsupported()))
 
@@ -258,3 +260,13 @@ def test_a_result_prints_itself():
     text = str(metal_host.run(ADD_ONE, [X], groups=1))
     assert text.startswith("k: 1 threadgroups, 1 simdgroups, 32 threads")
     assert "buffer 0 a: loads 128 B" in text
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
+    for age, name in enumerate(("new", "old", "older")):
+        (tmp_path / f"{name}.log").touch()
+        library = tmp_path / f"{name}.so"
+        library.touch()
+        os.utime(library, (1000 - age, 1000 - age))
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.log", "new.so", "old.log", "old.so"]

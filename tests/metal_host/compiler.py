@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+_KEPT_LIBRARIES = 4000
+
+
 class MetalHostError(RuntimeError):
     """A kernel that does not compile, or a launch that found something fatal."""
 
@@ -104,4 +107,15 @@ def build(key: str, make) -> Path:
             os.replace(partial, library)
         finally:
             partial.unlink(missing_ok=True)
+        prune(library.parent, _KEPT_LIBRARIES)
+    else:
+        os.utime(library)
     return library
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Leave the `keep` libraries of a directory that were used last."""
+    libraries = sorted(directory.glob("*.so"), key=lambda path: path.stat().st_mtime_ns)
+    for library in libraries[: max(0, len(libraries) - keep)]:
+        library.unlink(missing_ok=True)
+        library.with_suffix(".log").unlink(missing_ok=True)
