@@ -7,7 +7,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from paged_mlx import PagePool, PageTable
-from paged_mlx.testing import Backend, Case, Check, backends, grid, report, run, run_suite, walk
+from paged_mlx.testing import (
+    Backend,
+    Case,
+    Check,
+    backends,
+    grid,
+    report,
+    run,
+    run_suite,
+    small,
+    walk,
+)
 from paged_mlx.testing.__main__ import main
 from paged_mlx.testing.faults import ContextShort, DropPage
 from paged_mlx.testing.shrink import shrink, snippet
@@ -29,6 +40,12 @@ def test_quick_suite_passes(backend, group):
     assert result.right, report.failures(result)
 
 
+@pytest.mark.parametrize("backend", library_backends(), ids=lambda b: b.name)
+def test_suite_for_slow_backends_passes(backend):
+    result = run_suite(small.checks(), [backend])
+    assert result.right, report.failures(result)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("backend", library_backends(), ids=lambda b: b.name)
 def test_long_suite_passes(backend):
@@ -40,7 +57,7 @@ def test_long_suite_passes(backend):
 @pytest.mark.parametrize("check", grid.large(), ids=str)
 @pytest.mark.parametrize("backend", library_backends(), ids=lambda b: b.name)
 def test_pages_beyond_2_to_31_elements_are_read(backend, check):
-    """About 9 GiB of memory."""
+    """About 5 GiB of memory."""
     outcome = run(check, backend)
     assert outcome.right, outcome.reason
 

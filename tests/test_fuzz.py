@@ -6,9 +6,7 @@ from paged_mlx import fast
 from paged_mlx.testing import fuzz
 from paged_mlx.testing.malformed import Call, sound_calls, spoils_of
 
-SPOILT = [
-    (i, name) for i, call in enumerate(sound_calls()) for name in spoils_of(call)
-]
+SPOILT = [(i, name) for i, call in enumerate(sound_calls()) for name in spoils_of(call)]
 
 
 @pytest.mark.parametrize("call", sound_calls(), ids=lambda call: call.op)

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from paged_mlx.testing import Backend, Case, first_failure, grid, needle, walk
+from paged_mlx.testing import Backend, Case, first_failure, grid, needle, small, walk
 from paged_mlx.testing.faults import FAULTS
 from paged_mlx.testing.pairwise import pairwise
 
@@ -42,6 +42,17 @@ def is_seen(problems, fault):
 def test_planted_fault_is_seen_by_its_group(fault, group):
     faulty = Backend(fault.name, partial(walk.attend, fault=fault))
     assert first_failure(checks_of(group), faulty) is not None
+
+
+@pytest.mark.parametrize("fault, group", FAULTS, ids=lambda value: getattr(value, "name", None))
+def test_planted_fault_is_seen_by_the_suite_for_slow_backends(fault, group):
+    faulty = Backend(fault.name, partial(walk.attend, fault=fault))
+    assert first_failure(small.checks(), faulty) is not None
+
+
+def test_the_walk_without_a_fault_passes_the_suite_for_slow_backends():
+    failure = first_failure(small.checks(), REFERENCE)
+    assert failure is None, failure
 
 
 @pytest.mark.parametrize("group", ["needles", "poison", "numbers", "grid", "invariance"])
@@ -123,3 +134,9 @@ def test_the_quick_grid_holds_every_dtype_head_count_head_dim_and_page_size():
     assert {c.page_size for c in cases} == set(grid.PAGE_SIZES)
     assert {c.dtype for c in cases} == {"float32", "float16", "bfloat16"}
     assert max(query_len for c in cases for query_len, _ in c.sequences) == 2048
+
+
+def test_more_than_sixty_faults_are_planted_and_each_has_its_name():
+    pairs = [(fault.name, group) for fault, group in FAULTS]
+    assert len({name for name, _ in pairs}) > 60
+    assert len(set(pairs)) == len(pairs)

@@ -43,7 +43,10 @@ def one_head(scores, values, **options):
 
 
 def test_oracle_mixes_values_by_the_exponentials_of_the_scores():
-    assert one_head([0.0, math.log(3)], [1.0, 5.0]) == (pytest.approx(4.0), pytest.approx(math.log(4)))
+    assert one_head([0.0, math.log(3)], [1.0, 5.0]) == (
+        pytest.approx(4.0),
+        pytest.approx(math.log(4)),
+    )
 
 
 def test_oracle_gives_the_value_itself_when_there_is_one_key():
@@ -56,7 +59,9 @@ def test_oracle_lets_a_sink_take_weight_and_give_no_value():
 
 
 def test_oracle_ignores_a_sink_of_minus_infinity():
-    assert one_head([1.0, 2.0], [1.0, 5.0], sinks=np.array([-np.inf])) == one_head([1.0, 2.0], [1.0, 5.0])
+    assert one_head([1.0, 2.0], [1.0, 5.0], sinks=np.array([-np.inf])) == one_head(
+        [1.0, 2.0], [1.0, 5.0]
+    )
 
 
 def test_oracle_gives_zero_and_minus_infinity_to_a_row_that_sees_nothing():
@@ -177,7 +182,9 @@ def test_another_layout_moves_the_pages_and_changes_no_token():
 @pytest.mark.parametrize("dtype", dtypes.NAMES)
 def test_rounding_is_to_nearest_and_idempotent(dtype):
     step = dtypes.EPSILON[dtype]
-    values = np.array([1 + 0.4 * step, 1 + 0.6 * step, np.inf, -0.0, dtypes.HUGE[dtype]], np.float32)
+    values = np.array(
+        [1 + 0.4 * step, 1 + 0.6 * step, np.inf, -0.0, dtypes.HUGE[dtype]], np.float32
+    )
     rounded = dtypes.round_to(values, dtype)
     assert rounded.tolist() == [1.0, 1 + step, np.inf, 0.0, dtypes.HUGE[dtype]]
     assert np.isnan(dtypes.round_to(np.array([np.nan]), dtype))[0]
@@ -225,7 +232,12 @@ def test_judge_wants_minus_infinity_where_a_row_sees_nothing():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": "int8"}, {"page_size": 0}, {"num_q_heads": 3, "num_kv_heads": 2}, {"sequences": ((5, 4),)}],
+    [
+        {"dtype": "int8"},
+        {"page_size": 0},
+        {"num_q_heads": 3, "num_kv_heads": 2},
+        {"sequences": ((5, 4),)},
+    ],
 )
 def test_a_case_that_makes_no_sense_says_so(changes):
     with pytest.raises(ValueError, match=r"^\[Case\] .*; got .*\.$"):

@@ -15,13 +15,13 @@ on a kernel of your own::
     case       a call by its numbers; problem, tables: its arrays, poisoned
     needle     a key in every page that one query must find
     walk       a readable paged attention; faults: what it can get wrong
-    checks     what is asked of a result; grid, pairwise: of which cases
+    checks     what is asked of a result; grid, small, pairwise: of which cases
     runner     groups x backends; report: the table; shrink: the smallest failing case
     graph      random programs over a pool; large: pools beyond 2^31 elements
     fuzz       malformed metadata
 """
 
-from . import backends, faults, grid, needle, report
+from . import backends, faults, grid, needle, report, small
 from .backends import Backend
 from .case import Case
 from .checks import Check, Outcome, run
@@ -46,4 +46,5 @@ __all__ = [
     "report",
     "run",
     "run_suite",
+    "small",
 ]

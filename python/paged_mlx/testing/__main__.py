@@ -7,7 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
-from . import backends, fuzz, grid, report
+from . import backends, fuzz, grid, report, small
 from .runner import Report, run_suite
 
 
@@ -31,9 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     groups = [*grid.GROUPS, "bad input"]
     parser = argparse.ArgumentParser(prog="python -m paged_mlx.testing", description=__doc__)
-    parser.add_argument("--run", choices=("quick", "long"), default="quick")
-    parser.add_argument("--large", action="store_true", help="also pools beyond 2^31 elements; 9 GiB")
-    parser.add_argument("--group", action="append", choices=groups, help="only this group; may repeat")
+    parser.add_argument("--run", choices=("small", "quick", "long"), default="quick")
+    parser.add_argument(
+        "--large", action="store_true", help="also pools beyond 2^31 elements; 5 GiB"
+    )
+    parser.add_argument(
+        "--group", action="append", choices=groups, help="only this group; may repeat"
+    )
     parser.add_argument("--backend", action="append", choices=("cpu", "metal", "reference"))
     parser.add_argument("--fuzz", type=int, metavar="N", help="malformed calls to try")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
@@ -53,7 +57,8 @@ def _backends(names: list[str] | None) -> list[backends.Backend]:
 
 
 def _checks(options) -> list:
-    checks = list(grid.long() if options.run == "long" else grid.quick())
+    runs = {"small": small.checks, "quick": grid.quick, "long": grid.long}
+    checks = list(runs[options.run]())
     if options.large:
         checks += grid.large()
     return [check for check in checks if check.group in options.group]

@@ -144,6 +144,7 @@ def _attend(problem: Problem, *, stream, fixed_partition: int | None = None) -> 
 
 def _merge(outs, lses, dtype: str, *, stream) -> Result:
     import mlx.core as mx
+
     from paged_mlx import fast
 
     arrays = [to_mlx(out, dtype) for out in outs], [mx.array(lse) for lse in lses]

@@ -94,7 +94,7 @@ class Case:
         )
         return f"Case({', '.join(shown)})"
 
-    def replace(self, **changes) -> "Case":
+    def replace(self, **changes) -> Case:
         return dataclasses.replace(self, **changes)
 
     @property

@@ -165,7 +165,9 @@ def _part(problem: Problem, begins, ends):
     """Yardstick state of decode rows over the keys ``[begin, end)`` of each sequence."""
     states = [
         yardstick.attention(problem.queries[s : s + 1], k[b:e], v[b:e], problem.dtype)
-        for s, (k, v, b, e) in enumerate(zip(problem.keys, problem.values, begins, ends, strict=True))
+        for s, (k, v, b, e) in enumerate(
+            zip(problem.keys, problem.values, begins, ends, strict=True)
+        )
     ]
     return tuple(np.concatenate(parts) for parts in zip(*states, strict=True))
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 from .number_faults import (
+    AlibiOfKeys,
     BaseTwoLse,
     CapLast,
     CapOverflow,
     ClampedMaximum,
     EmptyRowsLeft,
     HalfPrecisionSum,
+    LseWithoutSink,
     MergeWithoutWeights,
+    NaturalScores,
     NextHead,
     NextToken,
     NoMaximum,
@@ -23,7 +26,10 @@ from .number_faults import (
     ScaleOfValues,
     SinkCountedTwice,
     SinkFillsEmptyRows,
+    UnnormalisedRows,
     UnsignedDistance,
+    ValuesOfHeadZero,
+    ValuesOneOn,
 )
 from .page_faults import (
     CausalEdge,
@@ -33,6 +39,8 @@ from .page_faults import (
     ForeignKeys,
     ForeignPage,
     HeadMap,
+    KeysOfTheSlotBefore,
+    NoCausality,
     PageEdge,
     PartitionDropped,
     PartitionEdge,
@@ -45,6 +53,8 @@ from .page_faults import (
     StaleValues,
     SwapPages,
     WindowEdge,
+    WindowOfTheLastToken,
+    WindowWithoutCausality,
 )
 from .walk import Fault
 
@@ -83,6 +93,12 @@ FAULTS: tuple[tuple[Fault, str], ...] = (
     (HeadMap(), "needles"),
     (NextHead(), "needles"),
     (NextToken(), "needles"),
+    (NoCausality(), "needles"),
+    (WindowOfTheLastToken(), "needles"),
+    (KeysOfTheSlotBefore(), "needles"),
+    (ValuesOfHeadZero(), "needles"),
+    (ValuesOneOn(), "needles"),
+    (UnnormalisedRows(), "needles"),
     (StaleValues(), "poison"),
     (ContextLong(), "poison"),
     (ClampedMaximum(), "numbers"),
@@ -105,4 +121,9 @@ FAULTS: tuple[tuple[Fault, str], ...] = (
     (Option("mask of head 0 for all", "mask", lambda m: m[:1] if m.ndim == 3 else m), "grid"),
     (MergeWithoutWeights(), "grid"),
     (BaseTwoLse(), "grid"),
+    (NaturalScores(), "grid"),
+    (WindowWithoutCausality(), "grid"),
+    (AlibiOfKeys(), "grid"),
+    (LseWithoutSink(), "grid"),
+    (Option("boolean mask inverted", "mask", lambda m: ~m if m.dtype == bool else m), "grid"),
 )

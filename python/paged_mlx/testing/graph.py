@@ -116,7 +116,9 @@ class Program:
             return
         layer = int(self.rng.integers(NUM_LAYERS))
         lens = [int(self.rng.integers(1, min(4, s.table.num_tokens) + 1)) for s in chosen]
-        q = self._round(self.rng.standard_normal((sum(lens), self.case.num_q_heads, self.case.head_dim)))
+        q = self._round(
+            self.rng.standard_normal((sum(lens), self.case.num_q_heads, self.case.head_dim))
+        )
         plan = self._plan(chosen, lens)
         arguments = to_mlx(dtypes.encode(q, self.case.dtype), self.case.dtype), plan.array
         if self._chance(0.3):

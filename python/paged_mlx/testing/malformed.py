@@ -25,7 +25,7 @@ class Call:
     op: str
     arguments: dict
 
-    def copy(self) -> "Call":
+    def copy(self) -> Call:
         fresh = {
             name: value.copy() if isinstance(value, np.ndarray) else value
             for name, value in self.arguments.items()

@@ -166,3 +166,64 @@ class NextHead(Fault):
 
     def result(self, out, lse, walk):
         return np.roll(out, 1, axis=1), np.roll(lse, 1, axis=1)
+
+
+class NaturalScores(Fault):
+    """Powers of two of scores that were not turned into base 2."""
+
+    name = "base 2 of natural scores"
+
+    def scores(self, score, walk, problem):
+        return score * np.float32(np.log(2))
+
+
+class ValuesOfHeadZero(Fault):
+    """Every head reads the values of KV head 0."""
+
+    name = "values of KV head 0 for all"
+
+    def values(self, values, seen):
+        return super().values(np.repeat(values[:, :1], values.shape[1], axis=1), seen)
+
+
+class ValuesOneOn(Fault):
+    """The weight of a key multiplies the value of the next."""
+
+    name = "values one key on"
+
+    def values(self, values, seen):
+        return np.roll(super().values(values, seen), 1, axis=0)
+
+
+class AlibiOfKeys(Fault):
+    """ALiBi from the key's position alone: the output survives, the lse does not."""
+
+    name = "alibi without the query position"
+
+    def scores(self, score, walk, problem):
+        if problem.alibi_slopes is None:
+            return score
+        positions = walk.query_positions[:, None].astype(np.float32)
+        return score + problem.alibi_slopes[:, None, None] * positions
+
+
+class LseWithoutSink(Fault):
+    """The sink takes weight in the output but is not in the log-sum-exp."""
+
+    name = "lse without the sink"
+
+    def finish(self, state: State, walk, problem):
+        self.before = state.largest + np.log(state.total)
+
+    def result(self, out, lse, walk):
+        return out, np.where(np.isneginf(lse), lse, self.before.T)
+
+
+class UnnormalisedRows(Fault):
+    """Rows of a merge are left as they were before the division."""
+
+    name = "long rows not normalised"
+
+    def finish(self, state: State, walk, problem):
+        if walk.context_len > PARTITION:
+            state.mixed = state.mixed * state.total[..., None]

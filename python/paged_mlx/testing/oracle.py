@@ -181,9 +181,7 @@ def _table(block_tables, page_starts, page_lens, s, page_size):
     pages = np.asarray(block_tables)[s]
     if page_starts is None:
         return [(int(p), i * page_size, page_size) for i, p in enumerate(pages)]
-    return [
-        (int(p), int(page_starts[s][i]), int(page_lens[s][i])) for i, p in enumerate(pages)
-    ]
+    return [(int(p), int(page_starts[s][i]), int(page_lens[s][i])) for i, p in enumerate(pages)]
 
 
 def _gather(pages, table, context_len, first):

@@ -154,7 +154,10 @@ class WindowEdge(Fault):
     """The window begins one key early or late."""
 
     def __init__(self, shift: int):
-        self.shift, self.name = shift, f"window begins {abs(shift)} key {'early' if shift < 0 else 'late'}"
+        self.shift, self.name = (
+            shift,
+            f"window begins {abs(shift)} key {'early' if shift < 0 else 'late'}",
+        )
 
     def walk(self, walk, problem):
         if problem.sliding_window is None:
@@ -170,7 +173,10 @@ class CausalEdge(Fault):
     """A token sees one key too many, or not its own."""
 
     def __init__(self, shift: int):
-        self.shift, self.name = shift, f"causal limit {'past' if shift > 0 else 'before'} the own key"
+        self.shift, self.name = (
+            shift,
+            f"causal limit {'past' if shift > 0 else 'before'} the own key",
+        )
 
     def walk(self, walk, problem):
         if not problem.causal or len(walk.query_positions) < 2:
@@ -259,3 +265,42 @@ class StaleValues(Fault):
 
     def values(self, values, seen):
         return values
+
+
+class NoCausality(Fault):
+    """Every token of a query sees the whole context."""
+
+    name = "no causality"
+
+    def walk(self, walk, problem):
+        if problem.causal and problem.sliding_window is None:
+            walk.counts[:] = 1
+
+
+class WindowOfTheLastToken(Fault):
+    """Every token of a query has the window of its last token."""
+
+    name = "the last token's window for all"
+
+    def walk(self, walk, problem):
+        if problem.sliding_window is not None:
+            walk.counts[:, walk.position < walk.first_key(problem.sliding_window)[-1]] = 0
+
+
+class WindowWithoutCausality(Fault):
+    """The window is forgotten when attention is not causal."""
+
+    name = "no window without causality"
+
+    def walk(self, walk, problem):
+        if problem.sliding_window is not None and not problem.causal:
+            walk.counts[:] = 1
+
+
+class KeysOfTheSlotBefore(Fault):
+    """The first slot of a page is read in place of its second."""
+
+    name = "slot 0 in place of slot 1"
+
+    def walk(self, walk, problem):
+        walk.slot = np.where(walk.slot == 1, 0, walk.slot)

@@ -52,7 +52,7 @@ class Problem:
         """q as float32."""
         return dtypes.decode(self.q, self.dtype)
 
-    def with_queries(self, q: np.ndarray) -> "Problem":
+    def with_queries(self, q: np.ndarray) -> Problem:
         """The same pages, asked by other queries; ``q`` as float32 rounded values."""
         return replace(self, q=dtypes.encode(q, self.dtype))
 

@@ -11,7 +11,9 @@ def live_entry(a: dict, rng) -> tuple[int, int]:
     """A table entry that the call must read: the last of its sequence, window or not."""
     s = int(rng.integers(len(a["context_lens"])))
     if "page_starts" in a:
-        return s, int(np.flatnonzero(a["page_starts"][s] + a["page_lens"][s] >= a["context_lens"][s])[0])
+        return s, int(
+            np.flatnonzero(a["page_starts"][s] + a["page_lens"][s] >= a["context_lens"][s])[0]
+        )
     return s, (int(a["context_lens"][s]) - 1) // PAGE_SIZE
 
 

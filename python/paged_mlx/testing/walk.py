@@ -68,7 +68,7 @@ class Fault:
         values[~seen] = 0
         return values
 
-    def finish(self, state: "State", walk: Walk, problem: Problem) -> None:
+    def finish(self, state: State, walk: Walk, problem: Problem) -> None:
         """Change the softmax state before it becomes a result."""
 
     def result(self, out: np.ndarray, lse: np.ndarray, walk: Walk) -> tuple:
