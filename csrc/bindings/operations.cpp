@@ -1,9 +1,11 @@
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/module.h"
 #include "ops/attention.h"
+#include "ops/launch.h"
 #include "ops/merge_states.h"
 #include "ops/pages.h"
 
@@ -13,6 +15,42 @@ using namespace nb::literals;
 namespace paged_mlx {
 
 namespace {
+
+// A dispatch as Python sees it. Memory is named by address and size.
+nb::dict dispatch_dict(const metal::HostDispatch& dispatch) {
+  nb::dict constants, buffers, bytes, d;
+  for (const auto& constant : dispatch.variant.constants) {
+    constants[nb::int_(constant.id)] =
+        constant.is_bool ? nb::object(nb::bool_(constant.value != 0)) : nb::object(nb::int_(constant.value));
+  }
+  for (const auto& [index, buffer] : dispatch.buffers) {
+    buffers[nb::int_(index)] =
+        nb::make_tuple(reinterpret_cast<uintptr_t>(buffer.address), buffer.nbytes);
+  }
+  for (const auto& [index, data] : dispatch.bytes) {
+    bytes[nb::int_(index)] = nb::bytes(data.data(), data.size());
+  }
+  auto size = [](const metal::Size& s) { return nb::make_tuple(s.x, s.y, s.z); };
+  d["kernel"] = dispatch.variant.kernel;
+  d["library"] = dispatch.variant.library_name();
+  d["text"] = dispatch.variant.text();
+  d["constants"] = constants;
+  d["buffers"] = buffers;
+  d["bytes"] = bytes;
+  d["groups"] = size(dispatch.groups);
+  d["group"] = size(dispatch.group);
+  return d;
+}
+
+// The function lives as long as the process: the stream's thread may outlive
+// the interpreter's last look at it.
+metal::HostLaunch python_launch(const nb::callable& launch) {
+  auto* held = new nb::callable(launch);
+  return [held](const metal::HostDispatch& dispatch) {
+    const nb::gil_scoped_acquire gil;
+    (*held)(dispatch_dict(dispatch));
+  };
+}
 
 WriteMode write_mode(bool alias) {
   return alias ? WriteMode::alias : WriteMode::donate;
@@ -105,6 +143,14 @@ void bind_diagnostics(nb::module_& m) {
       [](const mx::array& a) { return a.is_tracer(); },
       "a"_a,
       "Whether the array stands for an input while mx.compile traces.");
+  m.def(
+      "set_host_launch",
+      [](std::optional<nb::callable> launch) {
+        set_host_launch(launch ? python_launch(*launch) : metal::HostLaunch());
+      },
+      "launch"_a.none(),
+      "Send every operation on the CPU through the Metal launch code: `launch` gets the "
+      "dispatches, one dict each. None: back to the CPU code.");
   m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU backend.");
 }

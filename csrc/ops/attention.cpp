@@ -6,7 +6,8 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
-#include "ops/route.h"
+#include "metal/launch.h"
+#include "ops/launch.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -86,6 +87,10 @@ mx::array normal_mask(const mx::array& mask, const ShapeCheck& shape, mx::Stream
   return mx::contiguous(m, false, s);
 }
 
+int64_t head_stride(const mx::array& mask) {
+  return mask.shape(0) == 1 ? 0 : int64_t(mask.shape(1)) * mask.shape(2);
+}
+
 } // namespace
 
 PlanGeometry attention_geometry(
@@ -151,10 +156,12 @@ std::vector<mx::array> paged_attention(
   ShapeCheck shape = check_arrays(q, k_pages, v_pages);
   shape("plan", plan, {"words"});
   check_dtype(kOp, "plan", plan, mx::int32, "the array of an AttentionPlan");
-  if (!plan.is_tracer() && plan.is_available()) { // else when it is evaluated
+  if (!plan.is_tracer()) { // else when it is evaluated
+    mx::array words = plan;
+    words.eval();
     check_plan(
-        *reinterpret_cast<const PlanHeader*>(plan.data<int32_t>()),
-        plan.size(),
+        *reinterpret_cast<const PlanHeader*>(words.data<int32_t>()),
+        words.size(),
         attention_geometry(q, k_pages, v_pages, mask));
   }
   AttentionOptions options;
@@ -199,58 +206,108 @@ bool PagedAttention::is_equivalent(const mx::Primitive& other) const {
   return options_ == static_cast<const PagedAttention&>(other).options_;
 }
 
+void PagedAttention::allocate(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) const {
+  for (int i : {kOut, kLse}) {
+    outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+  }
+  outputs[kKNext].copy_shared_buffer(inputs[kKPages]);
+  outputs[kVNext].copy_shared_buffer(inputs[kVPages]);
+}
+
+// Where each optional input stands; -1: not given.
+PagedAttention::OptionalInputs PagedAttention::optional_inputs() const {
+  int next = kFirstOption;
+  OptionalInputs at;
+  at.alibi = options_.alibi ? next++ : -1;
+  at.sinks = options_.sinks ? next++ : -1;
+  at.mask = options_.mask != cpu::MaskKind::none ? next++ : -1;
+  return at;
+}
+
+PlanGeometry PagedAttention::geometry(const std::vector<mx::array>& inputs) const {
+  const auto &q = inputs[kQ], &k = inputs[kKPages];
+  const int mask = optional_inputs().mask;
+  const int mask_keys = mask < 0 ? -1 : inputs[mask].shape(2);
+  return {q.shape(0), q.shape(1), k.shape(1), k.shape(2), k.shape(0), mask_keys};
+}
+
+// The launch as a function of an encoder and of what binds inputs and outputs.
+auto PagedAttention::launch(const std::vector<mx::array>& inputs) const {
+  metal::AttendCall call{};
+  call.dtype = cpu_dtype(inputs[kQ].dtype());
+  call.words = inputs[kPlan].data<int32_t>();
+  call.head_dim = inputs[kQ].shape(2);
+  call.v_head_dim = inputs[kVPages].shape(3);
+  call.scale = options_.scale;
+  call.softcap = options_.softcap;
+  call.mask_kind = options_.mask;
+  const OptionalInputs at = optional_inputs();
+  if (at.mask >= 0) {
+    call.mask_head_stride = head_stride(inputs[at.mask]);
+    call.mask_token_stride = inputs[at.mask].shape(2);
+  }
+  return [call, at, geometry = geometry(inputs), words = inputs[kPlan].size()](
+             metal::Encoder& encoder, auto in, auto out) mutable {
+    check_plan(*reinterpret_cast<const PlanHeader*>(call.words), words, geometry);
+    call.q = in(kQ);
+    call.k_pages = in(kKPages);
+    call.v_pages = in(kVPages);
+    call.plan = in(kPlan);
+    call.out = out(kOut);
+    call.lse = out(kLse);
+    call.alibi_slopes = at.alibi < 0 ? nullptr : in(at.alibi);
+    call.sinks = at.sinks < 0 ? nullptr : in(at.sinks);
+    call.mask = at.mask < 0 ? nullptr : in(at.mask);
+    metal::attend(encoder, call);
+  };
+}
+
 void PagedAttention::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto &q = inputs[kQ], &k = inputs[kKPages], &v = inputs[kVPages];
-  auto &out = outputs[kOut], &lse = outputs[kLse];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  lse.set_data(mx::allocator::malloc(lse.nbytes()));
-  outputs[kKNext].copy_shared_buffer(k);
-  outputs[kVNext].copy_shared_buffer(v);
-
+  allocate(inputs, outputs);
+  if (host_launch()) {
+    return dispatch_on_host(stream(), inputs, outputs, launch(inputs));
+  }
+  auto optional = [&](int i) { return i < 0 ? nullptr : inputs[i].data<float>(); };
+  const OptionalInputs at = optional_inputs();
   cpu::AttentionArgs args{};
-  args.dtype = cpu_dtype(q.dtype());
-  args.q = q.data<char>();
-  args.k_pages = k.data<char>();
-  args.v_pages = v.data<char>();
+  args.dtype = cpu_dtype(inputs[kQ].dtype());
+  args.q = inputs[kQ].data<char>();
+  args.k_pages = inputs[kKPages].data<char>();
+  args.v_pages = inputs[kVPages].data<char>();
   args.plan = inputs[kPlan].data<int32_t>();
-  args.out = out.data<char>();
-  args.lse = lse.data<float>();
-  args.head_dim = q.shape(2);
-  args.v_head_dim = v.shape(3);
+  args.out = outputs[kOut].data<char>();
+  args.lse = outputs[kLse].data<float>();
+  args.head_dim = inputs[kQ].shape(2);
+  args.v_head_dim = inputs[kVPages].shape(3);
   args.scale = options_.scale;
   args.softcap = options_.softcap;
-  PlanGeometry geometry{q.shape(0), q.shape(1), k.shape(1), k.shape(2), k.shape(0), -1};
-  int next = kFirstOption;
-  if (options_.alibi) {
-    args.alibi_slopes = inputs[next++].data<float>();
-  }
-  if (options_.sinks) {
-    args.sinks = inputs[next++].data<float>();
-  }
-  if (options_.mask != cpu::MaskKind::none) {
-    const auto& mask = inputs[next++];
-    args.mask.kind = options_.mask;
-    args.mask.data = mask.data<char>();
-    args.mask.token_stride = mask.shape(2);
-    args.mask.head_stride = mask.shape(0) == 1 ? 0 : int64_t(mask.shape(1)) * mask.shape(2);
-    geometry.mask_keys = mask.shape(2);
+  args.alibi_slopes = optional(at.alibi);
+  args.sinks = optional(at.sinks);
+  if (at.mask >= 0) {
+    args.mask = {
+        options_.mask, inputs[at.mask].data<char>(), head_stride(inputs[at.mask]), inputs[at.mask].shape(2)};
   }
   auto& encoder = mx::cpu::get_command_encoder(stream());
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
   }
-  encoder.set_output_array(out);
-  encoder.set_output_array(lse);
-  encoder.dispatch([args, geometry, words = inputs[kPlan].size()]() {
+  encoder.set_output_array(outputs[kOut]);
+  encoder.set_output_array(outputs[kLse]);
+  encoder.dispatch([args, geometry = geometry(inputs), words = inputs[kPlan].size()]() {
     check_plan(*reinterpret_cast<const PlanHeader*>(args.plan), words, geometry);
     cpu::attend(args);
   });
 }
 
-void PagedAttention::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  no_gpu(kOp);
+void PagedAttention::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  allocate(inputs, outputs);
+  dispatch_on_gpu(kOp, stream(), inputs, outputs, launch(inputs));
 }
 
 } // namespace paged_mlx

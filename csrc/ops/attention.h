@@ -76,6 +76,14 @@ class PagedAttention : public mx::Primitive {
   }
 
  private:
+  struct OptionalInputs {
+    int alibi, sinks, mask;
+  };
+  OptionalInputs optional_inputs() const;
+  PlanGeometry geometry(const std::vector<mx::array>& inputs) const;
+  void allocate(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) const;
+  auto launch(const std::vector<mx::array>& inputs) const;
+
   AttentionOptions options_;
 };
 

@@ -7,7 +7,8 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
-#include "ops/route.h"
+#include "metal/launch.h"
+#include "ops/launch.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -46,6 +47,27 @@ void merge_row(const std::vector<Part>& parts, int64_t row, int64_t dim, T* out,
   lse[row] = total > 0 ? most + std::log(total) : kNothing;
 }
 
+void allocate(std::vector<mx::array>& outputs) {
+  outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+  outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
+}
+
+auto merge_launch(const std::vector<mx::array>& inputs, const std::vector<mx::array>& outputs) {
+  metal::MergeStatesCall call{};
+  call.dtype = cpu_dtype(outputs[0].dtype());
+  call.rows = outputs[1].size();
+  call.dim = outputs[0].shape(2);
+  return [call, count = int(inputs.size() / 2)](metal::Encoder& encoder, auto in, auto out) mutable {
+    for (int i = 0; i < count; i++) {
+      call.outs.push_back(in(i));
+      call.lses.push_back(in(count + i));
+    }
+    call.out = out(0);
+    call.lse = out(1);
+    metal::merge_states(encoder, call);
+  };
+}
+
 } // namespace
 
 std::vector<mx::array> merge_states(
@@ -80,8 +102,10 @@ std::vector<mx::array> merge_states(
 }
 
 void MergeStates::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
-  outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
+  allocate(outputs);
+  if (host_launch()) {
+    return dispatch_on_host(stream(), inputs, outputs, merge_launch(inputs, outputs));
+  }
   std::vector<Part> parts;
   const size_t count = inputs.size() / 2;
   for (size_t i = 0; i < count; i++) {
@@ -114,8 +138,9 @@ void MergeStates::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
   }
 }
 
-void MergeStates::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  no_gpu("merge_states");
+void MergeStates::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  allocate(outputs);
+  dispatch_on_gpu("merge_states", stream(), inputs, outputs, merge_launch(inputs, outputs));
 }
 
 } // namespace paged_mlx

@@ -6,7 +6,8 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
-#include "plan_format.h"
+#include "metal/launch.h"
+#include "ops/launch.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -52,11 +53,112 @@ struct BufferCopy {
   }
 };
 
-BufferCopy reuse(const mx::array& in, mx::array& out, WriteMode mode) {
-  if (!needs_copy(in, out, mode)) {
-    return {};
+BufferCopy copy_of(const mx::array& in, mx::array& out, bool needed) {
+  return needed ? BufferCopy{in.data<char>(), out.data<char>(), out.nbytes()} : BufferCopy{};
+}
+
+// For each output, whether the input that is its old version must be copied.
+std::vector<bool> reuse(
+    const std::vector<mx::array>& inputs,
+    size_t first,
+    std::vector<mx::array>& outputs,
+    WriteMode mode) {
+  std::vector<bool> copies;
+  for (size_t i = 0; i < outputs.size(); i++) {
+    copies.push_back(needs_copy(inputs[first + i], outputs[i], mode));
   }
-  return {in.data<char>(), out.data<char>(), out.nbytes()};
+  return copies;
+}
+
+// Buffer copies as a launch does them, before it writes.
+template <typename In, typename Out>
+void copy_buffers(
+    metal::Encoder& encoder,
+    const std::vector<bool>& copies,
+    const std::vector<int64_t>& bytes,
+    In in,
+    Out out) {
+  for (size_t i = 0; i < copies.size(); i++) {
+    if (copies[i]) {
+      metal::copy_buffer(encoder, in(int(i)), out(int(i)), bytes[i]);
+    }
+  }
+}
+
+std::vector<int64_t> sizes_of(const std::vector<mx::array>& arrays) {
+  std::vector<int64_t> bytes;
+  for (const auto& a : arrays) {
+    bytes.push_back(a.nbytes());
+  }
+  return bytes;
+}
+
+int row_bytes(const mx::array& pages) {
+  return pages.shape(3) * int(pages.itemsize());
+}
+
+auto write_launch(
+    const std::vector<mx::array>& inputs,
+    const std::vector<mx::array>& outputs,
+    std::vector<bool> copies) {
+  const int n = int(outputs.size());
+  const auto& pages = inputs[n];
+  metal::WritePagesCall call{};
+  call.tokens = inputs.back().shape(0);
+  call.num_kv_heads = pages.shape(1);
+  call.page_size = pages.shape(2);
+  call.row = {row_bytes(pages), n > 1 ? row_bytes(inputs[n + 1]) : 0};
+  return [call, n, copies, bytes = sizes_of(outputs)](
+             metal::Encoder& encoder, auto in, auto out) mutable {
+    copy_buffers(encoder, copies, bytes, [&](int i) { return in(n + i); }, out);
+    call.k = in(0);
+    call.k_pages = out(0);
+    call.v = n > 1 ? in(1) : nullptr;
+    call.v_pages = n > 1 ? out(1) : nullptr;
+    call.slots = in(2 * n);
+    metal::write_pages(encoder, call);
+  };
+}
+
+auto copy_launch(
+    const std::vector<mx::array>& inputs,
+    const std::vector<mx::array>& outputs,
+    std::vector<bool> copies) {
+  metal::CopyPagesCall call{};
+  for (const auto& pool : outputs) {
+    call.page_bytes.push_back(pool.nbytes() / std::max(1, pool.shape(0)));
+  }
+  call.num_pairs = inputs.back().shape(0);
+  return [call, copies, bytes = sizes_of(outputs)](
+             metal::Encoder& encoder, auto in, auto out) mutable {
+    copy_buffers(encoder, copies, bytes, in, out);
+    for (size_t i = 0; i < bytes.size(); i++) {
+      call.pools.push_back(out(int(i)));
+    }
+    call.pairs = in(int(bytes.size()));
+    metal::copy_pages(encoder, call);
+  };
+}
+
+auto gather_launch(const std::vector<mx::array>& inputs, int length) {
+  metal::GatherPagesCall call{};
+  call.batch = inputs[2].shape(0);
+  call.max_pages = inputs[2].shape(1);
+  call.length = length;
+  call.num_kv_heads = inputs[0].shape(1);
+  call.page_size = inputs[0].shape(2);
+  call.row = {row_bytes(inputs[0]), row_bytes(inputs[1])};
+  return [call, ragged = inputs.size() > 4](metal::Encoder& encoder, auto in, auto out) mutable {
+    call.k_pages = in(0);
+    call.v_pages = in(1);
+    call.tables = in(2);
+    call.context_lens = in(3);
+    call.page_starts = ragged ? in(4) : nullptr;
+    call.page_lens = ragged ? in(5) : nullptr;
+    call.k_out = out(0);
+    call.v_out = out(1);
+    metal::gather_pages(encoder, call);
+  };
 }
 
 // Copies the runs of one sequence that lie in pages, and zeroes the rest.
@@ -138,11 +240,15 @@ void WritePages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
     BufferCopy old;
     TokenWriter write;
   };
+  const auto copies = reuse(inputs, outputs.size(), outputs, mode_);
+  if (host_launch()) {
+    return dispatch_on_host(stream(), inputs, outputs, write_launch(inputs, outputs, copies));
+  }
   const auto& slots = inputs.back();
   auto& encoder = mx::cpu::get_command_encoder(stream());
   std::vector<Target> targets;
   for (size_t i = 0; i < outputs.size(); i++) {
-    const auto old = reuse(inputs[outputs.size() + i], outputs[i], mode_);
+    const auto old = copy_of(inputs[outputs.size() + i], outputs[i], copies[i]);
     targets.push_back({old, token_writer(inputs[i], outputs[i])});
     encoder.set_output_array(outputs[i]);
   }
@@ -230,10 +336,14 @@ void CopyPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
     char* pages;
     int64_t page_bytes;
   };
+  const auto copies = reuse(inputs, 0, outputs, mode_);
+  if (host_launch()) {
+    return dispatch_on_host(stream(), inputs, outputs, copy_launch(inputs, outputs, copies));
+  }
   auto& encoder = mx::cpu::get_command_encoder(stream());
   std::vector<Pool> pools;
   for (size_t i = 0; i < outputs.size(); i++) {
-    const auto old = reuse(inputs[i], outputs[i], mode_);
+    const auto old = copy_of(inputs[i], outputs[i], copies[i]);
     encoder.set_input_array(inputs[i]);
     encoder.set_output_array(outputs[i]);
     const int64_t page_bytes = outputs[i].nbytes() / std::max(1, outputs[i].shape(0));
@@ -312,11 +422,20 @@ std::vector<mx::Shape> GatherPages::output_shapes(const std::vector<mx::array>& 
       v.shape()};
 }
 
-void GatherPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+void GatherPages::allocate(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) const {
   outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
   outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
   outputs[2].copy_shared_buffer(inputs[0]);
   outputs[3].copy_shared_buffer(inputs[1]);
+}
+
+void GatherPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  allocate(inputs, outputs);
+  if (host_launch()) {
+    return dispatch_on_host(stream(), inputs, outputs, gather_launch(inputs, length_));
+  }
   auto& encoder = mx::cpu::get_command_encoder(stream());
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
@@ -324,9 +443,6 @@ void GatherPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
   encoder.set_output_array(outputs[0]);
   encoder.set_output_array(outputs[1]);
   const bool ragged = inputs.size() > 4;
-  auto row_bytes = [](const mx::array& pages) {
-    return int64_t(pages.shape(3)) * int64_t(pages.itemsize());
-  };
   encoder.dispatch([k = inputs[0].data<char>(),
                     v = inputs[1].data<char>(),
                     tables = inputs[2].data<int32_t>(),
@@ -340,8 +456,8 @@ void GatherPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
                     length = length_,
                     heads = int64_t(inputs[0].shape(1)),
                     page_size = int64_t(inputs[0].shape(2)),
-                    k_row = row_bytes(inputs[0]),
-                    v_row = row_bytes(inputs[1])]() {
+                    k_row = int64_t(row_bytes(inputs[0])),
+                    v_row = int64_t(row_bytes(inputs[1]))]() {
     for (int64_t b = 0; b < batch; b++) {
       const int64_t at = b * max_pages;
       const GatherRow row{
@@ -359,16 +475,19 @@ void GatherPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
   });
 }
 
-void WritePages::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  no_gpu("write_pages");
+void WritePages::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  const auto copies = reuse(inputs, outputs.size(), outputs, mode_);
+  dispatch_on_gpu("write_pages", stream(), inputs, outputs, write_launch(inputs, outputs, copies));
 }
 
-void CopyPages::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  no_gpu("copy_pages");
+void CopyPages::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  const auto copies = reuse(inputs, 0, outputs, mode_);
+  dispatch_on_gpu("copy_pages", stream(), inputs, outputs, copy_launch(inputs, outputs, copies));
 }
 
-void GatherPages::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  no_gpu("gather_pages");
+void GatherPages::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  allocate(inputs, outputs);
+  dispatch_on_gpu("gather_pages", stream(), inputs, outputs, gather_launch(inputs, length_));
 }
 
 } // namespace paged_mlx

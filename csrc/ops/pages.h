@@ -98,6 +98,8 @@ class GatherPages : public mx::Primitive {
   }
 
  private:
+  void allocate(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) const;
+
   int length_;
 };
 

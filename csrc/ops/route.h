@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 
@@ -22,11 +21,6 @@ inline cpu::DType cpu_dtype(mx::Dtype dtype) {
   return dtype == mx::float32 ? cpu::DType::float32
       : dtype == mx::float16  ? cpu::DType::float16
                               : cpu::DType::bfloat16;
-}
-
-[[noreturn]] inline void no_gpu(const char* op) {
-  throw std::runtime_error(
-      std::string("[") + op + "] this build has no GPU backend: use stream=mx.cpu.");
 }
 
 // Pages as the kernels read them, row by row. Versions of a pool and arrays that

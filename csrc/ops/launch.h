@@ -1,0 +1,80 @@
+// The way from a primitive's eval to the Metal launch code (csrc/metal/), on a
+// GPU or, for the tests, on the host.
+//
+// A primitive describes its launch once, as a function (Encoder&, in, out) where
+// in(i) and out(i) bind its i-th input and output. dispatch_on_gpu runs it with
+// MLX's encoder; dispatch_on_host, in the place of the CPU code, with an encoder
+// that hands each dispatch to the function of set_host_launch.
+#pragma once
+
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/backend/cpu/encoder.h"
+
+#include "metal/host_encoder.h"
+#include "metal/mlx_encoder.h"
+#include "ops/route.h"
+
+namespace paged_mlx {
+
+// Null: the CPU code runs. Otherwise every operation on the CPU goes through
+// the Metal launch code, and its dispatches to `launch`.
+void set_host_launch(metal::HostLaunch launch);
+metal::HostLaunch host_launch();
+
+template <typename Launch>
+void dispatch_on_host(
+    mx::Stream stream,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs,
+    Launch launch) {
+  auto& encoder = mx::cpu::get_command_encoder(stream);
+  auto memory = [](const mx::array& a) {
+    return metal::HostBuffer{const_cast<char*>(a.data<char>()), a.nbytes()};
+  };
+  std::vector<metal::HostBuffer> in, out;
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+    in.push_back(memory(input));
+  }
+  for (auto& output : outputs) {
+    encoder.set_output_array(output);
+    out.push_back(memory(output));
+  }
+  encoder.dispatch([launch, in, out, run = host_launch()]() {
+    metal::HostEncoder host(run);
+    auto bind = [&host](const metal::HostBuffer& m) { return host.buffer(m.address, m.nbytes); };
+    Launch once = launch; // it fills in the bindings
+    once(host, [&](int i) { return bind(in[i]); }, [&](int i) { return bind(out[i]); });
+  });
+}
+
+#ifdef _METAL_
+template <typename Launch>
+void dispatch_on_gpu(
+    const char*,
+    mx::Stream stream,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs,
+    Launch launch) {
+  metal::MlxEncoder encoder(stream);
+  launch(
+      encoder,
+      [&](int i) -> metal::Buffer { return &inputs[i]; },
+      [&](int i) -> metal::Buffer { return &outputs[i]; });
+}
+#else
+template <typename Launch>
+void dispatch_on_gpu(
+    const char* op,
+    mx::Stream,
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&,
+    Launch) {
+  throw std::runtime_error(
+      std::string("[") + op + "] this build has no GPU backend: use stream=mx.cpu.");
+}
+#endif
+
+} // namespace paged_mlx
