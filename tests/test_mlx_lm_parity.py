@@ -114,7 +114,8 @@ def test_gathered_kv_are_right_when_a_model_reads_them_itself():
         cache = make_prompt_cache(model)
         model(tokens, cache=cache)
         for ours, theirs in zip(cache, stock):
-            for found, expected in zip(ours.keys_and_values(), theirs.keys_and_values()):
+            for found, expected in zip(ours.keys_and_values(), (theirs.keys, theirs.values)):
+                expected = expected[:, :, : theirs.offset]
                 assert found.shape == expected.shape
                 assert mx.abs(found - expected).max() < 1e-5
 

@@ -168,7 +168,7 @@ class PagedKVCache(stock._BaseCache):
         Behind a window ``retain`` tokens are kept for that. A cache that was put aside
         may be asked for any number, so it says yes only while it has all its pages.
         """
-        if self.group.window is None or not any(row.table.num_freed for row in self.rows):
+        if self.group.window is None or not any(map(self._first_held, self.rows)):
             return True
         return bool(self.group.retain) and not self.stored
 
@@ -189,13 +189,17 @@ class PagedKVCache(stock._BaseCache):
         if window is None:
             return
         for row, length in zip(self.rows, lens.tolist()):
-            kept = row.table.num_freed * self.group.page_size
+            kept = self._first_held(row)
             if kept > max(0, length - window + 1):
                 must = (
                     f"n must leave the window's pages in place, which begin at {kept} with "
                     f"retain={self.group.retain}"
                 )
                 fail("trim", must, f"{n}, back to position {length}")
+
+    def _first_held(self, row: SequencePages) -> int:
+        """Position of the first token whose K and V are still there."""
+        return max(row.first_token, row.table.num_freed * self.group.page_size)
 
     # Copies, which share pages
 
@@ -227,7 +231,13 @@ class PagedKVCache(stock._BaseCache):
         return self.to_stock().to_quantized(group_size=group_size, bits=bits)
 
     def to_stock(self):
-        """mlx-lm's own cache of the same tokens."""
+        """mlx-lm's own cache of the same tokens.
+
+        Raises:
+            ValueError: The cache holds several sequences.
+        """
+        if len(self.rows) != 1:
+            fail("to_stock", "the cache must hold one sequence; extract one first", len(self.rows))
         window, length = self.group.window, self.offset
         plain = stock.KVCache() if window is None else stock.RotatingKVCache(window)
         if not length:

@@ -6,7 +6,7 @@ from collections import Counter
 from mlx_lm.models import cache as stock
 
 from paged_mlx.host_ints import fail
-from paged_mlx.mlx_lm import hook, prompt_hooks
+from paged_mlx.mlx_lm import hook, prompt_files, prompt_hooks
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
 from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, reasons_of
@@ -150,6 +150,22 @@ class PagedModel:
     def fork(self, prompt_cache: list, n: int) -> list[list]:
         """``n`` prompt caches of the same tokens on the same pages; no bytes move."""
         return [copy.deepcopy(prompt_cache) for _ in range(n)]
+
+    def to_stock(self, prompt_cache: list) -> list:
+        """mlx-lm's own prompt cache of the same tokens."""
+        return prompt_files.to_stock(prompt_cache)
+
+    def from_stock(self, prompt_cache: list) -> list:
+        """A prompt cache on pages of the tokens of mlx-lm's own."""
+        return prompt_files.from_stock(self, prompt_cache)
+
+    def save(self, path: str, prompt_cache: list, metadata: dict | None = None) -> None:
+        """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool."""
+        prompt_files.save(path, prompt_cache, metadata)
+
+    def load(self, path: str, return_metadata: bool = False):
+        """Read a prompt cache from a file of ``save`` or of mlx-lm into pages."""
+        return prompt_files.load(self, path, return_metadata)
 
     # Figures
 

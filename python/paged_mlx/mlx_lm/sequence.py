@@ -18,6 +18,7 @@ class SequencePages:
     Attributes:
         name: An int that no other sequence has.
         last_step: The last step that it took part in.
+        first_token: Position of the first token that its pages hold, unless they begin later.
     """
 
     def __init__(self, group, table: PageTable | None = None):
@@ -25,6 +26,7 @@ class SequencePages:
         self.group = group
         self.table = PageTable(group.page_size) if table is None else table
         self.last_step = None
+        self.first_token = 0
         self._forks = []  # (weak reference, content when forked, layers that have it)
         self._siblings: list[SequencePages] = []
         group.sequences.add(self)
@@ -32,7 +34,9 @@ class SequencePages:
 
     def fork(self) -> "SequencePages":
         """Another sequence of the same tokens on the same pages; no bytes move."""
-        return SequencePages(self.group, self.table.fork())
+        fork = SequencePages(self.group, self.table.fork())
+        fork.first_token = self.first_token
+        return fork
 
     def fork_for(self, layer: int) -> "SequencePages":
         """A fork that all layers share.
