@@ -1,0 +1,69 @@
+"""Evaluate with the Metal launch code and the kernels' text, on this machine's CPU.
+
+Inside ``metal_on_host()`` every operation of paged_mlx goes Python -> C++ -> launch code ->
+kernel text -> numbers, the kernels run by :mod:`metal_host`.
+"""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import mlx.core as mx
+from metal_host import HostMemory, Program
+
+from paged_mlx._native import _ext
+
+_programs: dict[str, Program] = {}
+
+
+class Launches:
+    """What has been launched, and what the instrument found.
+
+    Attributes:
+        kernels: Dispatches of each kernel.
+        findings: Defects, as text.
+        results: The results of instrumented launches, by kernel, newest last.
+    """
+
+    def __init__(self, instrument: bool):
+        self.instrument = instrument
+        self.kernels: Counter[str] = Counter()
+        self.findings: list[str] = []
+        self.results: dict[str, list] = {}
+
+    def __call__(self, dispatch: dict) -> None:
+        program = _programs.get(dispatch["library"])
+        if program is None:
+            program = _programs[dispatch["library"]] = Program(dispatch["text"])
+        buffers = {i: HostMemory(*memory) for i, memory in dispatch["buffers"].items()}
+        result = program.run(
+            dispatch["kernel"],
+            buffers | dispatch["bytes"],
+            groups=dispatch["groups"],
+            group=dispatch["group"],
+            constants=dispatch["constants"],
+            instrument=self.instrument,
+        )
+        self.kernels[dispatch["kernel"]] += 1
+        self.findings += [finding.text for finding in result.errors]
+        if self.instrument:
+            self.results.setdefault(dispatch["kernel"], []).append(result)
+
+
+@contextmanager
+def metal_on_host(instrument: bool = True):
+    """Run all operations on the CPU device through the Metal launch code.
+
+    Args:
+        instrument: Watch memory, races and barriers; without it only numbers come out.
+
+    Yields:
+        The :class:`Launches` so far.
+    """
+    mx.synchronize()
+    launches = Launches(instrument)
+    _ext.set_host_launch(launches)
+    try:
+        yield launches
+        mx.synchronize()
+    finally:
+        _ext.set_host_launch(None)
