@@ -155,11 +155,10 @@ KeyRange seen_by(const WidePass& pass, int first, int count) {
   return range;
 }
 
-// Keys [keys.begin, keys.end) of the tile at `position` are converted; `page` is
-// the first page that may hold one of them.
-template <typename X>
-void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
-  using T = typename X::T;
+// Calls visit(row of K and V in the pool, key) for keys [keys.begin, keys.end);
+// `page` is the first page that may hold one of them, and moves up to it.
+template <typename Visit>
+PAGED_MLX_INLINE void for_each_key(const WidePass& pass, KeyRange keys, int& page, Visit visit) {
   const Job& job = pass.job;
   const int64_t head = int64_t(pass.kv_head) * job.page_size;
   auto page_end = [&](int i) {
@@ -170,23 +169,44 @@ void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
   }
   for (int i = page; i < pass.item.page_count; i++) {
     const int start = page_start(job, pass.item, i);
-    const int begin = max_int(start, keys.begin), end = min_int(page_end(i), keys.end);
     if (start >= keys.end) {
       break;
     }
     const int64_t row = page_row(job, pass.item, i) + head - start;
-    for (int key = begin; key < end; key++) {
-      const int64_t at = row + key;
-      pack_row<X>(
-          static_cast<const T*>(job.k_pages) + at * job.head_dim,
-          job.head_dim,
-          pass.k_tile + (key - position) * pass.words);
-      widen_row<X>(
-          static_cast<const T*>(job.v_pages) + at * job.v_head_dim,
-          job.v_head_dim,
-          pass.v_tile + (key - position) * pass.v_dim);
+    const int end = min_int(page_end(i), keys.end);
+    for (int key = max_int(start, keys.begin); key < end; key++) {
+      visit(row + key, key);
     }
   }
+}
+
+// The tile at `position` holds keys [keys.begin, keys.end).
+template <typename X>
+void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
+  using T = typename X::T;
+  const Job& job = pass.job;
+  const T* const k_pages = static_cast<const T*>(job.k_pages);
+  const T* const v_pages = static_cast<const T*>(job.v_pages);
+  for_each_key(pass, keys, page, [&](int64_t row, int key) {
+    const int at = key - position;
+    pack_row<X>(k_pages + row * job.head_dim, job.head_dim, pass.k_tile + at * pass.words);
+    widen_row<X>(v_pages + row * job.v_head_dim, job.v_head_dim, pass.v_tile + at * pass.v_dim);
+  });
+}
+
+void prefetch_keys(const WidePass& pass, KeyRange keys, int page, int itemsize) {
+  const Job& job = pass.job;
+  const int k_bytes = job.head_dim * itemsize, v_bytes = job.v_head_dim * itemsize;
+  for_each_key(pass, keys, page, [&](int64_t row, int) {
+    const char* const k = static_cast<const char*>(job.k_pages) + row * k_bytes;
+    const char* const v = static_cast<const char*>(job.v_pages) + row * v_bytes;
+    for (int b = 0; b < k_bytes; b += 64) {
+      prefetch(k + b);
+    }
+    for (int b = 0; b < v_bytes; b += 64) {
+      prefetch(v + b);
+    }
+  });
 }
 
 // Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
@@ -358,6 +378,13 @@ void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) 
   }
 }
 
+// The part of the tile at `position` that one of `count` panels prefetches.
+KeyRange share_of_tile(int position, int panel, int count, int end) {
+  return {
+      min_int(position + kTileKeys * panel / count, end),
+      min_int(position + kTileKeys * (panel + 1) / count, end)};
+}
+
 template <typename X>
 void attend_pass(const WidePass& pass) {
   start_pass<X>(pass);
@@ -368,6 +395,8 @@ void attend_pass(const WidePass& pass) {
     const KeyRange tile = {max_int(at, all.begin), min_int(at + kTileKeys, all.end)};
     load_tile<X>(pass, at, tile, page);
     for (int panel = 0; panel < pass.num_panels; panel++) {
+      const KeyRange ahead = share_of_tile(at + kTileKeys, panel, pass.num_panels, all.end);
+      prefetch_keys(pass, ahead, page, sizeof(typename X::T));
       attend_panel<X>(pass, panel, at, tile);
     }
   }
