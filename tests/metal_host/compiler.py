@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +68,11 @@ def find_compiler(name: str | None = None) -> Compiler:
     Raises:
         MetalHostError: There is none.
     """
-    if name is None and importlib.util.find_spec("ziglang") is not None:
+    wheel = importlib.util.find_spec("ziglang")
+    if name is None and wheel is not None:
+        zig = str(Path(wheel.origin).with_name("zig"))
         identity = "ziglang " + importlib.metadata.version("ziglang")
-        command = (sys.executable, "-m", "ziglang", "c++")
-        return Compiler(command, identity, ("-march=x86_64_v3",), ("-Wl,-z,undefs",))
+        return Compiler((zig, "c++"), identity, ("-march=x86_64_v3",), ("-Wl,-z,undefs",))
     path = shutil.which(name or "clang++")
     if path is None:
         raise MetalHostError(unsupported() or f"no compiler called {name}")
