@@ -243,6 +243,13 @@ def test_a_pool_that_cannot_grow_leaves_the_allocator_as_it_was(kind):
     allocator.check([table])
 
 
+def test_grown_pages_are_handed_out_in_id_order():
+    allocator = PageAllocator(2, 4)
+    allocator.allocate_pages(2)
+    allocator.grow(3)
+    assert allocator.allocate_pages(3) == [2, 3, 4]
+
+
 def test_growth_past_a_pool_that_has_no_grow_is_refused():
     allocator = PageAllocator(2, 4)
     pool = RecordingPool(num_pages=2)

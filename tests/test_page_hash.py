@@ -60,6 +60,11 @@ def test_extra_keys_cannot_be_confused_by_how_they_are_split():
     assert len({page_hashes([1, 2], 2, keys)[0] for keys in splits}) == len(splits)
 
 
+def test_the_order_of_extra_keys_makes_no_difference():
+    keys = [ExtraKey("salt", "x"), ExtraKey("adapter", "y")]
+    assert page_hashes([1, 2], 2, keys) == page_hashes([1, 2], 2, keys[::-1])
+
+
 def test_extra_keys_of_other_types_are_errors():
     for keys in (["foo"], [ExtraKey("a", 1.5)], [ExtraKey("a", "b", position=-1)]):
         with pytest.raises(ValueError, match=r"^\[pack_keys\] .* must be"):

@@ -315,6 +315,15 @@ def test_a_hash_collision_is_a_miss_and_never_a_wrong_page(allocator):
 # Reset, forget, limits.
 
 
+def test_a_hash_collision_of_keys_alone_or_parents_alone_is_a_miss(allocator):
+    cache = PrefixCache(allocator, hash_page=lambda parent, tokens, keys: tokens[:1])
+    table = table_of(allocator, 8)
+    cache.insert([5, 0, 0, 0, 6, 0, 0, 0], table, [ExtraKey("salt", "a")])
+    assert cache.match([5, 0, 0, 0, 9], [ExtraKey("salt", "b")]).num_tokens == 0
+    assert cache.match([6, 0, 0, 0, 9]).num_tokens == 0
+    assert cache.match([5, 0, 0, 0, 9], [ExtraKey("salt", "a")]).num_tokens == 4
+
+
 def test_reset_drops_every_page_and_leaves_tables_alone(allocator, cache):
     running, _ = run(cache, list(range(12)))
     idle, _ = run(cache, list(range(50, 62)))

@@ -213,11 +213,11 @@ def _count(
             share_prefix(tables[first], tables[member], group.length)
     for table, length in zip(tables, lengths):
         table.append_tokens(length - table.num_tokens, allocator)
-    filled: dict[int, int] = {}
-    for table in tables:
-        for entry in table.entries:
-            tokens = entry.logical_end - entry.logical_start
-            filled[entry.physical_page_id] = max(tokens, filled.get(entry.physical_page_id, 0))
+    filled = {
+        entry.physical_page_id: entry.logical_end - entry.logical_start
+        for table in tables
+        for entry in table.entries
+    }
     return allocator.num_used * page_size, sum(filled.values())
 
 
