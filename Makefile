@@ -6,12 +6,16 @@ PY     := $(VENV)/bin/python
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc kernels cmake -type f 2>/dev/null)
 BUILD_TOOLS := "scikit-build-core>=0.11" nanobind==3.1.0 "cmake>=3.27" ninja
 
-.PHONY: help demo test test-long bench build clean
+# NumPy's BLAS threads would compete with the backend under test.
+export OPENBLAS_NUM_THREADS = 1
+
+.PHONY: help demo test test-long sanitize bench build clean
 
 help:
 	@echo "make demo       a real model answers on paged K and V"
 	@echo "make test       the tests"
 	@echo "make test-long  the tests that take minutes or gigabytes"
+	@echo "make sanitize   the C++ part under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      the benchmarks; records go to benchmarks/results"
 	@echo "make build      the virtual environment and the native module alone"
 
@@ -23,6 +27,9 @@ test: build
 
 test-long: build
 	$(PY) -m pytest -m "long or not long"
+
+sanitize: build
+	$(PY) tests/sanitize.py
 
 bench: build
 	$(PY) -m benchmarks

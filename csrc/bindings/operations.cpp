@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings/module.h"
+#include "cpu/dispatch.h"
 #include "ops/attention.h"
 #include "ops/launch.h"
 #include "ops/merge_states.h"
@@ -153,6 +154,13 @@ void bind_diagnostics(nb::module_& m) {
       "dispatches, one dict each. None: back to the CPU code.");
   m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU backend.");
+  m.def("isa_names", &cpu::isa_names, "Instruction sets that this machine runs, the best last.");
+  m.def("isa", &cpu::isa, "The instruction set in use.");
+  m.def(
+      "set_isa",
+      &cpu::set_isa,
+      "name"_a,
+      "Use the kernels of one of isa_names(), or of the best (\"\"). False: there are none.");
 }
 
 } // namespace paged_mlx
