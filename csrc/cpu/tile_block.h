@@ -59,6 +59,19 @@ PAGED_MLX_INLINE void prefetch_part(const char* ahead, int offset) {
   }
 }
 
+PAGED_MLX_INLINE void prefetch_range(const char* from, int bytes) {
+  for (int b = 0; b < bytes; b += 64) {
+    prefetch(from + b);
+  }
+}
+
+// Of the `dim` elements of each key that is ahead, those prefetched between the
+// multiplications of phase 1; the rest follow while the sums are folded, so that
+// memory is asked at an even pace.
+PAGED_MLX_INLINE int ahead_in_step(int dim) {
+  return dim / kPair * 3 / 4 * kPair;
+}
+
 // Dot products of kKeys keys with kRows rows.
 template <typename X, int kRows, int kKeys, bool kAhead>
 PAGED_MLX_INLINE void dot_products(
@@ -85,15 +98,19 @@ PAGED_MLX_INLINE void dot_products(
       }
     }
   };
+  auto whole = [](const typename X::T* p) __attribute__((always_inline)) {
+    return Dot::load_key(p);
+  };
   int d = 0;
-  for (; d + kPair <= dim; d += kPair) {
-    if constexpr (kAhead) {
+  if constexpr (kAhead) {
+    for (; d < ahead_in_step(dim); d += kPair) {
       constexpr int kBytes = kKeys * sizeof(typename X::T);
       prefetch_part<kPair * kBytes>(ahead, d * kBytes);
+      step(d, whole);
     }
-    step(d, [](const typename X::T* p) __attribute__((always_inline)) {
-      return Dot::load_key(p);
-    });
+  }
+  for (; d + kPair <= dim; d += kPair) {
+    step(d, whole);
   }
   if (d < dim) {
     const int left = dim - d;
@@ -125,7 +142,7 @@ PAGED_MLX_INLINE void score_quad(
     for (int half = 0; half < 2; half++) {
       Vec dots[kRows][2];
       dot_products<X, kRows, 2, kAhead>(
-          q, pass.q_stride, keys + 2 * half, ahead + half * 2 * dim * sizeof(typename X::T), dim, dots);
+          q, pass.q_stride, keys + 2 * half, ahead + half * 2 * ahead_in_step(dim) * sizeof(typename X::T), dim, dots);
       for (int r = 0; r < kRows; r++) {
         halves[half][r] = fold_two(fold(dots[r][0]), fold(dots[r][1]));
       }
@@ -133,6 +150,11 @@ PAGED_MLX_INLINE void score_quad(
     for (int r = 0; r < kRows; r++) {
       store4(scores + r * kBlockKeys, sum_four(halves[0][r], halves[1][r]));
     }
+  }
+  if constexpr (kAhead) {
+    const int bytes = kQuad * sizeof(typename X::T);
+    const int done = ahead_in_step(dim);
+    prefetch_range(ahead + done * bytes, (dim - done) * bytes);
   }
 }
 
@@ -324,12 +346,8 @@ __attribute__((noinline)) void attend_block(
       keys[i] = k_pages + (block.rows[j + i] + head_row) * job.head_dim;
     }
     const T* const ahead = k_pages + (block.ahead[j / kQuad] + ahead_row) * job.head_dim;
-    if (j < kBlockKeys - kQuad) {
-      score_quad<X, kRows, kAhead>(
-          pass, q, keys, reinterpret_cast<const char*>(ahead), scores + j);
-    } else {
-      score_quad<X, kRows, false>(pass, q, keys, nullptr, scores + j);
-    }
+    score_quad<X, kRows, kAhead>(
+        pass, q, keys, reinterpret_cast<const char*>(ahead), scores + j);
   }
   if (!(job.plain && block.seen_by_all)) {
     for (int r = 0; r < kRows; r++) {
@@ -347,18 +365,9 @@ __attribute__((noinline)) void attend_block(
       pass.acc_stride,
       [&](int i) __attribute__((always_inline)) {
         if constexpr (kAhead) {
-          constexpr int kLast = kBlockKeys / kQuad - 1;
-          const int k_bytes = job.head_dim * sizeof(T), v_bytes = job.v_head_dim * sizeof(T);
-          const char* const k = reinterpret_cast<const char*>(
-              k_pages + (block.ahead[kLast] + i + ahead_row) * job.head_dim);
-          const char* const v = static_cast<const char*>(job.v_pages) +
-              (block.ahead[0] + i + ahead_row) * v_bytes;
-          for (int b = 0; b < k_bytes; b += 64) {
-            prefetch(k + b);
-          }
-          for (int b = 0; b < v_bytes; b += 64) {
-            prefetch(v + b);
-          }
+          const int bytes = job.v_head_dim * sizeof(T);
+          const char* const v_pages = static_cast<const char*>(job.v_pages);
+          prefetch_range(v_pages + (block.ahead[0] + i + ahead_row) * bytes, bytes);
         }
       });
   add_values<X, kRows, kAhead>(pass, block, head_row, ahead_row, scores, acc);
