@@ -82,8 +82,11 @@ struct TileAttention {
 
   template <bool EDGE>
   void dot(int slot) {
+    GroupWalk slots(walk, slot);
+#pragma clang loop unroll(full)
     for (int g = 0; g < 4; g++) {
-      const KeyPair<T> pairs[1] = {key_pair<T, D, EDGE>(walk, k_pages, slot + 8 * g, at)};
+      slots.enter(g);
+      const KeyPair<T> pairs[1] = {key_pair<T, D, EDGE>(slots, k_pages, at)};
       Matrix<float> sums[ROW_TILES];
       for (int m = 0; m < ROW_TILES; m++) {
         sums[m] = Matrix<float>(0);
@@ -118,13 +121,14 @@ struct TileAttention {
 
   template <bool EDGE>
   void add_values(int slot) {
+    GroupWalk slots(walk, slot);
+#pragma clang loop unroll(full)
     for (int g = 0; g < 4; g++) {
-      const int first = slot + 8 * g;
-      const SlotRun<8> slots(walk, first);
+      slots.enter(g);
       ColumnRuns<T, DV>::template multiply<ROW_TILES, 4, DV / 8>(
           &scores[0][g],
           v_pages + slots.row(at.row) * DV,
-          !EDGE || walk.is_live(first + at.row),
+          !EDGE || slots.is_live(at.row),
           at,
           &out[0][0]);
     }

@@ -166,21 +166,24 @@ struct VectorAttention {
 
   template <bool EDGE>
   void step(int slot) {
-    const SlotRun<32> slots(walk, slot);
-    dot<EDGE>(slots);
+    dot<EDGE>(slot);
     score<EDGE>(slot + 4 * at.part + at.key);
     weigh<EDGE>();
-    add_values<EDGE>(slots);
+    add_values<EDGE>(slot);
   }
 
   template <bool EDGE>
-  void dot(thread const SlotRun<32>& slots) {
+  void dot(int slot) {
+    GroupWalk slots(walk, slot);
     float sums[ROWS][8];
 #pragma clang loop unroll(full)
     for (int t = 0; t < 8; t++) {
-      const int i = 4 * t + at.key;
+      const int i = t % 2 * 4 + at.key;
+      if (t % 2 == 0) {
+        slots.enter(t / 2);
+      }
       float sum[ROWS] = {};
-      if (!EDGE || walk.is_live(slots.slot + i)) {
+      if (!EDGE || slots.is_live(i)) {
         LaneRuns<T, D>::template dot<ROWS>(k_pages + slots.row(i) * D, at.part, q, sum);
       }
       for (int r = 0; r < ROWS; r++) {
@@ -214,15 +217,19 @@ struct VectorAttention {
   }
 
   template <bool EDGE>
-  void add_values(thread const SlotRun<32>& slots) {
+  void add_values(int slot) {
+    GroupWalk slots(walk, slot);
 #pragma clang loop unroll(full)
     for (int t = 0; t < 8; t++) {
-      const int i = 4 * t + at.key;
+      const int i = t % 2 * 4 + at.key;
+      if (t % 2 == 0) {
+        slots.enter(t / 2);
+      }
       float weight[ROWS];
       for (int r = 0; r < ROWS; r++) {
         weight[r] = simd_shuffle(weights[r], 8 * at.key + t);
       }
-      if (!EDGE || walk.is_live(slots.slot + i)) {
+      if (!EDGE || slots.is_live(i)) {
         LaneRuns<T, DV>::template add<ROWS>(v_pages + slots.row(i) * DV, at.part, weight, out);
       }
     }

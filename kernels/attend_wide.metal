@@ -125,16 +125,22 @@ struct WideAttention {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     weigh<EDGE>();
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    GroupWalk slots(walk, slot);
+#pragma clang loop unroll(full)
     for (int g = 0; g < kStep / 8; g++) {
-      add_values<EDGE>(slot, g);
+      slots.enter(g);
+      add_values<EDGE>(slots);
     }
   }
 
   template <bool EDGE>
   void dot(int slot) {
-    const KeyPair<T> pairs[2] = {
-        key_pair<T, D, EDGE>(walk, k_pages, slot, at),
-        key_pair<T, D, EDGE>(walk, k_pages, slot + 8, at)};
+    GroupWalk slots(walk, slot);
+    KeyPair<T> pairs[2];
+    for (int g = 0; g < 2; g++) {
+      slots.enter(g);
+      pairs[g] = key_pair<T, D, EDGE>(slots, k_pages, at);
+    }
     for (int m = 0; m < ROW_TILES; m++) {
       scores[m][0] = Matrix<float>(0);
       scores[m][1] = Matrix<float>(0);
@@ -180,13 +186,12 @@ struct WideAttention {
   }
 
   template <bool EDGE>
-  void add_values(int slot, int g) {
-    const SlotRun<8> slots(walk, slot + 8 * g);
+  void add_values(thread const GroupWalk& slots) {
     const device T* value = v_pages + slots.row(at.row) * DV;
-    const bool live = !EDGE || walk.is_live(slot + 8 * g + at.row);
+    const bool live = !EDGE || slots.is_live(at.row);
     Matrix<float> p[ROW_TILES];
     for (int m = 0; m < ROW_TILES; m++) {
-      elements(p[m]) = *weight_of(8 * m + at.row, 8 * g + at.column);
+      elements(p[m]) = *weight_of(8 * m + at.row, 8 * slots.group + at.column);
     }
 #pragma clang loop unroll(full)
     for (int u = 0; u < kUnits; u++) {

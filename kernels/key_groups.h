@@ -1,4 +1,4 @@
-// Eight keys of an item as a simdgroup reads and scores them.
+// Groups of eight keys of an item as a simdgroup reads and scores them.
 #ifndef PAGED_MLX_KEY_GROUPS_H
 #define PAGED_MLX_KEY_GROUPS_H
 
@@ -10,16 +10,14 @@ namespace paged_mlx {
 
 template <typename T, int D, bool EDGE>
 inline KeyPair<T> key_pair(
-    thread const PageWalk& walk,
+    thread const GroupWalk& slots,
     const device T* k_pages,
-    int slot,
     LanePlace at) {
-  const SlotRun<8> slots(walk, slot);
   KeyPair<T> pair;
   pair.first = k_pages + slots.row(at.column) * D;
   pair.second = k_pages + slots.row(at.column + 1) * D;
-  pair.first_live = !EDGE || walk.is_live(slot + at.column);
-  pair.second_live = !EDGE || walk.is_live(slot + at.column + 1);
+  pair.first_live = !EDGE || slots.is_live(at.column);
+  pair.second_live = !EDGE || slots.is_live(at.column + 1);
   return pair;
 }
 

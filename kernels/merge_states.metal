@@ -81,6 +81,7 @@ using namespace paged_mlx;
       carry[column] = value * factor;
     }
   }
+  simdgroup_barrier(mem_flags::mem_device); // all have read what lane 0 overwrites
   if (lane == 0) {
     if (kIsLast) {
       lse[row] = total;

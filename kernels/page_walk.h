@@ -81,22 +81,39 @@ struct PageWalk {
   }
 };
 
-// The rows of the pool behind RUN slots that begin at a multiple of RUN: one
-// look into the table where a page holds them all.
-template <int RUN>
-struct SlotRun {
+// The rows of the pool behind the slots of a step, eight after eight: enter(0),
+// enter(1), ... in order. Looks into the table as seldom as pages allow.
+struct GroupWalk {
   thread const PageWalk& walk;
-  int slot;
-  long first;
+  int slot;   // of the step
+  int group;  // of eight slots
+  long first; // row of slot `slot` as if its page went on; see row()
 
-  SlotRun(thread const PageWalk& walk_, int slot_) : walk(walk_), slot(slot_), first(0) {
-    if (kPageSize % RUN == 0) {
-      first = walk.row(slot);
+  GroupWalk(thread const PageWalk& walk_, int slot_)
+      : walk(walk_), slot(slot_), group(0), first(0) {}
+
+  void enter(int g) {
+    const int groups_of_a_page = kPageSize % 64 == 0 ? 8
+        : kPageSize % 32 == 0                        ? 4
+        : kPageSize % 16 == 0                        ? 2
+                                                     : 1;
+    group = g;
+    if (kPageSize % 8 == 0 && g % groups_of_a_page == 0) {
+      first = walk.row(slot + 8 * g) - 8 * g;
     }
   }
 
+  int slot_of(int i) const {
+    return slot + 8 * group + i;
+  }
+
+  // Of slot i of the group.
   long row(int i) const {
-    return kPageSize % RUN == 0 ? first + i : walk.row(slot + i);
+    return kPageSize % 8 == 0 ? first + 8 * group + i : walk.row(slot_of(i));
+  }
+
+  bool is_live(int i) const {
+    return walk.is_live(slot_of(i));
   }
 };
 
