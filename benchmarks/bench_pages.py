@@ -15,6 +15,7 @@ from paged_mlx.allocator import (
 )
 from paged_mlx.append import append_batch
 from paged_mlx.block_table import BlockTable, pack
+from paged_mlx.canary import Canary
 from paged_mlx.page_hash import page_hashes
 from paged_mlx.page_table import PageTable
 from paged_mlx.prefix_cache import PrefixCache
@@ -106,6 +107,30 @@ def caching(tokens):
     return [("insert into an empty cache", insert), ("reuse and release", reuse)]
 
 
+def watching(batch, length=1000, steps=4):
+    """Note and verify every token of a decode step's contexts, ``steps`` times."""
+    allocator = PageAllocator(batch * 2 * length // PAGE_SIZE, PAGE_SIZE)
+    canary = Canary(allocator)
+    tables = [PageTable(PAGE_SIZE) for _ in range(batch)]
+    trails = [canary.trail() for _ in range(batch)]
+    for table, trail in zip(tables, trails):
+        canary.wrote(trail, range(length), table.append_tokens(length, allocator).slots)
+    ones = [1] * batch
+
+    def note():
+        for _ in range(steps):
+            slots = append_batch(tables, ones, allocator).slots
+            for row, trail in enumerate(trails):
+                canary.wrote(trail, ones[:1], slots[row : row + 1])
+
+    def verify():
+        for _ in range(steps):
+            for table, trail in zip(tables, trails):
+                canary.verify(table, trail)
+
+    return [("append and note", note), ("verify", verify)]
+
+
 def same(outputs: dict) -> None:
     assert len({str(output) for output in outputs.values()}) == 1, outputs
 
@@ -121,6 +146,9 @@ def cases():
     for batch in (1, 32, 256):
         steps = [decode_step(batch, True), decode_step(batch, False)]
         yield case(f"decode step, {batch} sequences: append, plan, pack", "step", 16, steps, same)
+    for batch in (8, 256):
+        name = f"canary, {batch} sequences of 1000 tokens"
+        yield case(name, "step", 4, watching(batch), same)
     yield case("fork of 8192 tokens", "fork", 100, forking(), same)
     array = np.random.default_rng(0).integers(0, 128_000, 32_768).astype(np.int32)
     hashing = [("int32 array", lambda: page_hashes(array, PAGE_SIZE)[-1])]

@@ -66,6 +66,16 @@ def test_page_allocation_of_an_impossible_count_is_an_error(kind, count):
     assert allocator.num_free == 4
 
 
+@every_allocator
+def test_reference_counts_of_many_pages_are_those_of_each(kind):
+    allocator = kind(4, 4)
+    page_ids = allocator.allocate_pages(3)
+    allocator.share_page(page_ids[1])
+    assert allocator.ref_counts(page_ids).tolist() == [1, 2, 1]
+    with pytest.raises(UnknownPage):
+        allocator.ref_counts([4])
+
+
 def test_plain_allocator_reuses_the_page_freed_last():
     allocator = PageAllocator(4, 4)
     allocator.allocate_pages(4)

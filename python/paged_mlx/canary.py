@@ -166,11 +166,12 @@ class Canary:
         if table.num_tokens != len(trail):
             fail("verify", f"trail must have {table.num_tokens} tokens, as its table", len(trail))
         page_ids = table.page_ids
-        for page_id in page_ids:
-            if not self._allocator.ref_count(page_id):
-                position = table.entries[page_ids.index(page_id)].logical_start
-                message = f"free page: nobody holds page {page_id}, at position {position}"
-                raise CorruptPage("free page", position, page_id, message)
+        free = self._allocator.ref_counts(table._pages[table.num_freed :]) == 0
+        if free.any():
+            index = int(np.argmax(free))
+            page_id, position = page_ids[index], table.entries[index].logical_start
+            message = f"free page: nobody holds page {page_id}, at position {position}"
+            raise CorruptPage("free page", position, page_id, message)
         if not table.is_ragged and not table.num_freed:
             self._compare(table, trail, self._marks[page_ids].reshape(-1)[: len(trail)], 0)
             return

@@ -20,6 +20,7 @@ import numpy as np
 from paged_mlx.attached_pools import AttachedPools
 from paged_mlx.errors import DoubleFree, PageError, UnknownPage, UseAfterFree, fail, whole_number
 from paged_mlx.eviction import Evictor, Evictors
+from paged_mlx.page_checks import check_counts, check_holders
 
 MAX_SLOTS = 2**31 - 1  # a slot is an int32
 
@@ -132,6 +133,10 @@ class PageAllocator:
     def ref_count(self, page_id: int) -> int:
         """How many tables and caches hold the page; 0 for a free page."""
         return self._refs[self._known("ref_count", page_id)]
+
+    def ref_counts(self, page_ids: array[int] | Sequence[int]) -> np.ndarray:
+        """``ref_count`` of many different pages at once, ``int32``."""
+        return self._counts[self._distinct("ref_counts", page_ids)]
 
     def fragmentation(self) -> float:
         """How far the free pages are from forming one run, from 0 (not at all) to 1.
@@ -402,35 +407,9 @@ class PageAllocator:
         Raises:
             AssertionError: With what disagrees.
         """
-        free = sorted(self._free_ids())
-        assert len(free) == self.num_free, (
-            f"num_free is {self.num_free}, the free list has {len(free)} pages"
-        )
-        assert len(self._refs) == self._total, f"{len(self._refs)} counts for {self._total} pages"
-        assert (self._counts >= 0).all(), "a reference count is negative"
-        assert free == np.flatnonzero(self._counts == 0).tolist(), (
-            "the free list is not the pages of count 0, each once"
-        )
-        for page_id in self._evictors.watched:
-            assert self._refs[page_id] > 0, f"page {page_id} is watched and free"
-        for evictor in self._evictors:
-            if evictor is not self and hasattr(evictor, "check"):
-                evictor.check()
+        check_counts(self)
         if tables is not None:
-            self._check_holders([*tables, *caches])
-
-    def _check_holders(self, holders: Sequence[Any]) -> None:
-        held = self._own_references()
-        for holder in holders:
-            ids = np.asarray(holder.page_ids, dtype=np.int64)
-            assert not ids.size or (0 <= ids.min() and ids.max() < self._total), (
-                f"{holder!r} holds an unknown page"
-            )
-            np.add.at(held, ids, 1)
-        for page_id in np.flatnonzero(held != self._counts).tolist():
-            raise AssertionError(
-                f"page {page_id} has ref_count {self._refs[page_id]} and {held[page_id]} holders"
-            )
+            check_holders(self, [*tables, *caches])
 
     def _own_references(self) -> np.ndarray:
         """References that the allocator itself holds, per page."""

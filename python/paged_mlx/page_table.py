@@ -111,19 +111,13 @@ class PageTable:
     @property
     def entries(self) -> list[PageTableEntry]:
         """The entries that hold a page, in logical order; a snapshot."""
-        shared = (
-            [self._allocator.ref_count(page_id) > 1 for page_id in self.page_ids]
-            if self._allocator
-            else []
-        )
-        bounds = [
-            *(self._start(i) for i in range(self._num_freed, len(self._pages))),
-            self._num_tokens,
-        ]
-        return [
-            PageTableEntry(start, end, page_id, is_cow)
-            for start, end, page_id, is_cow in zip(bounds, bounds[1:], self.page_ids, shared)
-        ]
+        if self._allocator is None:
+            return []
+        held = self._pages[self._num_freed :]
+        shared = (self._allocator.ref_counts(held) > 1).tolist()
+        starts = [self._start(index) for index in range(self._num_freed, len(self._pages))]
+        ends = [*starts[1:], self._num_tokens]
+        return [PageTableEntry(*entry) for entry in zip(starts, ends, held, shared)]
 
     def __len__(self) -> int:
         return self._num_tokens
