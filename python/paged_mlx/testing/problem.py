@@ -75,12 +75,14 @@ class Problem:
 
     @cached_property
     def largest_score(self) -> float:
-        """Largest magnitude of a score, in nats, before softcap, ALiBi and mask.
+        """Largest magnitude of a score, in nats, before softcap, ALiBi and mask; or of a sink.
 
         Where no score can be far from 0, the bound that shows it.
         """
         scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        queries, bounds, largest = self.queries, self.query_bounds, 0.0
+        queries, bounds = self.queries, self.query_bounds
+        sinks = np.zeros(1) if self.sinks is None else np.abs(self.sinks)
+        largest = float(sinks[np.isfinite(sinks)].max(initial=0))
         for s, k in enumerate(self.keys):
             q = queries[bounds[s] : bounds[s + 1]]
             bound = _largest_norm(q) * _largest_norm(k) * abs(scale)
@@ -91,11 +93,11 @@ class Problem:
 
     def judge(self, out: np.ndarray, lse: np.ndarray | None) -> yardstick.Verdict:
         """Compare ``(out, lse)`` with the oracle; the worse of the two."""
-        size = self.largest_score
-        verdict = yardstick.judge(out, self.exact[0], self.yardstick[0], self.dtype, size)
+        scores = {"largest_score": self.largest_score, "score_terms": self.q.shape[-1]}
+        verdict = yardstick.judge(out, self.exact[0], self.yardstick[0], self.dtype, **scores)
         if lse is None or not verdict.right:
             return verdict
-        second = yardstick.judge_lse(lse, self.exact[1], self.yardstick[1], size)
+        second = yardstick.judge_lse(lse, self.exact[1], self.yardstick[1], **scores)
         return verdict if second.right and verdict.ratio >= second.ratio else second
 
     def _contiguous(self, attend, precision, **extra):
