@@ -142,7 +142,8 @@ class Run:
     def generate(self) -> None:
         """Step both batches in turn: each token is compared as it comes."""
         self.screen.say(f"reading {len(self.prompts)} questions, then answering them")
-        with self.screen.answering(self.answers, self.max_tokens) as refresh:
+        self._measure()
+        with self.screen.answering(self.answers) as refresh:
             going = True
             while going:
                 ours = self.on_pages.next_generated()

@@ -24,7 +24,7 @@ class PlainScreen:
         print(line, flush=True)
 
     @contextlib.contextmanager
-    def answering(self, answers, max_tokens):
+    def answering(self, answers):
         """Print what the answers have grown by, every few tokens."""
         shown = [0] * len(answers)
 
@@ -74,7 +74,7 @@ class LiveScreen:
         self.console.print(f"[dim]{line}[/dim]")
 
     @contextlib.contextmanager
-    def answering(self, answers, max_tokens):
+    def answering(self, answers):
         """Show all answers as they grow: green where the token equals stock's."""
         from rich.live import Live
 
