@@ -12,8 +12,8 @@
 // item's keys and reads each of their K and V rows once, 32 keys a step.
 // Then, after a barrier, the simdgroups' states are merged.
 //
-// Compiled with T, D, DV, ROW_TILES (rows / 8) and SIMDGROUPS (the most of a
-// threadgroup) as macros of prefix PAGED_MLX_.
+// Compiled with T, D, DV, ROWS (the most of an item: 4, or a multiple of 8) and
+// SIMDGROUPS (the most of a threadgroup) as macros of prefix PAGED_MLX_.
 
 #include "key_groups.h"
 #include "merge_simdgroups.h"
@@ -175,9 +175,10 @@ using namespace paged_mlx;
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort num_simdgroups [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV, kRowTiles = PAGED_MLX_ROW_TILES;
+  constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV;
+  constexpr int kRows = PAGED_MLX_ROWS, kRowTiles = (kRows + 7) / 8;
   typedef PAGED_MLX_T T;
-  typedef SimdgroupMerge<PAGED_MLX_SIMDGROUPS, 1, 8 * kRowTiles, DV> Merge;
+  typedef SimdgroupMerge<PAGED_MLX_SIMDGROUPS, 1, kRows, DV> Merge;
   threadgroup float values[Merge::kValues];
   threadgroup float merge_states[Merge::kStates];
 
@@ -205,8 +206,9 @@ using namespace paged_mlx;
   const Merge merge{values, merge_states, num_simdgroups};
   for (int m = 0; m < kRowTiles; m++) {
     tile.states[m].sum = row_sum(tile.states[m].sum);
-    if (tile.at.column == 0) {
-      merge.put_state(simdgroup, 8 * m + tile.at.row, tile.states[m]);
+    const int row = 8 * m + tile.at.row;
+    if (tile.at.column == 0 && row < kRows) {
+      merge.put_state(simdgroup, row, tile.states[m]);
     }
   }
   const ResultWriter<T, DV> writer{
@@ -216,8 +218,11 @@ using namespace paged_mlx;
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     for (int m = 0; m < kRowTiles; m++) {
-      const PutValues<Merge> put{merge, simdgroup, 8 * m + tile.at.row, begin};
-      ColumnRuns<T, DV>::each(tile.out[m], tile.at, put);
+      const int row = 8 * m + tile.at.row;
+      if (row < kRows) {
+        const PutValues<Merge> put{merge, simdgroup, row, begin};
+        ColumnRuns<T, DV>::each(tile.out[m], tile.at, put);
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     merge.write_window(begin, rows, writer, thread_index, 32 * num_simdgroups);

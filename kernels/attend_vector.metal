@@ -1,9 +1,8 @@
 // Attention of 1 or 2 rows against a run of pages: decode without a head group.
 //
-// Buffers, grid and macros as in attend_tile.metal, but for ROWS in place of
-// ROW_TILES. Eight lanes share a key, so a load of the simdgroup covers 16
-// bytes x 8 lanes of four keys; a step is 32 keys, of which a lane reads its
-// part of eight. The eight partial dot products are summed over the lanes by a
+// Buffers, grid and macros as in attend_tile.metal; ROWS is 1 or 2. Eight lanes
+// share a key, so a load of the simdgroup covers 16 bytes x 8 lanes of four keys;
+// a step is 32 keys, of which a lane reads its part of eight. The eight partial dot products are summed over the lanes by a
 // transposing butterfly that leaves each lane the score of one key.
 
 #include "merge_simdgroups.h"

@@ -1,10 +1,11 @@
 // Attention of many rows against a run of pages: prefill, a long verify, a
 // prefix that many sequences share.
 //
-// Buffers and macros as in attend_tile.metal.
+// Buffers and macros as in attend_tile.metal; ROWS, a multiple of 8, is the rows
+// of a tile.
 //
-// Grid: one threadgroup per (KV head, item, tile of 8 * ROW_TILES rows), of
-// exactly SIMDGROUPS simdgroups. A step is 16 keys per simdgroup. The simdgroups
+// Grid: one threadgroup per (KV head, item, tile of ROWS rows), of exactly
+// SIMDGROUPS simdgroups. A step is 16 keys per simdgroup. The simdgroups
 // split the keys of the step for Q K^T and the columns of V for P V, so that
 // the threadgroup reads each row of K and V once and stages neither; what they
 // exchange, row maxima and weights, costs two barriers a step.
@@ -257,7 +258,7 @@ using namespace paged_mlx;
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV;
-  constexpr int kRowTiles = PAGED_MLX_ROW_TILES, kSimdgroups = PAGED_MLX_SIMDGROUPS;
+  constexpr int kRowTiles = PAGED_MLX_ROWS / 8, kSimdgroups = PAGED_MLX_SIMDGROUPS;
   typedef PAGED_MLX_T T;
   typedef WideAttention<T, D, DV, kRowTiles, kSimdgroups> Wide;
   typedef StagedQueries<T, D, kRowTiles> Queries;
@@ -279,7 +280,7 @@ using namespace paged_mlx;
     *reinterpret_cast<threadgroup vec<T, 4>*>(staged + row * Queries::kStride + dim) =
         *reinterpret_cast<const device vec<T, 4>*>(q + from * D + dim);
   }
-  const PageWalk walk(plan, item, arguments, group.x);
+  PageWalk walk(plan, item, arguments, group.x);
   const Scoring scoring(arguments, mask);
   Wide wide(walk, scoring, k_pages, v_pages, maxima, weights, staged, simdgroup, lane);
   wide.begin(reader, first_row);
@@ -287,6 +288,7 @@ using namespace paged_mlx;
 
   const int2 whole = seen_by_all(wide.rows), any = seen_by_any(wide.rows);
   const int2 steps = walk.steps(any.x, any.y, Wide::kStep);
+  walk.narrow(any.x, any.y);
   for (int s = steps.x; s < steps.y; s++) {
     const int slot = Wide::kStep * s, first = walk.first_position + slot;
     if (walk.all_live(slot, Wide::kStep) && first >= whole.x && first + Wide::kStep <= whole.y) {

@@ -53,6 +53,12 @@ struct PageWalk {
     return !kRagged && first_position + slot >= key_begin && first_position + slot + count <= key_end;
   }
 
+  // Keys outside [low, high) are not live from now on.
+  void narrow(int low, int high) {
+    key_begin = max(key_begin, low);
+    key_end = min(key_end, high);
+  }
+
   int page_of(int slot) const {
     return min(slot / kPageSize, page_count - 1);
   }

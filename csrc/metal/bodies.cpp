@@ -42,10 +42,10 @@ Body choose_body(int rows, int head_dim, int v_head_dim, DType dtype) {
   if (rows <= 2 && rows * std::max(head_dim, v_head_dim) <= 512) {
     return {"attend_vector", std::max(rows, 1), kSimdgroups};
   }
-  for (int row_tiles : {1, 2}) {
-    if (rows <= 8 * row_tiles &&
-        tile_words(row_tiles, head_dim, v_head_dim, size) <= kStateWords) {
-      return {"attend_tile", 8 * row_tiles, kSimdgroups};
+  for (int most : {4, 8, 16}) {
+    const int row_tiles = (most + 7) / 8;
+    if (rows <= most && tile_words(row_tiles, head_dim, v_head_dim, size) <= kStateWords) {
+      return {"attend_tile", most, kSimdgroups};
     }
   }
   int row_tiles = 4;

@@ -71,13 +71,9 @@ Variant body_variant(const AttendCall& call, const Body& body, int simdgroups) {
   variant.kernel = body.kernel;
   variant.define("T", type_name(call.dtype))
       .define("D", call.head_dim)
-      .define("DV", call.v_head_dim);
-  if (variant.kernel == "attend_vector") {
-    variant.define("ROWS", body.rows);
-  } else {
-    variant.define("ROW_TILES", body.rows / 8);
-  }
-  variant.define("SIMDGROUPS", simdgroups);
+      .define("DV", call.v_head_dim)
+      .define("ROWS", body.rows)
+      .define("SIMDGROUPS", simdgroups);
   set_constants(variant, call);
   return variant;
 }
