@@ -132,7 +132,9 @@ class Workload:
     def _dense(self, k, v) -> mx.array:
         batch, length, g = len(self.lengths), max(self.query_lens), self.g
         if len(set(self.query_lens)) > 1:
-            raise ValueError("[Workload] contiguous attention must have one query length; got several.")
+            raise ValueError(
+                "[Workload] contiguous attention must have one query length; got several."
+            )
         q = self.q.reshape(batch, length, g.num_q_heads, g.head_dim).swapaxes(1, 2)
         mask = None
         if length > 1 and len(set(self.lengths)) == 1:

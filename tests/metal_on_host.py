@@ -5,6 +5,7 @@ kernel text -> numbers, the kernels run by :mod:`metal_host`.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from metal_host import HostMemory, Program
 
 from paged_mlx._native import _ext
 
-_programs: dict[str, Program] = {}
+_programs: dict[str, Program] = {}  # by text
 
 
 class Launches:
@@ -24,16 +25,18 @@ class Launches:
         results: The results of instrumented launches, by kernel, newest last.
     """
 
-    def __init__(self, instrument: bool):
+    def __init__(self, instrument: bool, rewrite: Callable[[str, str], str]):
         self.instrument = instrument
+        self.rewrite = rewrite
         self.kernels: Counter[str] = Counter()
         self.findings: list[str] = []
         self.results: dict[str, list] = {}
 
     def __call__(self, dispatch: dict) -> None:
-        program = _programs.get(dispatch["library"])
+        text = self.rewrite(dispatch["kernel"], dispatch["text"])
+        program = _programs.get(text)
         if program is None:
-            program = _programs[dispatch["library"]] = Program(dispatch["text"])
+            program = _programs[text] = Program(text)
         buffers = {i: HostMemory(*memory) for i, memory in dispatch["buffers"].items()}
         result = program.run(
             dispatch["kernel"],
@@ -50,17 +53,21 @@ class Launches:
 
 
 @contextmanager
-def metal_on_host(instrument: bool = True):
+def metal_on_host(
+    instrument: bool = True,
+    rewrite: Callable[[str, str], str] = lambda kernel, text: text,
+):
     """Run all operations on the CPU device through the Metal launch code.
 
     Args:
         instrument: Watch memory, races and barriers; without it only numbers come out.
+        rewrite: ``(kernel, text) -> text``: what is compiled in place of a kernel's text.
 
     Yields:
         The :class:`Launches` so far.
     """
     mx.synchronize()
-    launches = Launches(instrument)
+    launches = Launches(instrument, rewrite)
     _ext.set_host_launch(launches)
     try:
         yield launches

@@ -23,7 +23,8 @@ C = ["Hello", "world"]
 def vectors(words, seed):
     """K or V of each word: a word is the same wherever it stands."""
     rows = [
-        np.random.default_rng([seed, *word.encode()]).standard_normal((HEADS, DIM)) for word in words
+        np.random.default_rng([seed, *word.encode()]).standard_normal((HEADS, DIM))
+        for word in words
     ]
     return mx.array(np.stack(rows).astype(np.float32))
 
@@ -33,7 +34,9 @@ class Picture:
 
     def __init__(self, partial="seal"):
         self.allocator = PageAllocator(8, PAGE)
-        self.pool = PagePool(1, 8, PAGE, HEADS, DIM, mx.float32, allocator=self.allocator, fill=np.nan)
+        self.pool = PagePool(
+            1, 8, PAGE, HEADS, DIM, mx.float32, allocator=self.allocator, fill=np.nan
+        )
         self.a, self.b, self.c = (PageTable(PAGE) for _ in "abc")
         self.append(self.a, A[:3])
         share_prefix(self.a, self.b, 3, partial=partial)

@@ -94,9 +94,7 @@ def test_gather_follows_ragged_pages():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merging_two_halves_equals_one_pass(dtype):
     q, k_pages, v_pages = rows(1, dtype), pages(dtype), pages(dtype, seed=2)
-    whole, whole_lse = fast.paged_attention(
-        q, k_pages, v_pages, [[0, 1, 2]], [12], return_lse=True
-    )
+    whole, whole_lse = fast.paged_attention(q, k_pages, v_pages, [[0, 1, 2]], [12], return_lse=True)
     parts = [
         fast.paged_attention(
             q, k_pages, v_pages, [table], [4 * len(table)], causal=False, return_lse=True
@@ -129,7 +127,11 @@ def test_merging_nothing_but_empty_parts_is_empty():
 def test_the_plan_made_once_gives_the_bits_of_the_plan_made_inside():
     call = attention_call()
     plan = fast.plan(
-        call["block_tables"], call["context_lens"], num_q_heads=HEADS, num_kv_heads=HEADS, page_size=PAGE
+        call["block_tables"],
+        call["context_lens"],
+        num_q_heads=HEADS,
+        num_kv_heads=HEADS,
+        page_size=PAGE,
     )
     planned = fast.paged_attention(call["q"], call["k_pages"], call["v_pages"], plan=plan)
     assert mx.array_equal(planned, fast.paged_attention(**call))
@@ -138,7 +140,11 @@ def test_the_plan_made_once_gives_the_bits_of_the_plan_made_inside():
 def test_equal_calls_are_one_node_under_compile():
     call = attention_call()
     plan = fast.plan(
-        call["block_tables"], call["context_lens"], num_q_heads=HEADS, num_kv_heads=HEADS, page_size=PAGE
+        call["block_tables"],
+        call["context_lens"],
+        num_q_heads=HEADS,
+        num_kv_heads=HEADS,
+        page_size=PAGE,
     ).array
 
     def step(q, k, v, words, scale):
@@ -220,16 +226,31 @@ def test_arrays_need_not_be_contiguous(evaluate):
 
 
 BAD_CALLS = {
-    "q of two dimensions": (dict(q=mx.zeros((2, 8))), r"q must have shape \[tokens, num_q_heads, head_dim\]; got \(2, 8\)"),
+    "q of two dimensions": (
+        dict(q=mx.zeros((2, 8))),
+        r"q must have shape \[tokens, num_q_heads, head_dim\]; got \(2, 8\)",
+    ),
     "another head_dim": (
         dict(q=mx.zeros((2, HEADS, 16))),
         r"k_pages must have shape \[num_pages, num_kv_heads, page_size, head_dim\], where head_dim = 16 from q; "
         r"got \(6, 2, 4, 8\)",
     ),
-    "v_pages of fewer pages": (dict(v_pages=mx.zeros((5, HEADS, PAGE, DIM))), "where num_pages = 6 from k_pages"),
-    "mixed dtypes": (dict(v_pages=pages(mx.float16)), "v_pages must be float32, the dtype of q; got float16"),
-    "integers": (dict(q=mx.zeros((2, HEADS, DIM), mx.int32)), "q must be float32, float16 or bfloat16; got int32"),
-    "heads that do not divide": (dict(q=mx.zeros((2, 3, DIM))), "must be a multiple of num_kv_heads = 2 from k_pages; got 3"),
+    "v_pages of fewer pages": (
+        dict(v_pages=mx.zeros((5, HEADS, PAGE, DIM))),
+        "where num_pages = 6 from k_pages",
+    ),
+    "mixed dtypes": (
+        dict(v_pages=pages(mx.float16)),
+        "v_pages must be float32, the dtype of q; got float16",
+    ),
+    "integers": (
+        dict(q=mx.zeros((2, HEADS, DIM), mx.int32)),
+        "q must be float32, float16 or bfloat16; got int32",
+    ),
+    "heads that do not divide": (
+        dict(q=mx.zeros((2, 3, DIM))),
+        "must be a multiple of num_kv_heads = 2 from k_pages; got 3",
+    ),
     "an odd head_dim": (
         dict(q=mx.zeros((2, HEADS, 4)), k_pages=mx.zeros((PAGES, HEADS, PAGE, 4))),
         "a multiple of 8 up to 256, or 512; got 4",
@@ -239,7 +260,10 @@ BAD_CALLS = {
         dict(cu_seqlens_q=[0, 1, 3]),
         "q must have 3 tokens, as many as cu_seqlens_q ends with; got 2",
     ),
-    "a page outside the pool": (dict(block_tables=[[4, 6], [2, -1]]), r"page ids in \[0, 6\), the pages of the pool; got 6 at \[0, 1\]"),
+    "a page outside the pool": (
+        dict(block_tables=[[4, 6], [2, -1]]),
+        r"page ids in \[0, 6\), the pages of the pool; got 6 at \[0, 1\]",
+    ),
     "a length without pages": (dict(context_lens=[9, 3]), "covered by the pages"),
     "a page missing": (dict(context_lens=[7, 5]), "covered by the pages"),
     "a query longer than its context": (
@@ -257,11 +281,26 @@ BAD_CALLS = {
     ),
     "a softcap of 0": (dict(softcap=0.0), "softcap must be finite and greater than 0"),
     "a scale of NaN": (dict(scale=float("nan")), "scale must be finite"),
-    "one slope too many": (dict(alibi_slopes=mx.zeros(3)), r"alibi_slopes must have shape \[num_q_heads\], where num_q_heads = 2"),
-    "integer sinks": (dict(sinks=mx.zeros(2, mx.int32)), "sinks must be float32, float16 or bfloat16"),
-    "a short mask": (dict(mask=mx.zeros((2, 6))), r"a column for each key of the longest context \(7\); got 6"),
-    "a mask of other tokens": (dict(mask=mx.zeros((3, 7))), r"mask must have shape \[tokens, keys\]"),
-    "a mask of integers": (dict(mask=mx.zeros((2, 7), mx.int32)), r"mask \(unless bool\) must be float32"),
+    "one slope too many": (
+        dict(alibi_slopes=mx.zeros(3)),
+        r"alibi_slopes must have shape \[num_q_heads\], where num_q_heads = 2",
+    ),
+    "integer sinks": (
+        dict(sinks=mx.zeros(2, mx.int32)),
+        "sinks must be float32, float16 or bfloat16",
+    ),
+    "a short mask": (
+        dict(mask=mx.zeros((2, 6))),
+        r"a column for each key of the longest context \(7\); got 6",
+    ),
+    "a mask of other tokens": (
+        dict(mask=mx.zeros((3, 7))),
+        r"mask must have shape \[tokens, keys\]",
+    ),
+    "a mask of integers": (
+        dict(mask=mx.zeros((2, 7), mx.int32)),
+        r"mask \(unless bool\) must be float32",
+    ),
     "no tables": (dict(block_tables=None), "must be given, or a plan"),
     "a window of 0": (dict(sliding_window=0), "sliding_window must be at least 1"),
 }

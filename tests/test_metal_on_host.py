@@ -12,7 +12,9 @@ PAGES, HEADS, PAGE, DIM = 12, 2, 8, 64
 
 
 def normal(shape, seed, dtype):
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(
+        dtype
+    )
 
 
 def pages(dtype, seed):
@@ -123,7 +125,9 @@ def test_a_pool_writes_keys_and_values_in_one_dispatch_and_copies_all_layers_in_
 
 def test_states_are_merged():
     outs = [normal((3, HEADS, DIM), i, mx.float32) for i in range(3)]
-    lses = [normal((3, HEADS), 10 + i, mx.float32) for i in range(2)] + [mx.full((3, HEADS), -mx.inf)]
+    lses = [normal((3, HEADS), 10 + i, mx.float32) for i in range(2)] + [
+        mx.full((3, HEADS), -mx.inf)
+    ]
     expected = [np.array(x) for x in fast.merge_states(outs, lses)]
     with metal_on_host() as launches:
         merged = fast.merge_states(outs, lses)

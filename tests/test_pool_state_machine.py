@@ -131,7 +131,9 @@ class PoolMachine(RuleBasedStateMachine):
             out = step(mx.array(q), plan.array)
         else:
             out = self.pool.attend(layer, mx.array(q), plan)
-        expected = np.stack([naive_attention(q[i], chosen[i][1], layer) for i in range(len(chosen))])
+        expected = np.stack(
+            [naive_attention(q[i], chosen[i][1], layer) for i in range(len(chosen))]
+        )
         self.pending.append((out, expected))
 
     @precondition(lambda self: self.pending)

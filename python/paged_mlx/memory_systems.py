@@ -59,7 +59,10 @@ class DecodeStep:
         self.q = mx.array(rng.standard_normal((len(lengths), num_q_heads, head_dim))).astype(dtype)
         shape = (num_kv_heads, head_dim)
         kv = [
-            [mx.array(rng.standard_normal((n, *shape)).astype(np.float32)).astype(dtype) for _ in "kv"]
+            [
+                mx.array(rng.standard_normal((n, *shape)).astype(np.float32)).astype(dtype)
+                for _ in "kv"
+            ]
             for n in lengths
         ]
         self._fill_contiguous(kv, shape, dtype)
@@ -69,7 +72,9 @@ class DecodeStep:
     def _fill_contiguous(self, kv, shape, dtype):
         longest = max(self.lengths)
         self.k, self.v = (
-            mx.stack([mx.pad(pair[i], ((0, longest - pair[i].shape[0]), (0, 0), (0, 0))) for pair in kv])
+            mx.stack(
+                [mx.pad(pair[i], ((0, longest - pair[i].shape[0]), (0, 0), (0, 0))) for pair in kv]
+            )
             .astype(dtype)
             .swapaxes(1, 2)
             for i in range(2)
