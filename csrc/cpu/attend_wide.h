@@ -7,9 +7,9 @@
 //
 // With rows in the lanes, an element of K or V is a broadcast, so nothing is
 // transposed but the queries, and the softmax has no horizontal step.
-//   Phase 1: scores of a tile, kMicroKeys keys x three vectors of rows at a time.
+//   Phase 1: scores of a tile, so many keys x a panel of rows that the registers are full.
 //   Phase 2: online softmax, down the tile.
-//   Phase 3: values, kMicroDims elements x three vectors of rows at a time.
+//   Phase 3: values, so many elements x a panel of rows.
 // Tiles start at multiples of kTileKeys; lanes never meet: a row's numbers do
 // not depend on the rows beside it.
 #pragma once
@@ -19,17 +19,23 @@
 namespace paged_mlx::cpu {
 namespace {
 
-constexpr int kPanelVecs = 3;
-constexpr int kPanel = kPanelVecs * kLanes;
 constexpr int kTileKeys = 64;
-constexpr int kMicroKeys = kManyRegisters ? 8 : 4;
-constexpr int kMicroDims = kMicroKeys;
 constexpr int kChainWords = 32;
+constexpr int kMaxPanel = 3 * kLanes;
 constexpr int kMaxWideRows = 384;
 constexpr size_t kWideStateBytes = 448 * 1024; // q and acc of one pass
 
-// One pass: up to kMaxWideRows rows of one KV head, in panels of lanes.
+// Keys, or elements of V, that meet a panel of so many vectors in registers.
+constexpr int micro(int panel_vecs) {
+  return panel_vecs > 1 ? (kManyRegisters ? 8 : 4) : kPair < 16 ? 8 : kPair / 2;
+}
+
+// One pass: up to kMaxWideRows rows of one KV head, in panels of kVecs vectors.
+template <int kVecs>
 struct WidePass {
+  static constexpr int kPanelVecs = kVecs;
+  static constexpr int kPanel = kVecs * kLanes;
+
   const Job& job;
   const PlanItem& item;
   int kv_head;
@@ -52,6 +58,7 @@ struct WidePass {
 };
 
 // Four rows of floats at a time become four lanes of `count` columns.
+template <int kPanel>
 void transpose_in(const float* const* rows, int count, float* to) {
   for (int d = 0; d < count; d += 4) {
     Vec4 a = load4(rows[0] + d), b = load4(rows[1] + d);
@@ -64,6 +71,7 @@ void transpose_in(const float* const* rows, int count, float* to) {
   }
 }
 
+template <int kPanel>
 void transpose_out(const float* from, int count, float* const* rows) {
   for (int d = 0; d < count; d += 4) {
     Vec4 a = load4(from + (d + 0) * kPanel), b = load4(from + (d + 1) * kPanel);
@@ -81,15 +89,15 @@ PAGED_MLX_INLINE void pack_row(const typename X::T* from, int n, float* words) {
   DotProduct<X>::pack_row(from, n, reinterpret_cast<typename DotProduct<X>::Query*>(words));
 }
 
-template <typename X>
-void pack_queries(const WidePass& pass, float* wide_rows) {
+template <typename X, typename Pass>
+void pack_queries(const Pass& pass, float* wide_rows) {
   const Job& job = pass.job;
   const auto* const q = static_cast<const typename X::T*>(job.q);
   float* rows[4];
   for (int i = 0; i < 4; i++) {
     rows[i] = wide_rows + i * pass.words;
   }
-  for (int r = 0; r < pass.num_panels * kPanel; r += 4) {
+  for (int r = 0; r < pass.num_panels * Pass::kPanel; r += 4) {
     for (int i = 0; i < 4; i++) {
       if (r + i < pass.num_rows) {
         const Row& row = pass.rows[r + i];
@@ -99,14 +107,14 @@ void pack_queries(const WidePass& pass, float* wide_rows) {
         memset(rows[i], 0, pass.words * sizeof(float));
       }
     }
-    const size_t panel = r / kPanel;
-    transpose_in(rows, pass.words, pass.q + panel * pass.words * kPanel + r % kPanel);
+    const size_t panel = r / Pass::kPanel;
+    transpose_in<Pass::kPanel>(rows, pass.words, pass.q + panel * pass.words * Pass::kPanel + r % Pass::kPanel);
   }
 }
 
-template <typename X>
-void start_pass(const WidePass& pass) {
-  const int lanes = pass.num_panels * kPanel;
+template <typename X, typename Pass>
+void start_pass(const Pass& pass) {
+  const int lanes = pass.num_panels * Pass::kPanel;
   for (int r = 0; r < lanes; r++) {
     const bool real = r < pass.num_rows;
     pass.rows[r] = real ? make_row(pass.job, pass.item, pass.kv_head, pass.first_row + r)
@@ -120,15 +128,15 @@ void start_pass(const WidePass& pass) {
   pack_queries<X>(pass, pass.k_tile);
 }
 
-template <typename X>
-void finish_pass(const WidePass& pass) {
+template <typename X, typename Pass>
+void finish_pass(const Pass& pass) {
   float* rows[4];
   for (int i = 0; i < 4; i++) {
     rows[i] = pass.v_tile + i * pass.v_dim;
   }
   for (int r = 0; r < pass.num_rows; r += 4) {
-    const size_t panel = r / kPanel;
-    transpose_out(pass.acc + panel * pass.v_dim * kPanel + r % kPanel, pass.v_dim, rows);
+    const size_t panel = r / Pass::kPanel;
+    transpose_out<Pass::kPanel>(pass.acc + panel * pass.v_dim * Pass::kPanel + r % Pass::kPanel, pass.v_dim, rows);
     for (int i = 0; i < 4 && r + i < pass.num_rows; i++) {
       finish_row<X>(pass.job, pass.rows[r + i], rows[i], pass.most[r + i], pass.sums[r + i]);
     }
@@ -141,7 +149,8 @@ struct KeyRange {
   int end;
 };
 
-KeyRange seen_by(const WidePass& pass, int first, int count) {
+template <typename Pass>
+KeyRange seen_by(const Pass& pass, int first, int count) {
   KeyRange range = {0, 0};
   for (int r = first; r < first + count; r++) {
     const int begin = pass.begins[r], end = pass.ends[r];
@@ -157,8 +166,8 @@ KeyRange seen_by(const WidePass& pass, int first, int count) {
 
 // Calls visit(row of K and V in the pool, key) for keys [keys.begin, keys.end);
 // `page` is the first page that may hold one of them, and moves up to it.
-template <typename Visit>
-PAGED_MLX_INLINE void for_each_key(const WidePass& pass, KeyRange keys, int& page, Visit visit) {
+template <typename Pass, typename Visit>
+PAGED_MLX_INLINE void for_each_key(const Pass& pass, KeyRange keys, int& page, Visit visit) {
   const Job& job = pass.job;
   const int64_t head = int64_t(pass.kv_head) * job.page_size;
   auto page_end = [&](int i) {
@@ -181,8 +190,8 @@ PAGED_MLX_INLINE void for_each_key(const WidePass& pass, KeyRange keys, int& pag
 }
 
 // The tile at `position` holds keys [keys.begin, keys.end).
-template <typename X>
-void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
+template <typename X, typename Pass>
+void load_tile(const Pass& pass, int position, KeyRange keys, int& page) {
   using T = typename X::T;
   const Job& job = pass.job;
   const T* const k_pages = static_cast<const T*>(job.k_pages);
@@ -194,7 +203,8 @@ void load_tile(const WidePass& pass, int position, KeyRange keys, int& page) {
   });
 }
 
-void prefetch_keys(const WidePass& pass, KeyRange keys, int page, int itemsize) {
+template <typename Pass>
+void prefetch_keys(const Pass& pass, KeyRange keys, int page, int itemsize) {
   const Job& job = pass.job;
   const int k_bytes = job.head_dim * itemsize, v_bytes = job.v_head_dim * itemsize;
   for_each_key(pass, keys, page, [&](int64_t row, int) {
@@ -211,8 +221,9 @@ void prefetch_keys(const WidePass& pass, KeyRange keys, int page, int itemsize) 
 
 // Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
 // kChainWords words at a time: a shorter chain of roundings.
-template <typename X>
+template <typename X, int kPanelVecs>
 void score_keys(const float* q, const float* keys, int words, float* scores) {
+  constexpr int kPanel = kPanelVecs * kLanes, kMicroKeys = micro(kPanelVecs);
   for (int first = 0; first < words; first += kChainWords) {
     const int end = min_int(first + kChainWords, words);
     Vec dots[kMicroKeys][kPanelVecs];
@@ -243,10 +254,11 @@ void score_keys(const float* q, const float* keys, int words, float* scores) {
 }
 
 // Scores that are more than scale * dot, or hidden from some row.
-void finish_scores(const WidePass& pass, int panel, int position, KeyRange keys) {
+template <typename Pass>
+void finish_scores(const Pass& pass, int panel, int position, KeyRange keys) {
   const Job& job = pass.job;
-  for (int x = 0; x < kPanelVecs; x++) {
-    const int first = panel * kPanel + x * kLanes;
+  for (int x = 0; x < Pass::kPanelVecs; x++) {
+    const int first = panel * Pass::kPanel + x * kLanes;
     const Row* const rows = pass.rows + first;
     const VecI begin = (VecI)load(reinterpret_cast<const float*>(pass.begins + first));
     const VecI end = (VecI)load(reinterpret_cast<const float*>(pass.ends + first));
@@ -256,7 +268,7 @@ void finish_scores(const WidePass& pass, int panel, int position, KeyRange keys)
       at[i] = float(rows[i].position);
     }
     for (int key = keys.begin; key < keys.end; key++) {
-      float* const s = pass.scores + (key - position) * kPanel + x * kLanes;
+      float* const s = pass.scores + (key - position) * Pass::kPanel + x * kLanes;
       Vec score = load(s);
       if (!job.plain) {
         Vec bias = {};
@@ -274,8 +286,16 @@ void finish_scores(const WidePass& pass, int panel, int position, KeyRange keys)
 
 // Phase 2: scores of keys [low, high) of the tile become weights; `shrink` is
 // what the sums so far shrink by. Even and odd keys are added up apart.
+template <int kPanelVecs>
 void soften(
-    float unit, float* scores, int low, int high, float* most, float* sums, Vec (&shrink)[kPanelVecs]) {
+    float unit,
+    float* scores,
+    int low,
+    int high,
+    float* most,
+    float* sums,
+    Vec (&shrink)[kPanelVecs]) {
+  constexpr int kPanel = kPanelVecs * kLanes;
   for (int x = 0; x < kPanelVecs; x++) {
     float* const column = scores + x * kLanes;
     const Vec before = load(most + x * kLanes);
@@ -306,6 +326,7 @@ void soften(
 }
 
 // Phase 3: kMicroDims elements of the accumulators of a panel.
+template <int kPanelVecs>
 void add_values(
     const float* weights,
     const float* values,
@@ -313,6 +334,7 @@ void add_values(
     int v_dim,
     const Vec (&shrink)[kPanelVecs],
     float* acc) {
+  constexpr int kPanel = kPanelVecs * kLanes, kMicroDims = micro(kPanelVecs);
   Vec sum[kMicroDims][kPanelVecs];
   for (int d = 0; d < kMicroDims; d++) {
     for (int x = 0; x < kPanelVecs; x++) {
@@ -340,41 +362,43 @@ void add_values(
 }
 
 // A tile of keys against the rows of one panel.
-template <typename X>
-void attend_panel(const WidePass& pass, int panel, int position, KeyRange tile) {
-  const KeyRange seen = seen_by(pass, panel * kPanel, kPanel);
+template <typename X, typename Pass>
+void attend_panel(const Pass& pass, int panel, int position, KeyRange tile) {
+  const KeyRange seen = seen_by(pass, panel * Pass::kPanel, Pass::kPanel);
   const KeyRange keys = {max_int(tile.begin, seen.begin), min_int(tile.end, seen.end)};
   if (keys.begin >= keys.end) {
     return;
   }
+  constexpr int kMicro = micro(Pass::kPanelVecs);
   const Job& job = pass.job;
-  const float* const q = pass.q + size_t(panel) * pass.words * kPanel;
+  const float* const q = pass.q + size_t(panel) * pass.words * Pass::kPanel;
   const int low = keys.begin - position, high = keys.end - position;
-  for (int j = low / kMicroKeys * kMicroKeys; j < high; j += kMicroKeys) {
-    score_keys<X>(q, pass.k_tile + j * pass.words, pass.words, pass.scores + j * kPanel);
+  for (int j = low / kMicro * kMicro; j < high; j += kMicro) {
+    score_keys<X, Pass::kPanelVecs>(
+        q, pass.k_tile + j * pass.words, pass.words, pass.scores + j * Pass::kPanel);
   }
   bool whole = job.plain;
-  for (int r = panel * kPanel; whole && r < (panel + 1) * kPanel; r++) {
+  for (int r = panel * Pass::kPanel; whole && r < (panel + 1) * Pass::kPanel; r++) {
     whole = pass.begins[r] <= keys.begin && pass.ends[r] >= keys.end;
   }
   if (!whole) {
     finish_scores(pass, panel, position, keys);
   }
-  Vec shrink[kPanelVecs];
-  soften(
+  Vec shrink[Pass::kPanelVecs];
+  soften<Pass::kPanelVecs>(
       exponent_unit(job),
       pass.scores,
       low,
       high,
-      pass.most + panel * kPanel,
-      pass.sums + panel * kPanel,
+      pass.most + panel * Pass::kPanel,
+      pass.sums + panel * Pass::kPanel,
       shrink);
-  const float* const weights = pass.scores + low * kPanel;
-  float* const acc = pass.acc + size_t(panel) * pass.v_dim * kPanel;
-  for (int d = 0; d < pass.v_dim; d += kMicroDims) {
-    add_values(
+  const float* const weights = pass.scores + low * Pass::kPanel;
+  float* const acc = pass.acc + size_t(panel) * pass.v_dim * Pass::kPanel;
+  for (int d = 0; d < pass.v_dim; d += kMicro) {
+    add_values<Pass::kPanelVecs>(
         weights, pass.v_tile + low * pass.v_dim + d, high - low, pass.v_dim, shrink,
-        acc + size_t(d) * kPanel);
+        acc + size_t(d) * Pass::kPanel);
   }
 }
 
@@ -385,8 +409,8 @@ KeyRange share_of_tile(int position, int panel, int count, int end) {
       min_int(position + kTileKeys * (panel + 1) / count, end)};
 }
 
-template <typename X>
-void attend_pass(const WidePass& pass) {
+template <typename X, typename Pass>
+void attend_pass(const Pass& pass) {
   start_pass<X>(pass);
   memset(pass.k_tile, 0, sizeof(float) * kTileKeys * pass.words);
   const KeyRange all = seen_by(pass, 0, pass.num_rows);
@@ -403,21 +427,24 @@ void attend_pass(const WidePass& pass) {
   finish_pass<X>(pass);
 }
 
-// Rows that one pass holds: whole panels.
+// Rows that one pass holds.
 int wide_rows(const Job& job) {
-  const size_t panel = sizeof(float) * kPanel * (padded(job.head_dim) + padded(job.v_head_dim));
-  return clamp_int(int(kWideStateBytes / panel) * kPanel, kPanel, kMaxWideRows / kPanel * kPanel);
+  const size_t row = sizeof(float) * (padded(job.head_dim) + padded(job.v_head_dim));
+  const int most = int(kWideStateBytes / row) / kMaxPanel * kMaxPanel;
+  return clamp_int(most, kMaxPanel, kMaxWideRows);
 }
 
 size_t wide_scratch_bytes(const Job& job) {
   const size_t dims = padded(job.head_dim) + padded(job.v_head_dim);
   const size_t row = dims * sizeof(float) + sizeof(Row) + 4 * sizeof(float);
-  return wide_rows(job) * row + kTileKeys * (dims + kPanel) * sizeof(float) + 16 * 64;
+  return (wide_rows(job) + kMaxPanel) * row +
+      kTileKeys * (dims + kMaxPanel) * sizeof(float) + 16 * 64;
 }
 
-template <typename X>
-WidePass make_pass(
+template <typename X, int kVecs>
+WidePass<kVecs> make_pass(
     const Job& job, const PlanItem& item, int kv_head, int first_row, int num_rows, char* memory) {
+  constexpr int kPanel = WidePass<kVecs>::kPanel;
   const int panels = (num_rows + kPanel - 1) / kPanel;
   const int words = padded(job.head_dim) / DotProduct<X>::kPerWord;
   const int v_dim = padded(job.v_head_dim);
@@ -444,13 +471,30 @@ WidePass make_pass(
       scratch.take<int32_t>(lanes)};
 }
 
+// Vectors of a panel that leave the fewest lanes without a row.
+int panel_vecs(int rows) {
+  auto idle = [rows](int vecs) { return (vecs * kLanes - rows % (vecs * kLanes)) % (vecs * kLanes); };
+  const int best = idle(3) <= idle(2) ? 3 : 2;
+  return idle(best) <= idle(1) ? best : 1;
+}
+
 template <typename X>
 void attend_wide(const Job& job, int index, int kv_head, char* memory) {
   const PlanItem& item = job.items[index];
   const int total = item.row_count * job.gqa_factor;
   const int step = wide_rows(job);
   for (int first = 0; first < total; first += step) {
-    attend_pass<X>(make_pass<X>(job, item, kv_head, first, min_int(step, total - first), memory));
+    const int rows = min_int(step, total - first);
+    switch (panel_vecs(rows)) {
+      case 1:
+        attend_pass<X>(make_pass<X, 1>(job, item, kv_head, first, rows, memory));
+        break;
+      case 2:
+        attend_pass<X>(make_pass<X, 2>(job, item, kv_head, first, rows, memory));
+        break;
+      default:
+        attend_pass<X>(make_pass<X, 3>(job, item, kv_head, first, rows, memory));
+    }
   }
 }
 

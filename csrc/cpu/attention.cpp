@@ -16,7 +16,7 @@ namespace {
 // What one microsecond of one thread does, to tell small jobs from large ones.
 constexpr double kBytesPerMicrosecond = 18e3;
 constexpr double kFlopsPerMicrosecond = 80e3;
-constexpr double kMicrosecondsPerThread = 60; // less is not worth waking a thread for
+constexpr double kMicrosecondsPerThread = 150; // less is not worth waking a thread for
 constexpr int kMergesPerUnit = 16;
 
 // Memory that a thread keeps from call to call.
