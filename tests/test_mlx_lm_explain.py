@@ -64,12 +64,31 @@ def test_masks_that_are_not_the_caches_are_gathered(mask, reason):
     model = zoo.tiny("llama")
     x = mx.random.normal((1, 2, 5, 8))
     with enable(model):
-        k, v = model.make_cache()[0].update_and_fetch(x, x)
-        assert hook.refusal(x, k, v, mask) == reason
-        assert hook.refusal(x, k, v, "causal") is None
-        assert hook.refusal(x[:, :, :3], k, v, "causal") == "the queries are not this step's tokens"
-        assert hook.refusal(x, k, x, "causal") == "K and V are not one layer's"
-        assert hook.refusal(x.astype(mx.float16), k, v, "causal").startswith("q is ")
+        k, _ = model.make_cache()[0].update_and_fetch(x, x)
+        assert reason_for(x, k, mask) == reason
+        assert reason_for(x, k, "causal") is None
+        assert reason_for(x[:, :, :3], k, "causal") == "the queries are not this step's tokens"
+        assert reason_for(x.astype(mx.float16), k, "causal").startswith("q is ")
+
+
+def reason_for(q, k, mask):
+    return hook.route_of(q, k.source, mask).reason
+
+
+def test_k_and_v_that_are_not_one_layers_are_gathered():
+    model = zoo.tiny("llama")
+    x = mx.random.normal((1, 2, 1, 8))
+    with enable(model) as paged:
+        first, second, _ = model.make_cache()
+        k, v = first.update_and_fetch(x, x)
+        _, other = second.update_and_fetch(2 * x, 3 * x)
+        for keys, values, expected in ((k, other, 3 * x), (k, x, x), (k, k, x), (v, k, x)):
+            found = mx.fast.scaled_dot_product_attention(x, keys, values, scale=1.0)
+            assert mx.allclose(found, expected)
+        assert paged.gathered_calls == {
+            "K and V are not one layer's": 3,
+            "K is V too, of latent attention": 1,
+        }
 
 
 def test_the_mask_of_another_step_is_gathered():
@@ -80,9 +99,9 @@ def test_the_mask_of_another_step_is_gathered():
         old = cache.make_mask(5, return_array=True)
         cache.update_and_fetch(x, x)
         mask = cache.make_mask(5, return_array=True)
-        k, v = cache.update_and_fetch(x, x)
-        assert hook.refusal(x, k, v, old) == "the mask is of another step"
-        assert hook.refusal(x, k, v, mask) is None
+        k, _ = cache.update_and_fetch(x, x)
+        assert reason_for(x, k, old) == "the mask is of another step"
+        assert reason_for(x, k, mask) is None
 
 
 def test_calls_that_are_not_ours_pass_through():

@@ -190,27 +190,28 @@ class LayerGroup:
 
     def gathered(self, source: PagesOfLayer, keys: mx.array, values: mx.array):
         """K and V of a layer as lazy gathers; ``keys`` and ``values`` give their dtypes."""
-        k_pages, v_pages = self.state_of(source.layer)
+        pool, i = self._placed[source.layer]
+        k_pages, v_pages = pool.state[2 * i : 2 * i + 2]
         arguments = source.step.gather_arguments(k_pages)
         k, v, _, _ = _ext.gather_pages(k_pages, v_pages, **arguments)
         self._unread[source.layer] = (k, v)
-        columns = self._stock_columns(source)
-        if columns is not None:
+        if self.window is not None:
+            columns = self._stock_columns(source)
             k, v = k[:, :, columns], v[:, :, columns]
-        if k.dtype != keys.dtype:
+        if keys.dtype != pool.dtype:
             k = k.astype(keys.dtype)
-        if v.dtype != values.dtype:
+        if values.dtype != pool.dtype:
             v = v.astype(values.dtype)
         if values.shape[3] == 0:
             v = v[..., :0]
         return GatheredKV(k, source, True), GatheredKV(v, source, False)
 
-    def _stock_columns(self, source: PagesOfLayer) -> slice | None:
+    def _stock_columns(self, source: PagesOfLayer) -> slice:
         """The columns that a stock window cache returns: the window of the first new token."""
-        if self.window is None or source.batched:
-            return None
-        first = max(0, int(source.step.starts[0]) - self.window + 1) - source.step.first_column
-        return slice(first, None) if first else None
+        if source.batched:
+            return slice(None)
+        first = max(0, int(source.step.starts[0]) - self.window + 1)
+        return slice(first - source.step.first_column, None)
 
     def taken(self, layer: int) -> None:
         """The hook has read the pages: the layer's gather is not needed."""

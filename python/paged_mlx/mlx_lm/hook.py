@@ -4,10 +4,15 @@ A call whose K and V are ours, and whose mask means what the pages' plan means, 
 pages. Any other call goes on as it came: our arrays are real, so it is right, and slower.
 """
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import numpy as np
 
 from paged_mlx.mlx_lm.gathered import GatheredKV, PagedMask
+
+LATENT = "K is V too, of latent attention"
+NOT_ONE_LAYERS = "K and V are not one layer's"
 
 _installed = 0
 _stock = None
@@ -35,22 +40,60 @@ def uninstall() -> None:
 def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, **options):
     """``mx.fast.scaled_dot_product_attention``, reading pages where K and V are ours."""
     if type(k) is GatheredKV:
-        reason = refusal(q, k, v, mask)
-        k.source.group.count(k.source.layer, reason)
-        if reason is None:
-            return attend(q, k.source, scale, mask, sinks)
+        source = k.source
+        if type(v) is GatheredKV and v.source is source and v is not k and k.is_key:
+            route = route_of(q, source, mask)
+            source.group.count(source.layer, route.reason)
+            if route.reason is None:
+                return attend(q, source, route.plan, scale, sinks)
+        else:
+            source.group.count(source.layer, LATENT if v is k else NOT_ONE_LAYERS)
     return _stock(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
 
-def refusal(q, k, v, mask) -> str | None:
-    """Why this call cannot read the pages; None when it can."""
-    source = k.source
-    if v is k:
-        return "K is V too, of latent attention"
-    if type(v) is not GatheredKV or v.source is not source or not k.is_key or v.is_key:
-        return "K and V are not one layer's"
+@dataclass(eq=False, slots=True)
+class Route:
+    """What was decided for one layer's call; the layers after it mostly ask the same.
+
+    Attributes:
+        reason: Why the pages cannot be read; None when they can.
+        plan: The attention plan then.
+    """
+
+    pool: object
+    shape: tuple
+    dtype: mx.Dtype
+    mask: object
+    reason: str | None
+    plan: object = None
+
+    def answers(self, pool, q, mask) -> bool:
+        return (
+            self.mask is mask
+            and self.pool is pool
+            and self.shape == q.shape
+            and self.dtype == q.dtype
+        )
+
+
+def route_of(q, source, mask) -> Route:
+    """Whether a call reads the pages, decided once for layers that ask the same."""
     step = source.step
     pool, _ = source.group.placed(source.layer)
+    route = step.route
+    if route is None or not route.answers(pool, q, mask):
+        reason = refusal(q, source, pool, mask)
+        plan = None
+        if reason is None:
+            window = mask.window if type(mask) is PagedMask else source.group.window
+            plan = step.plan(pool, q.shape[1], window)
+        route = step.route = Route(pool, q.shape, q.dtype, mask, reason, plan)
+    return route
+
+
+def refusal(q, source, pool, mask) -> str | None:
+    """Why this call cannot read the pages; None when it can."""
+    step = source.step
     batch, heads, tokens, head_dim = q.shape
     if batch != step.batch or tokens != step.num_tokens:
         return "the queries are not this step's tokens"
@@ -83,11 +126,10 @@ def supported(head_dim: int) -> bool:
     return head_dim % 8 == 0 and (8 <= head_dim <= 256 or head_dim == 512)
 
 
-def attend(q, source, scale, mask, sinks):
+def attend(q, source, plan, scale, sinks):
     """Attention of one layer over its pages; q and the result ``[batch, heads, tokens, dim]``."""
     group, step = source.group, source.step
     pool, i = group.placed(source.layer)
-    window = mask.window if type(mask) is PagedMask else group.window
     batch, heads, tokens, dim = q.shape
     if tokens == 1:
         q = q.reshape(batch, heads, dim)
@@ -96,7 +138,7 @@ def attend(q, source, scale, mask, sinks):
     if step.padded:
         real, back = step.packing()
         q = q[real]
-    out = pool.attend(i, q, step.plan(pool, heads, window), scale=scale, sinks=sinks)
+    out = pool.attend(i, q, plan, scale=scale, sinks=sinks)
     group.taken(source.layer)
     if step.padded:
         out = out[back]

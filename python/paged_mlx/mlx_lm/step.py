@@ -22,6 +22,7 @@ class Step:
         packed: Page tables of the batch, ``PackedTables``.
         first_column: Position of the first column that a gather of this step returns.
         num_columns: Columns that it returns.
+        route: What the attention hook has decided for the layers so far.
     """
 
     def __init__(self, names, starts, counts, num_tokens, slots, packed, num_freed, page_size, before):
@@ -40,6 +41,7 @@ class Step:
         self._slot_mapping = None
         self._gather = None
         self._plans = {}
+        self.route = None
         self._before = before
         self._rows_of_tokens = None
 
