@@ -203,21 +203,38 @@ void load_tile(const Pass& pass, int position, KeyRange keys, int& page) {
   });
 }
 
+// Prefetches the rows of `keys` in one of the pools, K or V.
 template <typename Pass>
-void prefetch_keys(const Pass& pass, KeyRange keys, int page, int itemsize) {
-  const Job& job = pass.job;
-  const int k_bytes = job.head_dim * itemsize, v_bytes = job.v_head_dim * itemsize;
+void prefetch_keys(const Pass& pass, const void* pool, int row_bytes, KeyRange keys, int page) {
   for_each_key(pass, keys, page, [&](int64_t row, int) {
-    const char* const k = static_cast<const char*>(job.k_pages) + row * k_bytes;
-    const char* const v = static_cast<const char*>(job.v_pages) + row * v_bytes;
-    for (int b = 0; b < k_bytes; b += 64) {
-      prefetch(k + b);
-    }
-    for (int b = 0; b < v_bytes; b += 64) {
-      prefetch(v + b);
+    const char* const at = static_cast<const char*>(pool) + row * row_bytes;
+    for (int b = 0; b < row_bytes; b += 64) {
+      prefetch(at + b);
     }
   });
 }
+
+// Keys that a panel prefetches while it works, spread evenly over its steps.
+struct TileAhead {
+  KeyRange keys;
+  int page; // the first that may hold one of them
+  int itemsize;
+
+  KeyRange share(int step, int steps) const {
+    const int count = max_int(keys.end - keys.begin, 0);
+    return {keys.begin + count * step / steps, keys.begin + count * (step + 1) / steps};
+  }
+  template <typename Pass>
+  void prefetch_k(const Pass& pass, int step, int steps) const {
+    const Job& job = pass.job;
+    prefetch_keys(pass, job.k_pages, job.head_dim * itemsize, share(step, steps), page);
+  }
+  template <typename Pass>
+  void prefetch_v(const Pass& pass, int step, int steps) const {
+    const Job& job = pass.job;
+    prefetch_keys(pass, job.v_pages, job.v_head_dim * itemsize, share(step, steps), page);
+  }
+};
 
 // Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
 // kChainWords words at a time: a shorter chain of roundings.
@@ -363,7 +380,8 @@ void add_values(
 
 // A tile of keys against the rows of one panel.
 template <typename X, typename Pass>
-void attend_panel(const Pass& pass, int panel, int position, KeyRange tile) {
+void attend_panel(
+    const Pass& pass, int panel, int position, KeyRange tile, const TileAhead& ahead) {
   const KeyRange seen = seen_by(pass, panel * Pass::kPanel, Pass::kPanel);
   const KeyRange keys = {max_int(tile.begin, seen.begin), min_int(tile.end, seen.end)};
   if (keys.begin >= keys.end) {
@@ -373,7 +391,10 @@ void attend_panel(const Pass& pass, int panel, int position, KeyRange tile) {
   const Job& job = pass.job;
   const float* const q = pass.q + size_t(panel) * pass.words * Pass::kPanel;
   const int low = keys.begin - position, high = keys.end - position;
-  for (int j = low / kMicro * kMicro; j < high; j += kMicro) {
+  const int first = low / kMicro * kMicro;
+  const int k_steps = (high - first + kMicro - 1) / kMicro, v_steps = pass.v_dim / kMicro;
+  for (int j = first; j < high; j += kMicro) {
+    ahead.prefetch_k(pass, (j - first) / kMicro, k_steps);
     score_keys<X, Pass::kPanelVecs>(
         q, pass.k_tile + j * pass.words, pass.words, pass.scores + j * Pass::kPanel);
   }
@@ -396,6 +417,7 @@ void attend_panel(const Pass& pass, int panel, int position, KeyRange tile) {
   const float* const weights = pass.scores + low * Pass::kPanel;
   float* const acc = pass.acc + size_t(panel) * pass.v_dim * Pass::kPanel;
   for (int d = 0; d < pass.v_dim; d += kMicro) {
+    ahead.prefetch_v(pass, d / kMicro, v_steps);
     add_values<Pass::kPanelVecs>(
         weights, pass.v_tile + low * pass.v_dim + d, high - low, pass.v_dim, shrink,
         acc + size_t(d) * Pass::kPanel);
@@ -420,8 +442,7 @@ void attend_pass(const Pass& pass) {
     load_tile<X>(pass, at, tile, page);
     for (int panel = 0; panel < pass.num_panels; panel++) {
       const KeyRange ahead = share_of_tile(at + kTileKeys, panel, pass.num_panels, all.end);
-      prefetch_keys(pass, ahead, page, sizeof(typename X::T));
-      attend_panel<X>(pass, panel, at, tile);
+      attend_panel<X>(pass, panel, at, tile, {ahead, page, sizeof(typename X::T)});
     }
   }
   finish_pass<X>(pass);
