@@ -215,6 +215,24 @@ def test_the_next_step_inside_the_same_pages_reuses_the_plan():
 
 
 @pytest.mark.parametrize(
+    "change", [dict(sliding_window=8), dict(causal=False), dict(fixed_partition=32), dict(q_heads=4)]
+)
+def test_a_previous_plan_with_other_options_is_not_reused(change):
+    tables = distinct_tables([60], 16)
+    plan = make(tables, [60], page_size=16)
+    following = make(tables, [61], page_size=16, previous=plan, **change)
+    fresh = make(tables, [61], page_size=16, **change)
+    assert np.array_equal(np.array(following.array), np.array(fresh.array))
+
+
+def test_a_previous_plan_with_the_same_options_is_reused(monkeypatch):
+    tables = distinct_tables([60], 16)
+    plan = make(tables, [60], page_size=16)
+    monkeypatch.setattr(fast, "_native_plan", None)
+    assert make(tables, [61], page_size=16, previous=plan).max_context_len == 61
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda tables, lens: (tables, [65, 40]),  # another page
@@ -279,6 +297,7 @@ BAD_STEPS = {
     "a wrong number of lengths": (dict(lens=[6, 6]), "context_lens must match batch = 1"),
     "a flat table": (dict(tables=[0, 1]), r"block_tables must have shape \[batch, max_pages\]"),
     "fractions": (dict(lens=[6.5]), "context_lens must hold integers"),
+    "a length at the end of the world": (dict(lens=[2**31 - 1]), "at most 2.31 - 1 - page_size"),
     "a window of 0": (dict(sliding_window=0), "sliding_window must be at least 1"),
     "page_starts alone": (dict(page_starts=[[0, 4]]), "must be given together"),
     "a gap between pages": (

@@ -163,6 +163,23 @@ def test_a_pool_captured_by_compile_unnamed_is_refused():
     assert mx.all(attend(pool, 1) == 4)
 
 
+def test_a_plan_captured_by_compile_is_refused():
+    pool = make_pool()
+    plan = decode_plan([[0]], [1])
+
+    @partial(mx.compile, inputs=pool.state, outputs=pool.state)
+    def step(q):
+        return pool.attend(0, q, plan)
+
+    with pytest.raises(ValueError, match="plan must be an input of the compiled function"):
+        step(mx.zeros((1, HEADS, DIM)))
+    with pytest.raises(ValueError, match=r"call pool.reset_versions\(\)"):
+        write_all(pool, 3)
+    pool.reset_versions()
+    write_all(pool, 4)
+    assert mx.all(attend(pool, 1) == 4)
+
+
 def test_a_second_thread_cannot_evaluate_a_pending_write_and_the_pool_recovers():
     pool = make_pool()
     write_all(pool, 1)

@@ -5,6 +5,8 @@
 
 #include "bindings/module.h"
 #include "cpu/dispatch.h"
+#include "metal/gpu_cores.h"
+#include "metal/launch.h"
 #include "ops/attention.h"
 #include "ops/launch.h"
 #include "ops/merge_states.h"
@@ -145,6 +147,13 @@ void bind_diagnostics(nb::module_& m) {
       "a"_a,
       "Whether the array stands for an input while mx.compile traces.");
   m.def(
+      "is_stale",
+      [](const mx::array& a) {
+        return !a.is_tracer() && !a.has_primitive() && a.status() == mx::array::Status::unscheduled;
+      },
+      "a"_a,
+      "Whether the array stood for an input of a trace that is over.");
+  m.def(
       "set_host_launch",
       [](std::optional<nb::callable> launch) {
         set_host_launch(launch ? python_launch(*launch) : metal::HostLaunch());
@@ -152,6 +161,27 @@ void bind_diagnostics(nb::module_& m) {
       "launch"_a.none(),
       "Send every operation on the CPU through the Metal launch code: `launch` gets the "
       "dispatches, one dict each. None: back to the CPU code.");
+  m.def(
+      "has_host_launch",
+      []() { return bool(host_launch()); },
+      "Whether operations on the CPU go through the Metal launch code.");
+  m.def("gpu_cores", &metal::gpu_cores, "Cores of the GPU; 0: there is none.");
+  m.def(
+      "cores_of_architecture",
+      &metal::cores_of_architecture,
+      "architecture"_a,
+      "Cores of a GPU of this architecture, about.");
+  m.def(
+      "attention_body",
+      [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype) {
+        const metal::Body body = metal::choose_body(rows, head_dim, v_head_dim, cpu_dtype(dtype));
+        return nb::make_tuple(body.kernel, body.rows);
+      },
+      "rows"_a,
+      "head_dim"_a,
+      "v_head_dim"_a,
+      "dtype"_a,
+      "(kernel, rows) of the Metal body that attends items of at most `rows` rows per KV head.");
   m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU backend.");
   m.def("isa_names", &cpu::isa_names, "Instruction sets that this machine runs, the best last.");

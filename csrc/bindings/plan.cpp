@@ -7,10 +7,10 @@
 #include "mlx/array.h"
 
 #include "bindings/module.h"
-#include "cpu/attention.h"
 #include "ops/attention.h"
+#include "ops/plan_target.h"
+#include "ops/route.h"
 #include "plan/planner.h"
-#include "plan/targets.h"
 #include "shape_check.h"
 
 namespace nb = nanobind;
@@ -144,6 +144,19 @@ class NativePlan {
     return *reinterpret_cast<const PlanHeader*>(words());
   }
 
+  // Most query tokens of an item, for each kind.
+  std::tuple<int, int, int> most_tokens() const {
+    const PlanHeader& h = header();
+    const auto* item = reinterpret_cast<const PlanItem*>(words() + h.items);
+    int most[kNumPlanKinds] = {};
+    for (int kind = 0; kind < kNumPlanKinds; kind++) {
+      for (int i = 0; i < h.num_items[kind]; i++, item++) {
+        most[kind] = std::max(most[kind], item->row_count);
+      }
+    }
+    return {most[kVectorItem], most[kTileItem], most[kWideItem]};
+  }
+
   const PlanNotes& notes() const {
     return notes_;
   }
@@ -240,10 +253,13 @@ void bind_plan(nb::module_& m) {
              int page_size,
              bool causal,
              int sliding_window,
-             int itemsize,
+             mx::Dtype dtype,
+             int head_dim,
+             int v_head_dim,
              bool share_prefixes,
              int fixed_partition,
-             int workers) {
+             int workers,
+             bool kernels) {
             PlanInput geometry;
             geometry.num_pages = num_pages;
             geometry.num_q_heads = num_q_heads;
@@ -255,7 +271,7 @@ void bind_plan(nb::module_& m) {
             new (self) NativePlan(
                 Step(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens),
                 geometry,
-                cpu_target(workers > 0 ? workers : cpu::num_threads(), itemsize),
+                target_of({kernels, workers, cpu_dtype(dtype), head_dim, v_head_dim}),
                 options);
           },
           nb::kw_only(),
@@ -271,10 +287,13 @@ void bind_plan(nb::module_& m) {
           "page_size"_a,
           "causal"_a,
           "sliding_window"_a,
-          "itemsize"_a,
+          "dtype"_a,
+          "head_dim"_a,
+          "v_head_dim"_a,
           "share_prefixes"_a,
           "fixed_partition"_a,
-          "workers"_a)
+          "workers"_a,
+          "kernels"_a)
       .def(
           "advance",
           [](const NativePlan& self,
@@ -291,6 +310,7 @@ void bind_plan(nb::module_& m) {
           "context_lens"_a,
           "cu_seqlens_q"_a.none())
       .def("array", &NativePlan::array, "The words of plan_format.h, int32 [words].")
+      .def("most_tokens", &NativePlan::most_tokens, "Most query tokens of an item, by kind.")
       .def("header", [](const NativePlan& self) { return header_dict(self.header()); })
       .def("decisions", [](const NativePlan& self) { return decision_rows(self.notes()); });
   m.def(

@@ -20,4 +20,27 @@ PlanTarget cpu_target(int threads, int itemsize) {
   return target;
 }
 
+// Four threadgroups of four simdgroups keep a core busy while others wait for
+// memory. The costs weigh a core's arithmetic against its share of the memory's
+// bandwidth; they are not fitted to measurements.
+PlanTarget metal_target(int cores, int itemsize, int wide_rows) {
+  constexpr int kThreadgroupsPerCore = 4;
+  PlanTarget target;
+  target.workers = cores * kThreadgroupsPerCore;
+  target.heads_in_parallel = true;
+  target.vector_rows = 2;
+  target.tile_rows = 16;
+  target.wide_rows = wide_rows;
+  target.min_partition = 256;
+  target.min_item_cost = 512;
+  target.items_per_worker = 1;
+  const double product = itemsize == 4 ? 0.5 : 1; // beside the bytes of a key
+  target.row_cost[kVectorItem] = 0.12 * product;
+  target.row_cost[kTileItem] = 0.06 * product;
+  target.row_cost[kWideItem] = 0.06 * product;
+  target.partial_cost = 4;
+  target.item_cost = 64;
+  return target;
+}
+
 } // namespace paged_mlx

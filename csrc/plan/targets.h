@@ -8,4 +8,8 @@ namespace paged_mlx {
 // The CPU backend with `threads` threads, for elements of `itemsize` bytes.
 PlanTarget cpu_target(int threads, int itemsize);
 
+// A GPU of `cores` cores. `wide_rows`: rows that a threadgroup of its widest
+// body attends.
+PlanTarget metal_target(int cores, int itemsize, int wide_rows);
+
 } // namespace paged_mlx

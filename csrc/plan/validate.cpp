@@ -1,4 +1,5 @@
 // The tables and lengths of a step are what the caller promised.
+#include <cstdint>
 #include <stdexcept>
 
 #include "segments.h"
@@ -56,6 +57,12 @@ void check_length(const PlanInput& in, int b) {
   int context_len = in.context_lens[b];
   if (context_len < 0) {
     fail(in, "context_lens must be at least 0", str(context_len) + " for sequence " + str(b));
+  }
+  if (context_len > INT32_MAX - in.page_size) { // the end of its last page is an int32, too
+    fail(
+        in,
+        "context_lens must be at most 2^31 - 1 - page_size",
+        str(context_len) + " for sequence " + str(b));
   }
   if (context_len > 0 && in.query_len(b) > context_len) {
     fail(

@@ -120,6 +120,9 @@ def _attend_pool(q, tables, layer: LayerPages, step: dict, options: dict):
         page_size=pool.page_size,
         num_pages=pool.num_pages,
         dtype=pool.dtype,
+        head_dim=pool.head_dim,
+        v_head_dim=pool.v_head_dim,
+        stream=pool.stream,
         **step,
     )
     return pool.attend(layer.index, q, plan, **options)

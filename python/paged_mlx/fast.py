@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import _ext
+from paged_mlx.device import runs_kernels
 from paged_mlx.host_ints import fail, host_ints, optional_ints
 from paged_mlx.plan import AttentionPlan, plan_array
 
@@ -29,10 +30,13 @@ def plan(
     page_lens=None,
     num_pages: int | None = None,
     dtype: mx.Dtype = mx.float16,
+    head_dim: int = 128,
+    v_head_dim: int | None = None,
     share_prefixes: bool = True,
     fixed_partition: int | None = None,
     workers: int | None = None,
     previous: AttentionPlan | None = None,
+    stream: mx.Stream | mx.Device | None = None,
 ) -> AttentionPlan:
     """Cut one step of attention into work items, once for all layers.
 
@@ -48,13 +52,15 @@ def plan(
         page_starts, page_lens: ``int32 [batch, max_pages]`` for ragged tables:
             position of each page's first token and the number of its tokens.
         num_pages: Pages of the pool, so that ids outside it are found here.
-        dtype: Of the pages; the cost model asks for it.
+        dtype, head_dim, v_head_dim: Of the pages; the cost model asks for them.
         share_prefixes: Let sequences that begin with the same pages read them once.
         fixed_partition: Cut at multiples of this many tokens and share nothing, so
             that a sequence's result has the same bits whatever the batch holds.
-        workers: Items that can run at once. None: the threads of the backend.
+        workers: Items that can run at once. None: what the device has.
         previous: The plan of the step before; reused when only lengths inside the
             last pages changed.
+        stream: Stream or device that the step will run on; any can run the plan, but
+            the GPU wants other items than the CPU.
 
     Raises:
         ValueError: A table, length or id is not what it must be.
@@ -62,29 +68,27 @@ def plan(
     tables = host_ints("plan", "block_tables", block_tables)
     lens = host_ints("plan", "context_lens", context_lens)
     cu = optional_ints("plan", "cu_seqlens_q", cu_seqlens_q)
-    if previous is not None and page_starts is None:
+    options = {
+        "num_pages": -1 if num_pages is None else num_pages,
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "page_size": page_size,
+        "causal": causal,
+        "sliding_window": sliding_window,
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "v_head_dim": v_head_dim or head_dim,
+        "kernels": runs_kernels(stream),
+        "share_prefixes": share_prefixes,
+        "fixed_partition": fixed_partition,
+        "workers": workers,
+    }
+    if previous is not None and page_starts is None and previous.options == options:
         following = previous.advance(tables, lens, cu)
         if following is not None:
             return following
-    native = _native_plan(
-        "plan",
-        tables,
-        lens,
-        cu,
-        page_starts,
-        page_lens,
-        num_pages=-1 if num_pages is None else num_pages,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        page_size=page_size,
-        causal=causal,
-        sliding_window=sliding_window,
-        itemsize=dtype.size,
-        share_prefixes=share_prefixes,
-        fixed_partition=fixed_partition,
-        workers=workers,
-    )
-    return AttentionPlan(native, fixed_partition=fixed_partition or 0)
+    native = _native_plan("plan", tables, lens, cu, page_starts, page_lens, **options)
+    return AttentionPlan(native, options)
 
 
 def paged_attention(
@@ -150,7 +154,7 @@ def paged_attention(
     if plan is None:
         plan = _own_plan(
             q, k_pages, v_pages, block_tables, context_lens, cu_seqlens_q,
-            page_starts, page_lens, causal, sliding_window,
+            page_starts, page_lens, causal, sliding_window, stream,
         )  # fmt: skip
     else:
         check_plan_options(op, plan, causal, sliding_window)
@@ -341,7 +345,7 @@ def check_plan_options(op: str, plan, causal: bool, sliding_window: int | None) 
 
 def _own_plan(
     q, k_pages, v_pages, block_tables, context_lens, cu_seqlens_q,
-    page_starts, page_lens, causal, sliding_window,
+    page_starts, page_lens, causal, sliding_window, stream,
 ):  # fmt: skip
     op = "paged_attention"
     if block_tables is None or context_lens is None:
@@ -366,7 +370,10 @@ def _own_plan(
         page_size=geometry["page_size"],
         causal=causal,
         sliding_window=sliding_window,
-        itemsize=q.dtype.size,
+        dtype=q.dtype,
+        head_dim=q.shape[2],
+        v_head_dim=v_pages.shape[3],
+        kernels=runs_kernels(stream),
     )
     return AttentionPlan(native)
 

@@ -46,12 +46,13 @@ class AttentionPlan:
             (``kernels/plan_format.h``). Pass it as an input of a compiled
             function and on to ``fast.paged_attention(..., plan=array)``.
         decisions: Why each run of common pages is shared or not.
+        options: What it was made with, but for the step's tables and lengths.
     """
 
-    def __init__(self, native, *, fixed_partition=0):
+    def __init__(self, native, options: dict | None = None):
         self._native = native
         self._header = native.header()
-        self.fixed_partition = fixed_partition
+        self.options = options or {}
         self.array = native.array()
         self.decisions = [SharingDecision(*row) for row in native.decisions()]
 
@@ -145,7 +146,7 @@ class AttentionPlan:
         )
         if native is None:
             return None
-        return AttentionPlan(native, fixed_partition=self.fixed_partition)
+        return AttentionPlan(native, self.options)
 
     def __repr__(self):
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.num_items.items() if n) or "no items"

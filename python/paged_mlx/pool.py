@@ -297,11 +297,15 @@ class PagePool:
         if isinstance(plan, AttentionPlan):
             _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
         self._refuse_capture("PagePool.attend", q)
+        words = plan_array(plan)
+        if _ext.is_tracer(q) and not _ext.is_tracer(words):
+            must = "plan must be an input of the compiled function, passed as plan.array"
+            fail("PagePool.attend", must, "a plan captured from outside, good for one step only")
         out, lse, self.state[i], self.state[i + 1] = _ext.paged_attention(
             q,
             k_pages,
             v_pages,
-            plan_array(plan),
+            words,
             scale=scale,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
@@ -393,7 +397,13 @@ class PagePool:
             self.allocator.check()
 
     def _refuse_capture(self, op: str, fresh: mx.array) -> None:
-        """A traced version must not enter a pool that the trace does not know of."""
+        """A traced version must not enter a pool that the trace does not know of, nor stay."""
+        if _ext.is_stale(self.state[0]):
+            must = (
+                "the pool must hold arrays, but a compiled function failed while it was traced: "
+                "call pool.reset_versions()"
+            )
+            fail(op, must, "what mx.compile left behind")
         if _ext.is_tracer(fresh) and not _ext.is_tracer(self.state[0]):
             must = (
                 "the pool must be named to mx.compile: "
