@@ -307,19 +307,19 @@ using namespace paged_mlx;
     if (row >= reader.num_rows) {
       continue;
     }
-    const QueryRow query = wide.rows[m];
     const SoftmaxState state = wide.states[m];
+    const int token = reader.token(row), head = reader.head(row);
     const int slot = row / arguments.gqa_factor;
-    const float factor = finish(state.most, state.sum, writer.sink(query.head)).factor;
+    const float factor = finish(state.most, state.sum, writer.sink(head)).factor;
     for (int u = 0; u < Wide::kUnits; u++) {
       const int column = (u * kSimdgroups + simdgroup) * Wide::kColumns;
       if (column < DV) {
-        const PutResult<T, DV> put{writer, query.token, query.head, slot, column, factor};
+        const PutResult<T, DV> put{writer, token, head, slot, column, factor};
         ColumnRuns<T, Wide::kColumns>::each(&wide.out[m][u * Wide::kColumns / 8], wide.at, put);
       }
     }
     if (simdgroup == 0 && wide.at.column == 0) {
-      writer.write_state(query.token, query.head, slot, state.most, state.sum);
+      writer.write_state(token, head, slot, state.most, state.sum);
     }
   }
 }

@@ -13,6 +13,10 @@ namespace paged_mlx::metal {
 using cpu::DType;
 using cpu::MaskKind;
 
+// Multiply-adds of one dispatch, after which the GPU may turn to other work: a
+// fraction of a second on the slowest GPU that runs MLX.
+inline constexpr double kDispatchWork = 2e11;
+
 // The fields mean what they mean in cpu::AttentionArgs.
 struct AttendCall {
   DType dtype;
@@ -27,6 +31,7 @@ struct AttendCall {
   MaskKind mask_kind;
   Buffer mask;
   int64_t mask_head_stride, mask_token_stride;
+  double dispatch_work = kDispatchWork;
 };
 
 void attend(Encoder& encoder, const AttendCall& call);

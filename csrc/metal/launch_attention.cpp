@@ -9,9 +9,6 @@ namespace paged_mlx::metal {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-// Multiply-adds of one dispatch, after which the GPU may turn to other work: a
-// fraction of a second on the slowest GPU that runs MLX.
-constexpr double kDispatchWork = 2e11;
 
 const char* type_name(DType dtype) {
   return dtype == DType::float32 ? "float" : dtype == DType::float16 ? "half" : "bfloat";
@@ -150,7 +147,7 @@ void attend_items(
   for (int first = begin; first < end;) {
     double work = 0;
     int next = first;
-    while (next < end && (next == first || work < kDispatchWork)) {
+    while (next < end && (next == first || work < call.dispatch_work)) {
       work += work_of(call, items(call)[next++]);
     }
     arguments.items = header(call).items + first * int(sizeof(PlanItem) / sizeof(int32_t));
@@ -160,7 +157,7 @@ void attend_items(
     encoder.dispatch(
         {size_t(arguments.num_kv_heads), size_t(next - first), row_tiles},
         {size_t(32 * simdgroups)});
-    if (work >= kDispatchWork) {
+    if (work >= call.dispatch_work) {
       encoder.pause();
     }
     first = next;

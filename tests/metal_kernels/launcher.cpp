@@ -92,6 +92,7 @@ struct AttendRequest {
   int64_t mask_head_stride, mask_token_stride;
   int dtype, mask_kind, head_dim, v_head_dim;
   float scale, softcap;
+  double dispatch_work; // 0: as the launch code has it
 };
 
 int run_attend(Run run, int limit, const AttendRequest* r) {
@@ -115,6 +116,9 @@ int run_attend(Run run, int limit, const AttendRequest* r) {
     call.mask = given(e, r->mask);
     call.mask_head_stride = r->mask_head_stride;
     call.mask_token_stride = r->mask_token_stride;
+    if (r->dispatch_work > 0) {
+      call.dispatch_work = r->dispatch_work;
+    }
     attend(e, call);
   });
 }
