@@ -150,6 +150,20 @@ def test_a_deep_copy_layer_by_layer_is_one_sequence():
         assert paged.groups[None].pages_used == 3
 
 
+def test_a_copy_of_one_layer_is_not_taken_for_the_copy_of_a_later_time():
+    model, prompt = zoo.tiny("llama"), zoo.prompt(20, seed=1)
+    expected = zoo.single(model, prompt + [7, 5], max_tokens=6)
+    with enable(model, page_size=8):
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt]), cache=cache)
+        early = copy.deepcopy(cache[0])
+        model(mx.array([[7]]), cache=cache)
+        later = copy.deepcopy(cache)
+        assert early.offset == 20
+        assert len({layer.rows[0].name for layer in later}) == 1
+        assert zoo.single(model, [5], max_tokens=6, cache=later) == expected
+
+
 def test_caches_given_to_a_batch_are_not_modified():
     model, prompt = zoo.tiny("llama"), zoo.prompt(20, seed=1)
     tails = [[3, 5], [9], [27, 81, 11]]

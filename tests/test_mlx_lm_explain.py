@@ -31,12 +31,13 @@ def test_a_head_dim_without_a_kernel_is_named():
     assert {layer.reason for layer in found.layers} == {"head_dim 12 has no kernel"}
 
 
-def test_a_head_dim_without_a_kernel_still_gives_stock_tokens():
-    model, prompt = zoo.tiny("llama", head_dim=12), zoo.prompt(45, seed=1)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_head_dim_without_a_kernel_still_gives_stock_tokens(family):
+    model, prompt = zoo.tiny(family, head_dim=12), zoo.prompt(45, seed=1)
     prompts = [prompt, prompt[:7]]
-    expected = zoo.single(model, prompt, max_tokens=8), zoo.batched(model, prompts, [8, 4])
+    expected = zoo.single(model, prompt, max_tokens=8), zoo.batched(model, prompts, [20, 16])
     with enable(model, page_size=8) as paged:
-        found = zoo.single(model, prompt, max_tokens=8), zoo.batched(model, prompts, [8, 4])
+        found = zoo.single(model, prompt, max_tokens=8), zoo.batched(model, prompts, [20, 16])
         assert found == expected
         assert paged.paged_calls == 0
         assert set(paged.gathered_calls) == {"head_dim 12 has no kernel"}
@@ -111,3 +112,19 @@ def test_calls_that_are_not_ours_pass_through():
         found = mx.fast.scaled_dot_product_attention(q, q, q, scale=0.5, mask="causal")
         assert mx.array_equal(found, expected)
         assert paged.paged_calls == 0
+
+
+def test_the_mask_of_a_batch_is_the_windows():
+    model = zoo.tiny("gemma3_text")
+    with enable(model, page_size=8, retain=0) as paged:
+        layer = model.make_cache()[0]
+        x = mx.random.normal((1, 2, 40, 8))
+        layer.update_and_fetch(x, x)
+        batch = layer.merge([layer, paged.make_cache()[0]])
+        mask = batch.make_mask(1)
+        one = mx.repeat(x[:, :, :1], 2, axis=0)
+        batch.update_and_fetch(one, one)
+        columns = batch.step.num_columns
+        assert batch.step.first_column == 0
+        seen = [[17 <= j <= 40 for j in range(columns)], [j == 0 for j in range(columns)]]
+        assert mask[:, 0, 0].tolist() == seen

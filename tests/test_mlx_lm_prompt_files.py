@@ -68,6 +68,17 @@ def test_we_read_mlx_lms_file(model, expected, tmp_path):
         assert paged.paged_calls > 0
 
 
+def test_a_window_cache_that_holds_more_than_its_window_is_read(model):
+    def read_at_once(cache):
+        model(mx.array([PROMPT]), cache=cache)
+        return cache
+
+    stock = read_at_once(make_prompt_cache(model))
+    expected = zoo.single(model, [5], max_tokens=20, cache=read_at_once(make_prompt_cache(model)))
+    with enable(model, page_size=8) as paged:
+        assert zoo.single(model, [5], max_tokens=20, cache=paged.from_stock(stock)) == expected
+
+
 def test_a_window_read_from_a_file_cannot_be_rewound_before_its_first_token():
     model = zoo.tiny("gemma3_text")
     stock = read_prompt(model, make_prompt_cache(model))
