@@ -5,7 +5,8 @@ import numpy as np
 
 from paged_mlx import fast
 from paged_mlx.block_table import pack
-from paged_mlx.host_ints import fail, host_ints
+from paged_mlx.errors import fail
+from paged_mlx.host_ints import host_ints
 from paged_mlx.page_table import PageTable
 from paged_mlx.pool import LayerPages, PageBlock
 

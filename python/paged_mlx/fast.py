@@ -10,7 +10,8 @@ import numpy as np
 
 from paged_mlx._native import _ext
 from paged_mlx.device import runs_kernels
-from paged_mlx.host_ints import fail, host_ints, optional_ints
+from paged_mlx.errors import fail
+from paged_mlx.host_ints import host_ints, optional_ints
 from paged_mlx.plan import AttentionPlan, plan_array
 
 NO_PAGE = -1

@@ -4,13 +4,9 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import _ext
+from paged_mlx.errors import fail
 
 INT32 = np.iinfo(np.int32)
-
-
-def fail(op: str, must: str, found: object) -> None:
-    """Raise ValueError in the one message form."""
-    raise ValueError(f"[{op}] {must}; got {found}.")
 
 
 def host_ints(op: str, name: str, values: object) -> np.ndarray:

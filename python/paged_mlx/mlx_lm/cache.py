@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.models import cache as stock
 from mlx_lm.models.base import create_causal_mask
 
-from paged_mlx.host_ints import fail
+from paged_mlx.errors import fail
 from paged_mlx.mlx_lm.gathered import PagedMask, PagesOfLayer
 from paged_mlx.mlx_lm.sequence import SequencePages
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 from mlx_lm.models import cache as stock
 
-from paged_mlx.host_ints import fail
+from paged_mlx.errors import fail
 from paged_mlx.mlx_lm import hook, prompt_files, prompt_hooks
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup

@@ -7,7 +7,7 @@ A file holds the tokens of one sequence, not the pool: ``mlx_lm.models.cache`` r
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
-from paged_mlx.host_ints import fail
+from paged_mlx.errors import fail
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.layout import CachePlace
 
