@@ -2,6 +2,10 @@
 
 #include "metal/mlx_encoder.h"
 
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
 #include "mlx/allocator.h"
 
 namespace paged_mlx::metal {
@@ -33,8 +37,9 @@ MlxEncoder::MlxEncoder(mx::Stream stream)
 
 MlxEncoder::~MlxEncoder() = default;
 
-// MLX caches both: the library by its name, the pipeline by the variant's.
-MTL::ComputePipelineState* MlxEncoder::pipeline(const Variant& variant) {
+// Compiles the variant, unless MLX has it: it keeps libraries by name, and
+// pipelines by the name of their variant, for as long as the process lives.
+MTL::ComputePipelineState* MlxEncoder::make_pipeline(const Variant& variant) {
   auto* library =
       device_.get_library(variant.library_name(), [&variant] { return variant.text(); });
   mx::metal::MTLFCList constants;
@@ -48,6 +53,18 @@ MTL::ComputePipelineState* MlxEncoder::pipeline(const Variant& variant) {
     }
   }
   return device_.get_kernel(variant.kernel, library, variant.name(), constants);
+}
+
+MTL::ComputePipelineState* MlxEncoder::pipeline(const Variant& variant) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, MTL::ComputePipelineState*> made;
+  const std::string name = variant.name();
+  const std::lock_guard lock(mutex);
+  auto& pipeline = made[name];
+  if (!pipeline) {
+    pipeline = make_pipeline(variant);
+  }
+  return pipeline;
 }
 
 int MlxEncoder::max_threads(const Variant& variant) {

@@ -35,6 +35,7 @@ class MlxEncoder : public Encoder {
 
  private:
   MTL::ComputePipelineState* pipeline(const Variant& variant);
+  MTL::ComputePipelineState* make_pipeline(const Variant& variant);
 
   struct Concurrent;
 
