@@ -221,10 +221,14 @@ class PageMachine(RuleBasedStateMachine):
         shared = self.allocator.ref_count(page_id) > 1
         before = self.state()
         try:
-            assert copy_on_write(sequence.table, position, self.allocator) == shared
+            copied = copy_on_write(sequence.table, position, self.allocator)
         except OutOfPages:
             assert shared and self.state() == before
             return
+        if not copied and shared:  # the pool was full, and the cache let go of the page
+            assert self.state()[1] == before[1] and not self.allocator.is_watched(page_id)
+            assert sequence.table.logical_to_physical(position)[0] == page_id
+        assert shared or not copied
         page_id, offset = sequence.table.logical_to_physical(position)
         assert self.allocator.ref_count(page_id) == 1
         self.edited = True

@@ -47,7 +47,7 @@ class LRUPageAllocator(PageAllocator):
     page that a table holds is never taken.
 
     Args:
-        on_evict: Called with each page id that is evicted, before it is reused.
+        on_evict: Called with each page id that is evicted, before it is reused or written.
     """
 
     def __init__(
@@ -104,6 +104,14 @@ class LRUPageAllocator(PageAllocator):
             if self._on_evict is not None:
                 self._on_evict(page_id)
         return evicted
+
+    def forget(self, page_ids: Sequence[int]) -> int:
+        """Stop caching these pages; those that no table holds become free."""
+        for page_id in page_ids:
+            self.uncache_page(page_id)
+            if self._on_evict is not None:
+                self._on_evict(page_id)
+        return len(page_ids)
 
     def pages_idle(self, page_ids: Sequence[int]) -> None:
         for page_id in page_ids:

@@ -56,6 +56,10 @@ def append_batch(
     ]
     needs = _new_pages(tables, counts, allocator)
     copied = _shared_tails(tables, counts, allocator)
+    if copied and len(copied) + sum(needs) > allocator.num_available:
+        excess = len(copied) + sum(needs) - allocator.num_available
+        _own_cached_tails([tables[row]._pages[-1] for row in copied], excess, allocator)
+        copied = _shared_tails(tables, counts, allocator)
     targets, page_ids = _take_pages(len(copied), sum(needs), allocator)
     still = _shared_tails(tables, counts, allocator) if copied else copied
     if len(still) < len(copied):  # an eviction has made a table its tail's last holder
@@ -111,6 +115,20 @@ def _shared_tails(
                 rows.append(row)
                 leaving[tail] = leaving.get(tail, 0) + 1
     return rows
+
+
+def _own_cached_tails(tails: list[int], excess: int, allocator: PageAllocator) -> None:
+    """Save ``excess`` copies by having caches let go of tail pages that nobody else holds.
+
+    A tail is listed once for each copy. Nothing changes when too few can be saved.
+    """
+    cached = [
+        tail
+        for tail in dict.fromkeys(tails)
+        if allocator.is_watched(tail) and allocator.ref_count(tail) == tails.count(tail) + 1
+    ]
+    if len(cached) >= excess:
+        allocator.forget_pages(cached[:excess])
 
 
 def _take_pages(

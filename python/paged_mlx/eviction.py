@@ -22,6 +22,9 @@ class Evictor(Protocol):
     def evict(self, num_pages: int) -> int:
         """Free up to ``num_pages`` pages that no table holds; return how many."""
 
+    def forget(self, page_ids: Sequence[int]) -> int:
+        """Let go of these watched pages, whoever else holds them; return how many."""
+
     def pages_idle(self, page_ids: Sequence[int]) -> None:
         """The evictor is now the only holder of these watched pages."""
 
@@ -72,6 +75,11 @@ class Evictors:
         """Tell who watches these pages that somebody else holds them now."""
         for evictor, watched in self._by_watcher(page_ids):
             evictor.pages_busy(watched)
+
+    def forget(self, page_ids: Iterable[int]) -> None:
+        """Have who watches these pages let go of them."""
+        for evictor, watched in self._by_watcher(page_ids):
+            evictor.forget(watched)
 
     def _by_watcher(self, page_ids: Iterable[int]) -> list[tuple[Evictor, list[int]]]:
         told: dict[int, tuple[Evictor, list[int]]] = {}

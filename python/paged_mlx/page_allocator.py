@@ -267,6 +267,10 @@ class PageAllocator:
         """Whether an evictor watches the page."""
         return page_id in self._evictors.watched
 
+    def forget_pages(self, page_ids: Iterable[int]) -> None:
+        """Have the evictors that watch these pages let go of them; other holders keep them."""
+        self._evictors.forget(page_ids)
+
     def _make_room(self, num_pages: int) -> bool:
         """Grow, then evict, until ``num_pages`` are free; change nothing if that cannot be."""
         if num_pages > self.num_available:

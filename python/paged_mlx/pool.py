@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import _ext
-from paged_mlx.fast import gather_inputs, pair_array, slot_array
 from paged_mlx.errors import fail
+from paged_mlx.fast import gather_inputs, pair_array, slot_array
 from paged_mlx.plan import AttentionPlan, plan_array
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)

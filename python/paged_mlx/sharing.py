@@ -86,6 +86,10 @@ def copy_on_write(page_table: PageTable, logical_pos: int, page_allocator: PageA
     if page_allocator.ref_count(source) == 1:
         return False
     target = page_allocator.allocate_page()
+    if target is None and page_allocator.is_watched(source):
+        if page_allocator.ref_count(source) == 2:  # the table and a cache, which lets go
+            page_allocator.forget_pages([source])
+            return False
     if target is None:
         fail(
             "copy_on_write",
