@@ -11,4 +11,5 @@ NB_MODULE(_ext, m) {
   paged_mlx::bind_plan(m);
   paged_mlx::bind_operations(m);
   paged_mlx::bind_diagnostics(m);
+  paged_mlx::bind_limits(m);
 }

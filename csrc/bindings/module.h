@@ -8,5 +8,6 @@ namespace paged_mlx {
 void bind_plan(nanobind::module_& m);
 void bind_operations(nanobind::module_& m);
 void bind_diagnostics(nanobind::module_& m);
+void bind_limits(nanobind::module_& m);
 
 } // namespace paged_mlx
