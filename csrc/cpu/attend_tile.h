@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kMaxTileRows = 64;               // rows of a KV head in one pass
 constexpr size_t kTileStateBytes = 512 * 1024; // q and acc of one pass
-constexpr int64_t kPrefetchBytes = 128 * 1024; // how far ahead of the walk
+constexpr int64_t kPrefetchBytes = 32 * 1024;  // how far ahead of the walk, in large pages
+constexpr int64_t kSpanBytes = 256 * 1024;     // the largest span that is prefetched as a whole
 
 // The keys that some row of a group sees, and those that all of them see.
 struct GroupRange {
@@ -50,20 +51,30 @@ GroupRange group_range(const TilePass& pass, int first_row) {
   return range;
 }
 
-// Where the walk will be, `units` (span, KV head) steps from now.
-struct Ahead {
-  int span;
-  int64_t head_row;
-};
-
-Ahead look_ahead(const Job& job, int span, int kv_head, int units) {
-  const int at = kv_head + units;
-  return {span + at / job.num_kv_heads, int64_t(at % job.num_kv_heads) * job.page_size};
+// Bytes of K and V of one KV head of a span.
+int64_t unit_bytes(const Job& job, int span_keys, int itemsize) {
+  return int64_t(span_keys) * (job.head_dim + job.v_head_dim) * itemsize;
 }
 
-int prefetch_units(const Job& job, int span_keys, int itemsize) {
-  const int64_t bytes = int64_t(span_keys) * (job.head_dim + job.v_head_dim) * itemsize;
-  return clamp_int(int(kPrefetchBytes / (bytes > 0 ? bytes : 1)), 1, job.num_kv_heads);
+// The next span in the order it lies in memory, K of all heads and then V, in
+// equal parts: long runs of lines are read faster than short ones.
+Ahead next_span(const Job& job, int span, int kv_head) {
+  Ahead ahead;
+  ahead.span = span + 1;
+  for (int i = 0; i < 2; i++) {
+    const int at = 2 * kv_head + i;
+    ahead.pool[i] = at < job.num_kv_heads ? job.k_pages : job.v_pages;
+    ahead.head_row[i] = int64_t(at % job.num_kv_heads) * job.page_size;
+  }
+  return ahead;
+}
+
+// K and V of the KV head that is kPrefetchBytes further on.
+Ahead next_head(const Job& job, int span, int kv_head, int64_t bytes) {
+  const int64_t units = kPrefetchBytes / (bytes > 0 ? bytes : 1);
+  const int at = kv_head + clamp_int(int(units), 1, job.num_kv_heads);
+  const int64_t row = int64_t(at % job.num_kv_heads) * job.page_size;
+  return {span + at / job.num_kv_heads, {job.k_pages, job.v_pages}, {row, row}};
 }
 
 // Rows of the pool for keys [first, first + 16) of a span, of which the item
@@ -95,7 +106,7 @@ void attend_rows(
     const Block& whole,
     const State& state,
     int kv_head,
-    int64_t ahead_row) {
+    const Ahead& ahead) {
   Block block = whole;
   const int64_t head_row = int64_t(kv_head) * pass.job.page_size;
   bool first = true;
@@ -109,9 +120,9 @@ void attend_rows(
     block.seen_by_all = block.high - block.low == kBlockKeys &&
         range.all_begin <= block.position && range.all_end >= block.position + kBlockKeys;
     if (first) {
-      attend_group<X, true>(pass, block, state, r, kv_head, head_row, ahead_row);
+      attend_group<X, true>(pass, block, state, r, kv_head, head_row, ahead);
     } else {
-      attend_group<X, false>(pass, block, state, r, kv_head, head_row, ahead_row);
+      attend_group<X, false>(pass, block, state, r, kv_head, head_row, ahead);
     }
     first = false;
   }
@@ -129,16 +140,19 @@ void attend_span(
   const Span span = walk.span(index);
   const int begin = max_int(all.begin - span.position, 0);
   const int end = min_int(all.end - span.position, span.keys);
-  const int units = prefetch_units(job, span.keys, sizeof(typename X::T));
+  const int64_t bytes = unit_bytes(job, span.keys, sizeof(typename X::T));
+  const bool as_a_whole = job.head_dim == job.v_head_dim && job.num_kv_heads % 2 == 0 &&
+      bytes * job.num_kv_heads <= kSpanBytes;
   for (int h = 0; h < job.num_kv_heads; h++) {
-    const Ahead ahead = look_ahead(job, index, h, units);
+    const Ahead ahead =
+        as_a_whole ? next_span(job, index, h) : next_head(job, index, h, bytes);
     for (int first = begin / kBlockKeys * kBlockKeys; first < end; first += kBlockKeys) {
       Block block;
       block.position = span.position + first;
       block.low = max_int(begin - first, 0);
       block.high = min_int(end - first, kBlockKeys);
       locate(walk, span, first, ahead.span, block);
-      attend_rows<X>(pass, groups, block, states[h], h, ahead.head_row);
+      attend_rows<X>(pass, groups, block, states[h], h, ahead);
     }
   }
 }

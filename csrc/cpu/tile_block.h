@@ -30,6 +30,14 @@ struct Block {
   int64_t ahead[kBlockKeys / kQuad]; // what to prefetch meanwhile: a row per quad of keys
 };
 
+// What phase 1, and then phases 2 and 3, prefetch while they work on a block: the
+// rows of a pool, K or V, of some KV head of a span that comes later.
+struct Ahead {
+  int span;
+  const void* pool[2];
+  int64_t head_row[2];
+};
+
 // The softmax state of the rows of one KV head.
 struct State {
   void* q;     // [rows, q_stride], of DotProduct::Query
@@ -254,7 +262,7 @@ PAGED_MLX_INLINE void add_columns(
     const TilePass& pass,
     const Block& block,
     int64_t head_row,
-    int64_t ahead_row,
+    const Ahead& ahead,
     const float* weights,
     float* acc,
     int d,
@@ -271,7 +279,8 @@ PAGED_MLX_INLINE void add_columns(
   for (int j = block.low; j < block.high; j++) {
     const T* const value = v_pages + (block.rows[j] + head_row) * dim + d;
     if (kAhead && j >= kQuad) {
-      const T* const next = v_pages + (block.ahead[j / kQuad] + ahead_row) * dim;
+      const T* const next = static_cast<const T*>(ahead.pool[1]) +
+          (block.ahead[j / kQuad] + ahead.head_row[1]) * dim;
       prefetch_part<kPairs * kPair * sizeof(T)>(
           reinterpret_cast<const char*>(next),
           (d * kQuad + j % kQuad * kPairs * kPair) * sizeof(T));
@@ -301,7 +310,7 @@ PAGED_MLX_INLINE void add_values(
     const TilePass& pass,
     const Block& block,
     int64_t head_row,
-    int64_t ahead_row,
+    const Ahead& ahead,
     const float* weights,
     float* acc) {
   using T = typename X::T;
@@ -310,15 +319,15 @@ PAGED_MLX_INLINE void add_values(
   int d = 0;
   for (; d + kValuePairs * kPair <= dim; d += kValuePairs * kPair) {
     add_columns<X, kRows, kValuePairs, kAhead>(
-        pass, block, head_row, ahead_row, weights, acc, d, whole);
+        pass, block, head_row, ahead, weights, acc, d, whole);
   }
   for (; d + kPair <= dim; d += kPair) {
-    add_columns<X, kRows, 1, kAhead>(pass, block, head_row, ahead_row, weights, acc, d, whole);
+    add_columns<X, kRows, 1, kAhead>(pass, block, head_row, ahead, weights, acc, d, whole);
   }
   if (d < dim) {
     const int left = dim - d;
     add_columns<X, kRows, 1, kAhead>(
-        pass, block, head_row, ahead_row, weights, acc, d,
+        pass, block, head_row, ahead, weights, acc, d,
         [left](const T* p) __attribute__((always_inline)) { return load2_part<X>(p, left); });
   }
 }
@@ -332,7 +341,7 @@ __attribute__((noinline)) void attend_block(
     int first_row,
     int kv_head,
     int64_t head_row,
-    int64_t ahead_row) {
+    const Ahead& ahead) {
   using T = typename X::T;
   const Job& job = pass.job;
   const T* const k_pages = static_cast<const T*>(job.k_pages);
@@ -345,9 +354,10 @@ __attribute__((noinline)) void attend_block(
     for (int i = 0; i < kQuad; i++) {
       keys[i] = k_pages + (block.rows[j + i] + head_row) * job.head_dim;
     }
-    const T* const ahead = k_pages + (block.ahead[j / kQuad] + ahead_row) * job.head_dim;
+    const T* const next = static_cast<const T*>(ahead.pool[0]) +
+        (block.ahead[j / kQuad] + ahead.head_row[0]) * job.head_dim;
     score_quad<X, kRows, kAhead>(
-        pass, q, keys, reinterpret_cast<const char*>(ahead), scores + j);
+        pass, q, keys, reinterpret_cast<const char*>(next), scores + j);
   }
   if (!(job.plain && block.seen_by_all)) {
     for (int r = 0; r < kRows; r++) {
@@ -366,11 +376,11 @@ __attribute__((noinline)) void attend_block(
       [&](int i) __attribute__((always_inline)) {
         if constexpr (kAhead) {
           const int bytes = job.v_head_dim * sizeof(T);
-          const char* const v_pages = static_cast<const char*>(job.v_pages);
-          prefetch_range(v_pages + (block.ahead[0] + i + ahead_row) * bytes, bytes);
+          const char* const next = static_cast<const char*>(ahead.pool[1]);
+          prefetch_range(next + (block.ahead[0] + i + ahead.head_row[1]) * bytes, bytes);
         }
       });
-  add_values<X, kRows, kAhead>(pass, block, head_row, ahead_row, scores, acc);
+  add_values<X, kRows, kAhead>(pass, block, head_row, ahead, scores, acc);
 }
 
 template <typename X, bool kAhead>
@@ -381,20 +391,20 @@ void attend_group(
     int first_row,
     int kv_head,
     int64_t head_row,
-    int64_t ahead_row) {
+    const Ahead& ahead) {
   switch (min_int(kRowGroup, pass.num_rows - first_row)) {
     case 1:
       return attend_block<X, 1, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead_row);
+          pass, block, state, first_row, kv_head, head_row, ahead);
     case 2:
       return attend_block<X, 2, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead_row);
+          pass, block, state, first_row, kv_head, head_row, ahead);
     case 3:
       return attend_block<X, 3, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead_row);
+          pass, block, state, first_row, kv_head, head_row, ahead);
     default:
       return attend_block<X, 4, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead_row);
+          pass, block, state, first_row, kv_head, head_row, ahead);
   }
 }
 
