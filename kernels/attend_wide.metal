@@ -204,7 +204,8 @@ struct WideAttention {
     }
   }
 
-  // Every lane of a row gets the row's whole sum.
+  // Every lane of a row gets the row's whole sum. The maxima were read before the
+  // second barrier of the last step.
   void gather_sums() {
     for (int m = 0; m < ROW_TILES; m++) {
       const float sum = row_sum(states[m].sum);
@@ -262,9 +263,10 @@ using namespace paged_mlx;
   typedef PAGED_MLX_T T;
   typedef WideAttention<T, D, DV, kRowTiles, kSimdgroups> Wide;
   typedef StagedQueries<T, D, kRowTiles> Queries;
-  threadgroup T staged[Queries::kSize];
+  typedef vec<T, 4> T4;
+  threadgroup T4 staged[Queries::kSize / 4]; // wide types, for their alignment
   threadgroup float maxima[kSimdgroups * Wide::kRows];
-  threadgroup float weights[Wide::kRows * Wide::kWeightStride];
+  threadgroup float4 weights[Wide::kRows * Wide::kWeightStride / 4];
 
   const device PlanItem& item =
       reinterpret_cast<const device PlanItem*>(plan + arguments.items)[group.y];
@@ -277,12 +279,21 @@ using namespace paged_mlx;
     const int row = i / (D / 4), dim = i % (D / 4) * 4;
     const int index = min(first_row + row, reader.num_rows - 1);
     const long from = long(reader.token(index)) * arguments.num_q_heads + reader.head(index);
-    *reinterpret_cast<threadgroup vec<T, 4>*>(staged + row * Queries::kStride + dim) =
-        *reinterpret_cast<const device vec<T, 4>*>(q + from * D + dim);
+    staged[(row * Queries::kStride + dim) / 4] =
+        *reinterpret_cast<const device T4*>(q + from * D + dim);
   }
   PageWalk walk(plan, item, arguments, group.x);
   const Scoring scoring(arguments, mask);
-  Wide wide(walk, scoring, k_pages, v_pages, maxima, weights, staged, simdgroup, lane);
+  Wide wide(
+      walk,
+      scoring,
+      k_pages,
+      v_pages,
+      maxima,
+      reinterpret_cast<threadgroup float*>(weights),
+      reinterpret_cast<const threadgroup T*>(staged),
+      simdgroup,
+      lane);
   wide.begin(reader, first_row);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -297,7 +308,6 @@ using namespace paged_mlx;
       wide.template step<true>(slot);
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   wide.gather_sums();
 
   const ResultWriter<T, DV> writer{
