@@ -1,6 +1,6 @@
 """Prints docs/mlx_lm_models.md: what each family of the zoo does on pages.
 
-    PYTHONPATH=tests python tests/mlx_lm_table.py > docs/mlx_lm_models.md
+PYTHONPATH=tests python tests/mlx_lm_table.py > docs/mlx_lm_models.md
 """
 
 import importlib.metadata

@@ -36,7 +36,11 @@ FAMILIES = {
     "cohere": {"logit_scale": 0.1, "layer_norm_eps": 1e-5},
     "cohere2": {"sliding_window": WINDOW, "sliding_window_pattern": 3, "logit_scale": 0.1},
     "gemma": {},
-    "gemma3_text": {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 8,
+    },
     "gpt_oss": {
         "sliding_window": WINDOW,
         "num_local_experts": 2,
@@ -150,6 +154,7 @@ MORE = (
     "youtu_llm",
 )
 
+
 def tiny(family: str, seed: int = 0, **changes):
     """A model of ``family`` with random weights large enough that tokens differ."""
     module = importlib.import_module(f"mlx_lm.models.{family}")
@@ -187,7 +192,9 @@ def speculative(model, draft, tokens, max_tokens: int, num_draft: int = 3, chunk
     return [int(token) for token, _, _ in steps]
 
 
-def batched(model, prompts, max_tokens, late: dict[int, int] | None = None, chunk: int = 16, caches=None):
+def batched(
+    model, prompts, max_tokens, late: dict[int, int] | None = None, chunk: int = 16, caches=None
+):
     """Greedy tokens of each prompt through ``BatchGenerator``.
 
     Args:

@@ -200,7 +200,12 @@ def test_kv_bits_goes_on_in_mlx_lms_quantised_cache(caplog):
 
     def tokens(cache):
         steps = generate_step(
-            mx.array(prompt), model, max_tokens=8, kv_bits=8, quantized_kv_start=0, prompt_cache=cache
+            mx.array(prompt),
+            model,
+            max_tokens=8,
+            kv_bits=8,
+            quantized_kv_start=0,
+            prompt_cache=cache,
         )
         return [int(token) for token, _ in steps]
 

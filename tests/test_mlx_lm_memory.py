@@ -36,7 +36,9 @@ def churn(model, num_steps: int) -> None:
     joined = 0
     for step in range(num_steps):
         if step % 3 == 0:
-            generator.insert([zoo.prompt(5 + joined % 29, seed=joined % 7)], max_tokens=[3 + joined % 11])
+            generator.insert(
+                [zoo.prompt(5 + joined % 29, seed=joined % 7)], max_tokens=[3 + joined % 11]
+            )
             joined += 1
         generator.next()
 

@@ -18,7 +18,9 @@ SYSTEM = zoo.prompt(37, seed=1)
 
 def ask(model, tokens, max_tokens=8):
     # By the module's name: one imported before enable() is mlx-lm's own.
-    steps = GENERATE.generate_step(zoo.mx.array(tokens), model, max_tokens=max_tokens, prefill_step_size=16)
+    steps = GENERATE.generate_step(
+        zoo.mx.array(tokens), model, max_tokens=max_tokens, prefill_step_size=16
+    )
     return [int(token) for token, _ in steps]
 
 
@@ -96,7 +98,12 @@ def test_logits_processors_see_what_they_see_without_pages():
 
 
 def test_disable_puts_mlx_lms_functions_back():
-    owners = (GENERATE, GENERATE.BatchGenerator, GENERATE.PromptProcessingBatch, GENERATE.GenerationBatch)
+    owners = (
+        GENERATE,
+        GENERATE.BatchGenerator,
+        GENERATE.PromptProcessingBatch,
+        GENERATE.GenerationBatch,
+    )
     before = [dict(vars(owner)) for owner in owners]
     with enable(zoo.tiny("llama"), prefix_cache=True), enable(zoo.tiny("llama"), prefix_cache=True):
         assert GENERATE.generate_step is not before[0]["generate_step"]

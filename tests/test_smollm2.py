@@ -103,7 +103,9 @@ def tiny_gguf(path: Path) -> dict[str, np.ndarray]:
         "blk.0.attn_norm": (hidden,),
         "blk.0.ffn_norm": (hidden,),
     }
-    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
     stored = dict(weights)
     for name, count in (("blk.0.attn_q", heads), ("blk.0.attn_k", kv_heads)):
         rows = weights[name].reshape(count, 2, -1, hidden)

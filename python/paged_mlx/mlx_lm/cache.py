@@ -278,9 +278,7 @@ class BatchPagedKVCache(PagedKVCache):
         counts = None
         if self.remaining is not None:
             counts = np.clip(self.remaining, 0, num_tokens).astype(np.int32)
-        return self.group.step(
-            self.layer, self.rows, self.names, self.lens, num_tokens, counts
-        )
+        return self.group.step(self.layer, self.rows, self.names, self.lens, num_tokens, counts)
 
     def _check_batch(self, batch):
         if batch != len(self.rows):

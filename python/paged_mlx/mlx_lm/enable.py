@@ -66,7 +66,11 @@ class PagedModel:
             fail("enable", "model must not be enabled already", type(model).__name__)
         for name, value in (("page_size", page_size), ("num_pages", num_pages), ("retain", retain)):
             if value is not None and (not isinstance(value, int) or value < (name != "retain")):
-                fail("enable", f"{name} must be a whole number of at least {int(name != 'retain')}", value)
+                fail(
+                    "enable",
+                    f"{name} must be a whole number of at least {int(name != 'retain')}",
+                    value,
+                )
         self.model = model
         self._enabled = False
         self._stock_make_cache = getattr(model, "make_cache", None)
@@ -81,7 +85,15 @@ class PagedModel:
         first, most = (num_pages, num_pages) if num_pages else (FIRST_PAGES, NO_LIMIT // page_size)
         unhurried = most if prefix_cache and num_pages is None else first
         self.groups = {
-            window: LayerGroup(num_layers, page_size, first, most, min(unhurried, PAGES_BEFORE_EVICTION), window, retain)
+            window: LayerGroup(
+                num_layers,
+                page_size,
+                first,
+                most,
+                min(unhurried, PAGES_BEFORE_EVICTION),
+                window,
+                retain,
+            )
             for window, num_layers in self.layout.num_layers.items()
         }
         for (window, layer), geometry in probe_geometry(model, caches, self.layout.places).items():
@@ -92,7 +104,9 @@ class PagedModel:
     def _check_all_paged(self) -> None:
         others = [reason for place in self.layout.places for reason in reasons_of(place)]
         if others:
-            must = "prefix_cache must be False, because not all that the model remembers is in pages"
+            must = (
+                "prefix_cache must be False, because not all that the model remembers is in pages"
+            )
             fail("enable", must, others[0])
 
     # On and off

@@ -75,7 +75,8 @@ class PromptPrefixes:
 
     def __repr__(self):
         pages = {window: cache.num_pages for window, cache in self.caches.items()}
-        return f"PromptPrefixes({self.tokens_reused} of {self.tokens_asked} tokens reused, pages {pages})"
+        reused = f"{self.tokens_reused} of {self.tokens_asked} tokens reused"
+        return f"PromptPrefixes({reused}, pages {pages})"
 
 
 def layers_of(prompt_cache):

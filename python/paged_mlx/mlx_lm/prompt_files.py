@@ -45,7 +45,9 @@ def from_stock(paged, prompt_cache: list) -> list:
 def _pairs(places, ours, theirs):
     """(our cache, theirs) wherever ours is paged."""
     if len(ours) != len(theirs):
-        fail("from_stock", f"prompt_cache must have {len(ours)} caches, as the model's", len(theirs))
+        fail(
+            "from_stock", f"prompt_cache must have {len(ours)} caches, as the model's", len(theirs)
+        )
     for place, cache, plain in zip(places, ours, theirs):
         if isinstance(place, CachePlace):
             yield cache, plain

@@ -25,7 +25,9 @@ class Step:
         route: What the attention hook has decided for the layers so far.
     """
 
-    def __init__(self, names, starts, counts, num_tokens, slots, packed, num_freed, page_size, before):
+    def __init__(
+        self, names, starts, counts, num_tokens, slots, packed, num_freed, page_size, before
+    ):
         self.names = names
         self.starts = starts
         self.counts = counts
