@@ -30,9 +30,12 @@ WIPED = -7
 class SlotPool:
     """Slots that hold tokens, and a note of who may be right about them."""
 
+    wants_freed = True
+
     def __init__(self, page_size):
         self.page_size = page_size
         self.tokens = {}
+        self.told_free = set()
 
     def write(self, slots, tokens):
         for slot, token in zip(slots.tolist(), tokens):
@@ -49,6 +52,9 @@ class SlotPool:
 
     def grow(self, num_pages):
         pass
+
+    def freed(self, page_ids):
+        self.told_free.update(page_ids)
 
     def wipe(self, allocator):
         """Forget what free pages hold."""
@@ -95,6 +101,7 @@ class PageMachine(RuleBasedStateMachine):
         self.live = []
         self.block_table = BlockTable()
         self.stray = []  # pages held by nobody's table
+        self.held = set()  # pages that somebody held after the last step
         self.edited = False  # a token was replaced: a page may follow two different beginnings
         for length in lengths:
             self.append(self.add(Sequence(PageTable(page_size))), [0] * length)
@@ -334,6 +341,10 @@ class PageMachine(RuleBasedStateMachine):
         holders += [Held([page_id]) for page_id in self.stray]
         self.allocator.check(holders, [self.cache])
         assert self.allocator.num_free + self.allocator.num_used == self.allocator.total_pages
+        held = set(range(self.allocator.total_pages)) - set(self.allocator._free_ids())
+        assert self.held - held <= self.pool.told_free
+        self.held = held
+        self.pool.told_free.clear()
         self.pool.wipe(self.allocator)
 
     @invariant()

@@ -13,10 +13,22 @@ from paged_mlx.allocator import (  # noqa: E402
     LRUPageAllocator,
     PageAllocator,
 )
+from paged_mlx.append import AppendPlan, append_batch  # noqa: E402
 from paged_mlx.attention import paged_attention  # noqa: E402
-from paged_mlx.errors import OutOfPages, PageError  # noqa: E402
+from paged_mlx.block_table import BlockTable, PackedTables, pack  # noqa: E402
+from paged_mlx.canary import Canary, CorruptPage  # noqa: E402
+from paged_mlx.errors import (  # noqa: E402
+    DoubleFree,
+    OutOfPages,
+    PageError,
+    UnknownPage,
+    UseAfterFree,
+)
 from paged_mlx.memory import analyze_memory_efficiency  # noqa: E402
+from paged_mlx.machine_memory import memory_limit, pages_within  # noqa: E402
 from paged_mlx.memory_systems import benchmark_memory_systems  # noqa: E402
+from paged_mlx.page_block import PageBlock  # noqa: E402
+from paged_mlx.page_hash import ExtraKey  # noqa: E402
 from paged_mlx.page_table import (  # noqa: E402
     PageTable,
     PageTableEntry,
@@ -24,7 +36,7 @@ from paged_mlx.page_table import (  # noqa: E402
     share_prefix,
 )
 from paged_mlx.plan import AttentionPlan  # noqa: E402
-from paged_mlx.pool import PageBlock, PagePool  # noqa: E402
+from paged_mlx.pool import PagePool  # noqa: E402
 from paged_mlx.prefix_cache import PrefixCache  # noqa: E402
 
 __version__ = "0.1.0"
@@ -40,11 +52,18 @@ def __getattr__(name):
 
 
 __all__ = [
+    "AppendPlan",
     "AttentionPlan",
+    "BlockTable",
     "BuddyPageAllocator",
+    "Canary",
+    "CorruptPage",
+    "DoubleFree",
+    "ExtraKey",
     "FIFOPageAllocator",
     "LRUPageAllocator",
     "OutOfPages",
+    "PackedTables",
     "PageAllocator",
     "PageBlock",
     "PageError",
@@ -52,12 +71,18 @@ __all__ = [
     "PageTable",
     "PageTableEntry",
     "PrefixCache",
+    "UnknownPage",
+    "UseAfterFree",
     "analyze_memory_efficiency",
+    "append_batch",
     "benchmark_memory_systems",
     "copy_on_write",
     "enable",
     "explain",
     "fast",
+    "memory_limit",
+    "pack",
     "paged_attention",
+    "pages_within",
     "share_prefix",
 ]

@@ -7,8 +7,8 @@ from paged_mlx import fast
 from paged_mlx.block_table import pack
 from paged_mlx.errors import fail
 from paged_mlx.host_ints import host_ints
+from paged_mlx.page_block import LayerPages, PageBlock
 from paged_mlx.page_table import PageTable
-from paged_mlx.pool import LayerPages, PageBlock
 
 _OP = "paged_attention"
 
@@ -47,6 +47,7 @@ def paged_attention(
 
     Raises:
         ValueError: A shape, length or page does not fit.
+        CorruptPage: The pool has a canary, and a slot does not hold what its table says.
     """
     if not page_tables:
         fail(_OP, "page_tables must hold at least one table", "none")
@@ -68,6 +69,8 @@ def paged_attention(
         "page_lens": tables.page_lens,
     }
     if isinstance(page_blocks, LayerPages):
+        if page_blocks.pool.canary is not None:
+            page_blocks.pool.canary.read(page_blocks.index, page_tables)
         out, lse = _attend_pool(q, tables, page_blocks, step, options)
     else:
         k_pages, v_pages, block_tables = _stack(page_blocks, tables.block_tables)

@@ -6,31 +6,32 @@ read, the marks in them are compared with the trail, so a page that is swapped, 
 foreign, stale, free or not copied is found at once, and the error names it.
 
 The marks are bookkeeping on the host, beside the arrays: nothing is evaluated, and without
-a canary nothing is recorded.
+a canary nothing is recorded. They tell what was written where, not which bits came out.
+
+``PagePool(..., canary=True)`` has one. Each step: append, ``note`` whose tokens they are,
+write every layer, attend; ``paged_mlx.paged_attention`` verifies each read by itself.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from paged_mlx.errors import fail
 from paged_mlx.page_allocator import PageAllocator
-from paged_mlx.page_hash import Tokens, pack_tokens
+from paged_mlx.page_hash import Tokens
 from paged_mlx.page_table import PageTable
-
-_FACTOR = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
-_STEP = 0xD1B54A32D192ED03
-_BITS = 2**64
+from paged_mlx.trail import Trail
 
 
 class CorruptPage(AssertionError):
     """A page does not hold what its table says.
 
     Attributes:
-        kind: ``"free page"``, ``"never written"``, ``"other sequence"``, ``"other position"``,
-            ``"other token"`` or ``"other beginning"``.
+        kind: ``"free page"``, ``"never written"``, ``"missed layer"``, ``"other sequence"``,
+            ``"other position"``, ``"other token"`` or ``"other beginning"``.
         position: The first position that is wrong.
         page_id: Its page.
     """
@@ -40,75 +41,31 @@ class CorruptPage(AssertionError):
         self.kind, self.position, self.page_id = kind, position, page_id
 
 
-class Trail:
-    """The tokens of one sequence and the mark after each; see ``Canary.trail``."""
-
-    def __init__(self, sequence: int) -> None:
-        self.sequence = sequence
-        self._length = 0
-        self._marks = np.empty(16, np.uint64)
-        self._tokens = np.empty(16, np.int32)
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def marks(self) -> np.ndarray:
-        """The mark after each token, ``uint64``."""
-        return self._marks[: self._length]
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """The tokens, ``int32``."""
-        return self._tokens[: self._length]
-
-    def extend(self, tokens: Tokens) -> np.ndarray:
-        """Append tokens; return their marks."""
-        added = np.frombuffer(pack_tokens(tokens), "<i4")
-        start, end = self._length, self._length + len(added)
-        if end > len(self._marks):
-            self._marks = np.resize(self._marks, 2 * end)
-            self._tokens = np.resize(self._tokens, 2 * end)
-        last = int(self._marks[start - 1]) if start else 0
-        self._tokens[start:end] = added
-        self._marks[start:end] = _marks_after(last, added)
-        self._length = end
-        return self._marks[start:end]
-
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from ``length`` on."""
-        self._length = min(length, self._length)
-
-
-def _marks_after(last: int, tokens: np.ndarray) -> np.ndarray:
-    """Return mark[i] = (mark[i - 1] + token[i] + step) * factor, modulo 2**64, without a loop.
-
-    With f the factor, mark[i] = f**(i + 1) * (last + sum over j <= i of (token[j] + step) / f**j).
-    """
-    count = len(tokens)
-    if count == 1:
-        mark = (last + int(tokens[0]) + _STEP) * _FACTOR % _BITS
-        return np.array([mark], np.uint64)
-    powers = np.cumprod(np.full(count, _FACTOR, np.uint64))
-    inverses = np.full(count, pow(_FACTOR, -1, _BITS), np.uint64)
-    inverses[:1] = 1
-    terms = (tokens.astype(np.uint64) + np.uint64(_STEP)) * np.cumprod(inverses)
-    return powers * (np.uint64(last) + np.cumsum(terms))
-
-
 class Canary:
-    """The marks of every slot of an allocator, which it follows as an attached pool does."""
+    """The marks of every slot of an allocator, which it follows as an attached pool does.
 
-    def __init__(self, allocator: PageAllocator) -> None:
+    Args:
+        allocator: Whose pages.
+        num_layers: Layers whose writes are told by ``wrote_layer``; 0 if none are.
+    """
+
+    wants_freed = True
+
+    def __init__(self, allocator: PageAllocator, num_layers: int = 0) -> None:
         self._allocator = allocator
         self._page_size = allocator.page_size
-        self._sequences = 0
+        self._sequences = itertools.count()
         self._marks = np.zeros((0, self._page_size), np.uint64)
         self._writers = np.zeros((0, self._page_size), np.int32)
         self._positions = np.zeros((0, self._page_size), np.int32)
         self._tokens = np.zeros((0, self._page_size), np.int32)
+        self._due = np.zeros((num_layers, 0, self._page_size), bool)  # noted, not written yet
+        self._num_due = np.zeros(num_layers, np.int64)
+        self._verified: object = None  # what was found right, until something changes
         self.grow(allocator.total_pages)
         allocator.attach(self)
+
+    # Told as an attached pool.
 
     @property
     def num_pages(self) -> int:
@@ -122,23 +79,76 @@ class Canary:
         self._writers = np.pad(self._writers, added, constant_values=-1)
         self._positions = np.pad(self._positions, added)
         self._tokens = np.pad(self._tokens, added)
+        self._due = np.pad(self._due, ((0, 0), *added))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the marks of whole pages."""
         sources, targets = (list(pages) for pages in zip(*pairs))
         for array in (self._marks, self._writers, self._positions, self._tokens):
             array[targets] = array[sources]
+        self._set_due(targets, self._due[:, sources])
+
+    def freed(self, page_ids: Sequence[int]) -> None:
+        """Forget the marks of pages that became free."""
+        page_ids = list(page_ids)
+        self._marks[page_ids] = 0
+        self._writers[page_ids] = -1
+        self._set_due(page_ids, False)
+
+    def _set_due(self, page_ids: list[int], due: np.ndarray | bool) -> None:
+        self._num_due -= self._due[:, page_ids].sum((1, 2))
+        self._due[:, page_ids] = due
+        self._num_due += self._due[:, page_ids].sum((1, 2))
+        self._verified = None
+
+    # Writing.
 
     def trail(self, tokens: Tokens = ()) -> Trail:
         """Return the trail of a new sequence; ``tokens`` are those it found in the cache."""
         trail = Trail(self._sequences)
-        self._sequences += 1
         trail.extend(tokens)
         return trail
 
     def fork(self, trail: Trail) -> Trail:
         """Return the trail of a sequence that begins with all tokens of another."""
-        return self.trail(trail.tokens)
+        return trail.fork()
+
+    def begin(self, table: PageTable, tokens: Tokens) -> None:
+        """Say which tokens a table found in the prefix cache.
+
+        Raises:
+            ValueError: They are not as many as the table has.
+        """
+        if len(tokens) != table.num_tokens:
+            must = f"tokens must be all tokens of the table, {table.num_tokens}"
+            fail("begin", must, len(tokens))
+        table.trail = self.trail(tokens)
+
+    def note(
+        self, tables: Sequence[PageTable], tokens: Sequence[Tokens], slots: np.ndarray
+    ) -> None:
+        """Say which tokens an append is for, before any layer writes them.
+
+        Args:
+            tables: Those that were appended to.
+            tokens: The new tokens of each.
+            slots: ``AppendPlan.slots``, of the first table's tokens, then the second's.
+
+        Raises:
+            ValueError: A table's tokens, noted or new, are not those it has room for.
+        """
+        for table, added in zip(tables, tokens, strict=True):
+            known = 0 if table.trail is None else len(table.trail)
+            if known + len(added) != table.num_tokens:
+                must = (
+                    f"tokens must be the {table.num_tokens - known} of the table that "
+                    "were not noted yet"
+                )
+                fail("note", must, len(added))
+        for table in tables:
+            if table.trail is None:
+                table.trail = self.trail()
+        self._note("note", [table.trail for table in tables], tokens, slots)
 
     def wrote(self, trail: Trail, tokens: Tokens, slots: np.ndarray) -> None:
         """Note that a sequence's next tokens are written to ``slots``; -1 skips a token.
@@ -146,15 +156,99 @@ class Canary:
         Raises:
             ValueError: There is not one slot for each token.
         """
-        slots = np.asarray(slots)
-        if slots.shape != (len(tokens),):
-            fail("wrote", f"slots must have one slot per token, {len(tokens)}", slots.shape)
-        first, marks, written = len(trail), trail.extend(tokens), slots >= 0
+        self._note("wrote", [trail], [tokens], slots)
+
+    def _note(
+        self, op: str, trails: Sequence[Trail], tokens: Sequence[Tokens], slots: np.ndarray
+    ) -> None:
+        slots, counts = np.asarray(slots), [len(added) for added in tokens]
+        if slots.shape != (sum(counts),):
+            fail(op, f"slots must have one slot per token, {sum(counts)}", slots.shape)
+        if not counts:
+            return
+        written = slots >= 0
+        marks = np.concatenate([trail.extend(added) for trail, added in zip(trails, tokens)])
+        ends = np.repeat([len(trail) for trail in trails], counts)
+        after = np.repeat(np.cumsum(counts), counts)  # tokens up to the end of this sequence's
         slots = slots[written]
         self._marks.reshape(-1)[slots] = marks[written]
-        self._writers.reshape(-1)[slots] = trail.sequence
-        self._positions.reshape(-1)[slots] = np.arange(first, len(trail))[written]
-        self._tokens.reshape(-1)[slots] = trail.tokens[first:][written]
+        self._writers.reshape(-1)[slots] = _each(trails, counts)[written]
+        self._positions.reshape(-1)[slots] = (ends - after + np.arange(len(marks)))[written]
+        added = np.concatenate([t.tokens[len(t) - n :] for t, n in zip(trails, counts)])
+        self._tokens.reshape(-1)[slots] = added[written]
+        due = self._due.reshape(len(self._due), self._marks.size)
+        self._num_due += len(slots) - due[:, slots].sum(1)
+        due[:, slots] = True
+        self._verified = None
+
+    def wrote_layer(self, layer: int, slots: np.ndarray) -> None:
+        """Follow one layer's write.
+
+        Raises:
+            CorruptPage: A page of it is free.
+        """
+        slots = slots[slots >= 0]
+        free = self._allocator._counts[slots // self._page_size] == 0
+        if free.any():
+            page_id = int(slots[np.argmax(free)]) // self._page_size
+            message = f"free page: nobody holds page {page_id}, which layer {layer} writes to"
+            raise CorruptPage("free page", -1, page_id, message)
+        due = self._due[layer].reshape(-1)
+        self._num_due[layer] -= np.count_nonzero(due[slots])
+        due[slots] = False
+
+    # Reading.
+
+    def read(self, layer: int, tables: Sequence[PageTable]) -> None:
+        """Verify all that a layer's attention over these tables is going to read.
+
+        Raises:
+            CorruptPage: A slot does not hold what its table says.
+            ValueError: A table's tokens were never noted.
+        """
+        state = self._state_of(tables)
+        if self._verified != state:
+            for table in tables:
+                self._verify_noted(table)
+            self._verified = state
+        if self._num_due[layer]:
+            for table in tables:
+                self._verify_layer(layer, table)
+
+    def _state_of(self, tables: Sequence[PageTable]) -> object:
+        """All of the tables that ``_verify_noted`` looks at, to be compared."""
+        pages = b"".join([table._pages.tobytes() for table in tables])
+        return pages, [
+            (table._num_tokens, table._num_freed, table.trail, table.trail and table.trail.last)
+            for table in tables
+        ]
+
+    def _verify_noted(self, table: PageTable) -> None:
+        noted = 0 if table.trail is None else len(table.trail)
+        if table.num_tokens and table.trail is None:
+            fail("read", "table must have noted tokens, see Canary.note", repr(table))
+        if noted < table.num_tokens:
+            page_id, offset = table.logical_to_physical(noted)
+            message = (
+                f"never written: slot {offset} of page {page_id} must hold position {noted} of "
+                f"sequence {table.trail.sequence}, which has noted {noted} tokens"
+            )
+            raise CorruptPage("never written", noted, page_id, message)
+        if noted:
+            self.verify(table, table.trail)
+
+    def _verify_layer(self, layer: int, table: PageTable) -> None:
+        for entry in table.entries:
+            length = entry.logical_end - entry.logical_start
+            due = self._due[layer, entry.physical_page_id, :length]
+            if due.any():
+                offset = int(np.argmax(due))
+                position, page_id = entry.logical_start + offset, entry.physical_page_id
+                message = (
+                    f"missed layer: slot {offset} of page {page_id} must hold position "
+                    f"{position}; layer {layer} has not written it"
+                )
+                raise CorruptPage("missed layer", position, page_id, message)
 
     def verify(self, table: PageTable, trail: Trail) -> None:
         """Compare the pages of a table with the trail of its sequence.
@@ -205,3 +299,8 @@ class Canary:
             f"at position {position} of sequence {trail.sequence}; it holds {holds}"
         )
         return CorruptPage(kind, position, page_id, message)
+
+
+def _each(trails: Sequence[Trail], counts: Sequence[int]) -> np.ndarray:
+    """Return the sequence number of each token."""
+    return np.repeat([trail.sequence for trail in trails], counts)

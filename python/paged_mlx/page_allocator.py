@@ -18,7 +18,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from paged_mlx.attached_pools import AttachedPools
-from paged_mlx.errors import DoubleFree, PageError, UnknownPage, UseAfterFree, fail, whole_number
+from paged_mlx.errors import (
+    DoubleFree,
+    OutOfPages,
+    PageError,
+    UnknownPage,
+    UseAfterFree,
+    fail,
+    whole_number,
+)
 from paged_mlx.eviction import Evictor, Evictors
 from paged_mlx.page_checks import check_counts, check_holders
 
@@ -159,7 +167,11 @@ class PageAllocator:
     # Allocate, share, free.
 
     def allocate_page(self) -> int | None:
-        """Take one free page, held once; None when the pool is empty."""
+        """Take one free page, held once; None when the pool is empty.
+
+        Raises:
+            OutOfPages: The pool may grow, and there is no memory to.
+        """
         page_id = self._take_one()
         if page_id is None:
             if not self._make_room(1):
@@ -169,7 +181,11 @@ class PageAllocator:
         return page_id
 
     def allocate_pages(self, num_pages: int) -> list[int] | None:
-        """Take ``num_pages`` free pages, each held once; None, and nothing taken, when too few."""
+        """Take ``num_pages`` free pages, each held once; None, and nothing taken, when too few.
+
+        Raises:
+            OutOfPages: The pool may grow, and there is no memory to; nothing is taken.
+        """
         num_pages = whole_number("allocate_pages", "num_pages", num_pages)
         if num_pages > self.num_free and not self._make_room(num_pages):
             return None
@@ -212,6 +228,8 @@ class PageAllocator:
         self._refs[page_id] = count
         if not count:
             self._put_one(page_id)
+            if self._pools.wants_freed:
+                self._pools.freed((page_id,))
         elif count == 1 and page_id in self._evictors.watched:
             self._evictors.idle((page_id,))
 
@@ -228,7 +246,10 @@ class PageAllocator:
         ids = self._distinct("free_pages", page_ids)
         before = self._held("free_pages", ids, DoubleFree)
         self._counts[ids] = before - 1
-        self._put(ids[before == 1].tolist())
+        freed = ids[before == 1].tolist()
+        self._put(freed)
+        if freed and self._pools.wants_freed:
+            self._pools.freed(freed)
         if self._evictors.watched:
             self._evictors.idle(ids[before == 2].tolist())
 
@@ -272,11 +293,20 @@ class PageAllocator:
         self._evictors.forget(page_ids)
 
     def _make_room(self, num_pages: int) -> bool:
-        """Grow, then evict, until ``num_pages`` are free; change nothing if that cannot be."""
+        """Grow, then evict, until ``num_pages`` are free; change nothing if that cannot be.
+
+        Raises:
+            OutOfPages: A pool cannot grow, and there are too few pages to evict.
+        """
         if num_pages > self.num_available:
             return False
         while num_pages > self.num_free and self._total < self._max_pages:
-            self.grow(min(self._slab_pages, self._max_pages - self._total))
+            try:
+                self.grow(min(self._slab_pages, self._max_pages - self._total))
+            except OutOfPages:
+                if num_pages > self.num_free + self.num_evictable:
+                    raise
+                break
         for evictor in self._evictors:
             if num_pages > self.num_free:
                 evictor.evict(num_pages - self.num_free)
@@ -292,7 +322,7 @@ class PageAllocator:
         Raises:
             ValueError: The pool has fewer pages than ids exist, or pages of another size.
         """
-        self._pools.add(pool, self._total, self._page_size)
+        self._pools.add(pool, self)
 
     def detach(self, pool: Any) -> None:
         """Undo ``attach``; a pool that is not attached is left alone."""

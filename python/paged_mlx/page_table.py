@@ -15,6 +15,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from paged_mlx.append import AppendPlan, append_batch
 from paged_mlx.errors import fail, whole_number
 from paged_mlx.page_allocator import PageAllocator
 from paged_mlx.sharing import copy_on_write, share_prefix
+
+if TYPE_CHECKING:
+    from paged_mlx.trail import Trail
 
 __all__ = ["NO_PAGE", "PageTable", "PageTableEntry", "copy_on_write", "share_prefix"]
 
@@ -47,7 +51,12 @@ class PageTable:
     """The page table of one sequence, empty at first.
 
     A table belongs to one allocator from its first page until it is released.
+
+    Attributes:
+        trail: The tokens, where a canary has been told them; see ``Canary.note``.
     """
+
+    trail: Trail | None
 
     def __init__(self, page_size: int) -> None:
         self._page_size = whole_number("PageTable", "page_size", page_size, 1)
@@ -60,6 +69,7 @@ class PageTable:
         self._num_tokens = 0
         self._num_freed = 0  # leading entries that hold NO_PAGE
         self._sealed = False
+        self.trail = None
         self._touch()
 
     def _touch(self) -> None:
@@ -260,6 +270,8 @@ class PageTable:
                 self._starts = None
         self._num_tokens = length
         self._sealed = kept == self._num_freed  # a tail that was given back takes no tokens
+        if self.trail is not None:
+            self.trail.truncate(length)
         self._touch()
 
     def fork(self) -> PageTable:
@@ -275,6 +287,7 @@ class PageTable:
         child._num_freed = self._num_freed
         child._sealed = self._sealed
         child._version = self._version
+        child.trail = None if self.trail is None else self.trail.fork()
         return child
 
     def release(self) -> None:

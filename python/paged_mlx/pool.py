@@ -6,95 +6,24 @@ shares the same memory: each order that matters is an edge of the graph, and
 nothing is ever copied (docs/design.md, "Linear versions").
 """
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import _ext
-from paged_mlx.errors import fail
+from paged_mlx.canary import Canary
+from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.fast import gather_inputs, pair_array, slot_array
+from paged_mlx.machine_memory import memory_limit as default_memory_limit
+from paged_mlx.machine_memory import pages_within
+from paged_mlx.page_block import LayerPages
 from paged_mlx.plan import AttentionPlan, plan_array
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-
-
-class PageBlock:
-    """One page of one layer: a view of a pool, or arrays of its own.
-
-    Args:
-        page_id: The page.
-        tokens_stored: Tokens in the page.
-        max_tokens: Tokens that fit, the page size.
-        ref_count: Sequences that hold the page.
-        key_data: ``[num_kv_heads, max_tokens, head_dim]``.
-        value_data: ``[num_kv_heads, max_tokens, v_head_dim]``.
-    """
-
-    def __init__(self, page_id, tokens_stored, max_tokens, ref_count, key_data, value_data):
-        self.page_id = page_id
-        self.tokens_stored = tokens_stored
-        self.max_tokens = max_tokens
-        self.ref_count = ref_count
-        self._data = (key_data, value_data)
-
-    @property
-    def key_data(self) -> mx.array:
-        return self._data[0]
-
-    @property
-    def value_data(self) -> mx.array:
-        return self._data[1]
-
-    def __repr__(self):
-        return (
-            f"{type(self).__name__}(page_id={self.page_id}, tokens_stored={self.tokens_stored}, "
-            f"max_tokens={self.max_tokens}, ref_count={self.ref_count})"
-        )
-
-
-class PoolPageBlock(PageBlock):
-    """A page of a pool; its data is gathered when it is asked for."""
-
-    def __init__(self, layer: "LayerPages", page_id: int):
-        self._layer = layer
-        self.page_id = page_id
-        self.max_tokens = layer.pool.page_size
-
-    tokens_stored = property(lambda self: int(self._layer.pool.tokens_stored[self.page_id]))
-
-    @property
-    def ref_count(self) -> int:
-        allocator = self._layer.pool.allocator
-        return allocator.ref_count(self.page_id) if allocator is not None else 1
-
-    @property
-    def _data(self):
-        pool, layer = self._layer.pool, self._layer.index
-        k, v = pool.gather(layer, [[self.page_id]], [pool.page_size])
-        return k[0], v[0]
-
-
-class LayerPages(Mapping):
-    """The pages of one layer of a pool: a mapping page_id -> PageBlock.
-
-    :func:`paged_mlx.paged_attention` reads the layer's arrays directly.
-    """
-
-    def __init__(self, pool: "PagePool", index: int):
-        self.pool = pool
-        self.index = index
-
-    def __getitem__(self, page_id: int) -> PageBlock:
-        if not 0 <= page_id < self.pool.num_pages:
-            raise KeyError(page_id)
-        return PoolPageBlock(self, int(page_id))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.pool.num_pages))
-
-    def __len__(self) -> int:
-        return self.pool.num_pages
 
 
 class PagePool:
@@ -118,10 +47,16 @@ class PagePool:
         allocator: A PageAllocator to attach to: its copy-on-write then copies the
             page in every layer.
         fill: Value of fresh pages; NaN shows reads of slots nobody wrote.
+        wipe_freed: Value to write over pages when their last holder lets go; None leaves
+            stale bytes, which nothing can read by right.
+        canary: Remember who wrote each slot and verify reads; see :class:`Canary`.
+        memory_limit: Bytes that all arrays of MLX may take once the pool is made or has
+            grown; default :func:`paged_mlx.memory_limit`.
         stream: Stream or device of every operation.
 
     Raises:
         ValueError: A size or dtype is not what it must be.
+        OutOfPages: The pages would pass the memory limit, or there is no memory for them.
     """
 
     def __init__(
@@ -136,6 +71,9 @@ class PagePool:
         *,
         allocator=None,
         fill: float = 0.0,
+        wipe_freed: float | None = None,
+        canary: bool = False,
+        memory_limit: int | None = None,
         stream: mx.Stream | mx.Device | None = None,
     ):
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -160,15 +98,20 @@ class PagePool:
         self.dtype = dtype
         self.allocator = None
         self.fill = fill
+        self.wipe_freed = wipe_freed
+        self.canary: Canary | None = None
+        self.memory_limit = default_memory_limit() if memory_limit is None else memory_limit
         self.stream = stream
+        self._wants_canary = canary
         self._base: list[mx.array] = []
         self.state: list[mx.array] = []
-        self._install(self._fresh(num_pages))
+        token_nbytes = num_kv_heads * (head_dim + v_head_dim) * dtype.size
+        self._need("PagePool", num_layers * num_pages * page_size * token_nbytes)
+        self._install(self._allocate(num_pages))
         self._writes: list[np.ndarray] = []
         self._tokens_stored = np.zeros(num_pages, np.int32)
         if allocator is not None:
             allocator.attach(self)
-            self.allocator = allocator
 
     # The arrays
 
@@ -186,14 +129,47 @@ class PagePool:
         """Bytes of one page id, K and V, all layers."""
         return self.nbytes // self.num_pages
 
+    def pages_within(self, nbytes: int | None = None) -> int:
+        """Return how many pages like this pool's fit in ``nbytes``, default its memory limit.
+
+        A limit for ``PageAllocator(..., max_pages=...)``.
+        """
+        return pages_within(
+            self.memory_limit if nbytes is None else nbytes,
+            num_layers=self.num_layers,
+            page_size=self.page_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            v_head_dim=self.v_head_dim,
+        )
+
     def _fresh(self, num_pages: int) -> list[mx.array]:
+        """K and V of fresh pages, one layer; lazy."""
+        heads, size, stream = self.num_kv_heads, self.page_size, self.stream
+        return [
+            mx.full((num_pages, heads, size, head_dim), self.fill, self.dtype, stream=stream)
+            for head_dim in (self.head_dim, self.v_head_dim)
+        ]
+
+    def _allocate(self, num_pages: int) -> list[mx.array]:
         """New arrays, memory in hand: running out of it shows here and nowhere later."""
-        arrays = []
-        for head_dim in (self.head_dim, self.v_head_dim) * self.num_layers:
-            shape = (num_pages, self.num_kv_heads, self.page_size, head_dim)
-            arrays.append(mx.full(shape, self.fill, self.dtype, stream=self.stream))
-        mx.eval(arrays)
+        arrays = [array for _ in range(self.num_layers) for array in self._fresh(num_pages)]
+        try:
+            mx.eval(arrays)
+        except (MemoryError, RuntimeError) as error:
+            raise _no_memory("PagePool", num_pages) from error
         return arrays
+
+    def _need(self, op: str, nbytes: int) -> None:
+        """Refuse what would take MLX past the memory limit."""
+        active = mx.get_active_memory()
+        if active + nbytes > self.memory_limit:
+            must = (
+                f"memory_limit must be at least {active + nbytes} bytes, the {active} in use and "
+                f"{nbytes} for pages"
+            )
+            fail(op, must, self.memory_limit, OutOfPages)
 
     def _install(self, arrays: list[mx.array]) -> None:
         # While the base is held here, MLX never gives its memory to another operation.
@@ -213,22 +189,34 @@ class PagePool:
 
         Raises:
             ValueError: ``num_pages`` is less than there are.
+            OutOfPages: They would pass the memory limit, or there is no memory; the pool is
+                as it was.
         """
-        if num_pages < self.num_pages:
-            fail("PagePool.grow", f"num_pages must be at least {self.num_pages}", num_pages)
-        if num_pages == self.num_pages:
+        before = self.num_pages
+        if num_pages < before:
+            fail("PagePool.grow", f"num_pages must be at least {before}", num_pages)
+        if num_pages == before:
             return
-        fresh = self._fresh(num_pages - self.num_pages)
+        added = (num_pages - before) * self.page_nbytes
+        self._need("PagePool.grow", added + (self.nbytes + added) // self.num_layers)
+        try:
+            for layer in range(self.num_layers):
+                self._grow_layer(layer, num_pages - before)
+        except (MemoryError, RuntimeError) as error:
+            self._keep(before)
+            raise _no_memory("PagePool.grow", num_pages) from error
+        self._fold_writes()
+        self._tokens_stored = np.pad(self._tokens_stored, (0, num_pages - before))
+
+    def _grow_layer(self, layer: int, num_pages: int) -> None:
+        """Add pages to one layer; a layer at a time, so that little is held twice."""
+        pair = slice(2 * layer, 2 * layer + 2)
         joined = [
             mx.concatenate([old, new], axis=0, stream=self.stream)
-            for old, new in zip(self.state, fresh)
+            for old, new in zip(self.state[pair], self._fresh(num_pages))
         ]
         mx.eval(joined)
-        self._fold_writes()
-        self._install(joined)
-        self._tokens_stored = np.pad(
-            self._tokens_stored, (0, num_pages - len(self._tokens_stored))
-        )
+        self._base[pair] = self.state[pair] = joined
 
     def shrink(self, num_pages: int) -> None:
         """Drop the pages with ids from ``num_pages`` on and give their memory back.
@@ -240,12 +228,18 @@ class PagePool:
             fail("PagePool.shrink", f"num_pages must be in [1, {self.num_pages}]", num_pages)
         if num_pages == self.num_pages:
             return
-        pages = mx.arange(num_pages)  # a slice would keep the whole buffer alive
-        kept = [mx.take(array, pages, axis=0, stream=self.stream) for array in self.state]
-        mx.eval(kept)
+        self._keep(num_pages)
         self._fold_writes()
-        self._install(kept)
         self._tokens_stored = self._tokens_stored[:num_pages].copy()
+
+    def _keep(self, num_pages: int) -> None:
+        """Make every array ``num_pages`` long that is longer, one after the other."""
+        pages = mx.arange(num_pages)  # a slice would keep the whole buffer alive
+        for i, array in enumerate(self.state):
+            if array.shape[0] > num_pages:
+                kept = mx.take(array, pages, axis=0, stream=self.stream)
+                mx.eval(kept)
+                self._base[i] = self.state[i] = kept
 
     # Access, each the next link of the chain
 
@@ -272,6 +266,8 @@ class PagePool:
         i = 2 * self._check_layer("PagePool.write", layer)
         slots = self.slots(slot_mapping)
         self._refuse_capture("PagePool.write", k)
+        if self.canary is not None:
+            self._tell_canary(layer, slots)
         self.state[i : i + 2] = _ext.write_pages(
             k, v, self.state[i], self.state[i + 1], slots.array, alias=True, stream=self.stream
         )
@@ -348,7 +344,7 @@ class PagePool:
         pairs = np.asarray(pairs)
         self._tokens_stored[pairs[:, 1]] = self._tokens_stored[pairs[:, 0]]
 
-    def slots(self, slot_mapping) -> "SlotMapping":
+    def slots(self, slot_mapping) -> SlotMapping:
         """``slot_mapping`` checked against this pool, for use with every layer."""
         if isinstance(slot_mapping, SlotMapping):
             if slot_mapping.num_slots > self.num_pages * self.page_size:
@@ -357,6 +353,51 @@ class PagePool:
             return slot_mapping
         return SlotMapping(slot_mapping, self.state[0])
 
+    # Told by the allocator
+
+    def attached(self, allocator: Any) -> None:
+        """Belong to an allocator; it counts who holds the pages.
+
+        Raises:
+            ValueError: The pool belongs to another.
+        """
+        if self.allocator is allocator:
+            return
+        if self.allocator is not None:
+            fail("attach", "pool must belong to no other allocator", repr(self.allocator))
+        self.allocator = allocator
+        if self._wants_canary:
+            self.canary = Canary(allocator, self.num_layers)
+
+    def detached(self) -> None:
+        """Belong to no allocator."""
+        if self.canary is not None:
+            self.allocator.detach(self.canary)
+        self.allocator = self.canary = None
+
+    @property
+    def wants_freed(self) -> bool:
+        """Whether the allocator is to say which pages become free."""
+        return self.wipe_freed is not None
+
+    def freed(self, page_ids: Sequence[int]) -> None:
+        """Write ``wipe_freed`` over pages, before any later write to them; lazy."""
+        if _ext.is_tracer(self.state[0]) or _ext.is_stale(self.state[0]):
+            return  # a page freed while a step is traced is freed once, not at every step
+        size = self.page_size
+        slots = np.array(page_ids, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)
+        slots = mx.array(slots.ravel())
+        k, v = (
+            mx.full((slots.size, self.num_kv_heads, head_dim), self.wipe_freed, self.dtype)
+            for head_dim in (self.head_dim, self.v_head_dim)
+        )
+        for i in range(0, 2 * self.num_layers, 2):
+            self.state[i : i + 2] = _ext.write_pages(
+                k, v, self.state[i], self.state[i + 1], slots, alias=True, stream=self.stream
+            )
+        self._fold_writes()
+        self._tokens_stored[list(page_ids)] = 0
+
     # Book-keeping
 
     @property
@@ -364,6 +405,12 @@ class PagePool:
         """Tokens last written to each page, ``int32 [num_pages]``."""
         self._fold_writes()
         return self._tokens_stored
+
+    def _tell_canary(self, layer: int, slots: SlotMapping) -> None:
+        if slots.values is None:
+            must = "the pool must have no canary to be written inside mx.compile"
+            fail("PagePool.write", must, "canary=True")
+        self.canary.wrote_layer(layer, slots.values)
 
     def _remember(self, slots: np.ndarray) -> None:
         self._writes.append(slots)
@@ -378,8 +425,12 @@ class PagePool:
             np.maximum.at(self._tokens_stored, pages, offsets + 1)
         self._writes.clear()
 
-    def check(self) -> None:
-        """Prove that arrays, versions and allocator agree.
+    def check(self, tables: Iterable[Any] | None = None, caches: Iterable[Any] = ()) -> None:
+        """Prove that arrays, versions and allocator agree, and a canary's slots with the tables.
+
+        Args:
+            tables: Every page table on the allocator; then each count must equal its holders.
+            caches: Every prefix cache on it, counted with the tables.
 
         Raises:
             AssertionError: They do not; the message says what.
@@ -394,7 +445,11 @@ class PagePool:
         if self.allocator is not None:
             pages = self.allocator.total_pages
             assert pages <= self.num_pages, f"{pages} pages allocatable, {self.num_pages} in arrays"
-            self.allocator.check()
+            tables = None if tables is None else list(tables)
+            self.allocator.check(tables, caches)
+        if self.canary is not None:
+            for layer in range(self.num_layers):
+                self.canary.read(layer, tables or ())
 
     def _refuse_capture(self, op: str, fresh: mx.array) -> None:
         """A traced version must not enter a pool that the trace does not know of, nor stay."""
@@ -431,3 +486,7 @@ class SlotMapping:
         self.array = slot_array("PagePool.write", slot_mapping, pages)
         traced = isinstance(slot_mapping, mx.array) and _ext.is_tracer(slot_mapping)
         self.values = None if traced else np.array(self.array)
+
+
+def _no_memory(op: str, num_pages: int) -> OutOfPages:
+    return OutOfPages(f"[{op}] the machine must have memory for {num_pages} pages; got none.")

@@ -61,6 +61,8 @@ def share_prefix(
         )
     kept = source._entries_covering(prefix_length)
     target._adopt(source._pages[:kept], prefix_length, source._allocator)
+    if source.trail is not None:
+        target.trail = source.trail.fork(prefix_length)
     if source._starts is not None and source._starts[kept - 1] != (kept - 1) * source._page_size:
         target._starts = source._starts[:kept]
     if partial == "seal" and target._tail_len() < target._page_size:
