@@ -1,0 +1,31 @@
+"""``python -m paged_mlx``: the commands of this package."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "doctor": "is paged attention right on this machine? every kernel against the oracle, in seconds",
+    "testing": "the conformance suite, for this package's backends and yours",
+}
+
+USAGE = """\
+python -m paged_mlx COMMAND [options]
+
+{commands}
+
+`python -m paged_mlx COMMAND --help` lists the options of one. Benchmarks are part of a
+checkout, not of the package: `make bench` there.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        name = "paged_mlx.testing.__main__" if arguments[0] == "testing" else "paged_mlx.doctor"
+        return importlib.import_module(name).main(arguments[1:])
+    lines = (f"  {name:<9} {what}" for name, what in COMMANDS.items())
+    print(USAGE.format(commands="\n".join(lines)), end="")
+    return 0 if arguments in ([], ["-h"], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
