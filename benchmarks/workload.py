@@ -1,12 +1,16 @@
 """Batches to measure: the same K and V contiguous and in shuffled pages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import mlx.core as mx
 import numpy as np
 
 from paged_mlx import PagePool, fast
 
+PERIOD = 1_000_003  # random values are repeated, out of step with the pages
+COLD_BYTES = 160_000_000  # layers that take turns hold as much together: no cache does
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -48,16 +52,22 @@ class Workload:
         num_pages = int(self.tables.max()) + 1
         self.pool = PagePool(layers, num_pages, g.page_size, g.num_kv_heads, g.head_dim, self.dtype)
         shape = (num_pages, g.num_kv_heads, g.page_size, g.head_dim)
+        values = rng.standard_normal(PERIOD, np.float32)
         for i in range(2 * layers):
-            values = mx.random.normal(shape, dtype=mx.float32, key=mx.random.key(seed + i))
-            filled = values.astype(self.dtype)
+            filled = mx.array(np.resize(np.roll(values, 7919 * i), shape)).astype(self.dtype)
             mx.eval(filled)
             self.pool._base[i] = self.pool.state[i] = filled
         q_shape = (sum(self.query_lens), g.num_q_heads, g.head_dim)
         self.q = mx.array(rng.standard_normal(q_shape).astype(np.float32)).astype(self.dtype)
         self.cu = np.concatenate([[0], np.cumsum(self.query_lens)]).astype(np.int32)
         mx.eval(self.q)
-        self._turn = 0
+
+    @classmethod
+    def cold(cls, lengths, geometry=Geometry(), query_lens=None, shared=0) -> "Workload":
+        """With as many layers, 16 at the most, as make K and V larger than caches."""
+        pages = sum(lengths) - shared * (len(lengths) - 1)
+        layers = -(-COLD_BYTES // (pages * geometry.bytes_per_token))
+        return cls(lengths, geometry, query_lens, shared, layers=min(16, layers))
 
     def _tables(self, rng, shared):
         size = self.g.page_size
@@ -77,9 +87,19 @@ class Workload:
         """Bytes of K and V that a step reads when nothing is shared."""
         return sum(self.lengths) * self.g.bytes_per_token
 
-    def next_layer(self) -> int:
-        self._turn = (self._turn + 1) % self.pool.num_layers
-        return self._turn
+    def in_turn(self, run: Callable[[int], object], start: int = 0) -> Callable[[], object]:
+        """``run(layer)`` for layer 0, then for the layers from ``start`` on, in turn.
+
+        So the first call of all candidates can be compared, and later ones do not find
+        what the candidate before them has just read.
+        """
+        calls = count()
+
+        def call():
+            turn = next(calls)
+            return run(0 if turn == 0 else (start + turn) % self.pool.num_layers)
+
+        return call
 
     def plan(self, **options) -> fast.AttentionPlan:
         g = self.g
@@ -154,5 +174,10 @@ def agree(outputs: dict, tolerance: float = 0.05) -> None:
     """
     (first_name, first), *others = outputs.items()
     for name, out in others:
-        error = mx.abs(out.astype(mx.float32) - first.astype(mx.float32)).max().item()
+        error = np.abs(_floats(out) - _floats(first)).max()
         assert error < tolerance, f"{name} and {first_name} differ by {error}"
+
+
+def _floats(out) -> np.ndarray:
+    """An array of MLX or of torch as NumPy's."""
+    return np.array(out.astype(mx.float32)) if isinstance(out, mx.array) else out.float().numpy()

@@ -1,0 +1,65 @@
+"""What the machine can do at the best: candidates that only read, multiply or copy."""
+
+import numpy as np
+
+from benchmarks.harness import Candidate
+from benchmarks.workload import Workload
+from paged_mlx import fast
+from paged_mlx._native import _ext
+
+PAGE_READS, MULTIPLICATIONS, MEMCPY = "page reads alone", "multiplications alone", "memcpy"
+
+
+def on_threads(threads: int, run, isa: str = ""):
+    """``run`` on so many threads of the backend, with one instruction set."""
+
+    def prepared(*args):
+        _ext.set_num_threads(threads)
+        _ext.set_isa(isa)
+        return run(*args)
+
+    return prepared
+
+
+def page_reads(work: Workload, threads: int = 1, start: int = 0, distinct: bool = False) -> Candidate:
+    """Read the pages of the step, as many times as the tables name them or once each."""
+    page_ids = work.tables[work.tables != fast.NO_PAGE]
+    page_ids = np.unique(page_ids) if distinct else page_ids
+
+    def read(layer):
+        k_pages, v_pages = work.pool.state[2 * layer : 2 * layer + 2]
+        return _ext.read_pages(k_pages, v_pages, page_ids)
+
+    nbytes = len(page_ids) * work.g.page_size * work.g.bytes_per_token
+    run = work.in_turn(on_threads(threads, read), start)
+    return Candidate(PAGE_READS, run, nbytes, limit=True)
+
+
+def flops(work: Workload) -> float:
+    """Multiplications and additions of the step: two for each element of K and V a row sees."""
+    seen = sum(
+        tokens * context - tokens * (tokens - 1) // 2
+        for tokens, context in zip(work.query_lens, work.lengths)
+    )
+    return 4.0 * seen * work.g.num_q_heads * work.g.head_dim
+
+
+def multiplications(work: Workload, threads: int = 1, isa: str = "") -> Candidate:
+    """As many multiplications as the step has, at the peak of the instruction set."""
+    count, dots = flops(work), work.g.dtype == "bfloat16"
+    run = on_threads(threads, lambda: _ext.spend_flops(count, dots), isa)
+    return Candidate(MULTIPLICATIONS, run, limit=True)
+
+
+def memcpy(nbytes: int, pool_bytes: int = 256 << 20) -> Candidate:
+    """Copy as many bytes from one cold run of memory to another."""
+    rows = max(2, pool_bytes // nbytes)
+    memory = np.zeros((rows, nbytes), np.uint8)
+    memory[:] = 1
+    turn = [0]
+
+    def copy():
+        turn[0] = (turn[0] + 2) % (rows - 1)
+        np.copyto(memory[turn[0] + 1], memory[turn[0]])
+
+    return Candidate(MEMCPY, copy, nbytes, limit=True)

@@ -1,0 +1,44 @@
+"""PyTorch's scaled_dot_product_attention on contiguous K and V, where it is installed."""
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.harness import Candidate
+from benchmarks.workload import Workload
+
+try:
+    import torch
+except ImportError:
+    torch = None
+    print("torch is not installed: its rows are left out (pip install torch==2.13.0)")
+
+NAME = "torch SDPA, contiguous"
+
+
+def torch_sdpa(work: Workload, threads: int = 1) -> list[Candidate]:
+    """The candidate, or none. Contexts of one length, query lengths too."""
+    if torch is None:
+        return []
+    torch.set_num_threads(threads)
+    layers = [[_tensor(x) for x in work.contiguous_kv(i)] for i in range(work.pool.num_layers)]
+    batch, length, context = len(work.lengths), work.query_lens[0], work.lengths[0]
+    q = _tensor(work.q).reshape(batch, length, work.g.num_q_heads, work.g.head_dim).transpose(1, 2)
+    options = {"enable_gqa": work.g.num_q_heads != work.g.num_kv_heads}
+    if length == context:
+        options["is_causal"] = True
+    elif length > 1:
+        visible = torch.ones(length, context, dtype=torch.bool)
+        options["attn_mask"] = visible.tril(context - length)
+
+    def attend(layer):
+        with torch.inference_mode():
+            out = torch.nn.functional.scaled_dot_product_attention(q, *layers[layer], **options)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return [Candidate(NAME, work.in_turn(attend), work.nbytes)]
+
+
+def _tensor(array: mx.array):
+    if array.dtype == mx.bfloat16:
+        return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
