@@ -1,4 +1,4 @@
-"""Build the extension with sanitizers and run suites on it: `make sanitize`.
+"""Build the extension with sanitizers and run suites on it: `sanitize.py [address,undefined] [thread]`.
 
 AddressSanitizer and UndefinedBehaviorSanitizer watch the conformance suite, the fuzzer and
 the tests of planner and operations; ThreadSanitizer watches the thread pool of the CPU
@@ -57,14 +57,19 @@ def build(sanitizers: str) -> Path:
 
 
 def runtime(sanitizers: str) -> str:
-    """The sanitizer's library, to be loaded before the interpreter's first allocation."""
-    words = ["g++", f"-print-file-name={RUNTIMES[sanitizers]}"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    """Libraries to load first: the sanitizer's, and that of the exceptions it intercepts."""
+    found = []
+    for library in (RUNTIMES[sanitizers], "libstdc++.so.6"):
+        words = ["g++", f"-print-file-name={library}"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        found.append(done.stdout.strip())
+    return " ".join(found)
 
 
 def main() -> None:
     failed = []
-    for sanitizers, suites in SUITES.items():
+    for sanitizers in sys.argv[1:] or SUITES:
+        suites = SUITES[sanitizers]
         path = build(sanitizers)
         environment = os.environ | OPTIONS
         environment |= {"PYTHONPATH": str(path), "LD_PRELOAD": runtime(sanitizers)}

@@ -43,7 +43,7 @@ void check_cu_seqlens(const PlanInput& in) {
     fail(in, "cu_seqlens_q must start with 0", str(in.cu_seqlens_q[0]));
   }
   for (int b = 0; b < in.batch; b++) {
-    if (in.query_len(b) < 0) {
+    if (in.cu_seqlens_q[b + 1] < in.cu_seqlens_q[b]) { // their difference may overflow
       fail(
           in,
           "cu_seqlens_q must not decrease",
@@ -58,7 +58,8 @@ void check_length(const PlanInput& in, int b) {
   if (context_len < 0) {
     fail(in, "context_lens must be at least 0", str(context_len) + " for sequence " + str(b));
   }
-  if (context_len > INT32_MAX - in.page_size) { // the end of its last page is an int32, too
+  // The end of its last page is an int32, too.
+  if (in.query_len(b) > 0 && context_len > INT32_MAX - in.page_size) {
     fail(
         in,
         "context_lens must be at most 2^31 - 1 - page_size",
