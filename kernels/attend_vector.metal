@@ -2,8 +2,9 @@
 //
 // Buffers, grid and macros as in attend_tile.metal; ROWS is 1 or 2. Eight lanes
 // share a key, so a load of the simdgroup covers 16 bytes x 8 lanes of four keys;
-// a step is 32 keys, of which a lane reads its part of eight. The eight partial dot products are summed over the lanes by a
-// transposing butterfly that leaves each lane the score of one key.
+// a step is 32 keys, of which a lane reads its part of eight. The eight partial
+// dot products are summed over the lanes by a transposing butterfly that leaves
+// each lane the score of one key.
 
 #include "merge_simdgroups.h"
 #include "page_walk.h"

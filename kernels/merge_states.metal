@@ -46,7 +46,8 @@ using namespace paged_mlx;
   device float* carry = carried + row * (dim + 1);
 
   float weights[PAGED_MLX_MERGE_PARTS];
-#define PAGED_MLX_READ_LSE(i, o, l) weights[i] = i < arguments.parts ? lse##i[row] : minus_infinity();
+#define PAGED_MLX_READ_LSE(i, o, l) \
+  weights[i] = i < arguments.parts ? lse##i[row] : minus_infinity();
   PAGED_MLX_EACH_PART(PAGED_MLX_READ_LSE)
   float carried_weight = kHasCarried ? carry[dim] : minus_infinity();
   float most = kHidden;

@@ -50,7 +50,8 @@ struct PageWalk {
 
   // Every key of [slot, slot + count) is one that the item holds.
   bool all_live(int slot, int count) const {
-    return !kRagged && first_position + slot >= key_begin && first_position + slot + count <= key_end;
+    const int first = first_position + slot;
+    return !kRagged && first >= key_begin && first + count <= key_end;
   }
 
   // Keys outside [low, high) are not live from now on.

@@ -65,7 +65,7 @@ struct RowReader {
     r.low = kHasWindow ? max(key_begin, r.position - arguments.sliding_window + 1) : key_begin;
     r.high = min(key_end, plan[arguments.row_ends + r.token]);
     r.slope = kHasAlibi ? alibi_slopes[r.head] * kLog2E : 0;
-    r.mask = long(r.head) * arguments.mask_head_stride + long(r.token) * arguments.mask_token_stride;
+    r.mask = r.head * arguments.mask_head_stride + r.token * arguments.mask_token_stride;
     return r;
   }
 };

@@ -21,7 +21,6 @@ BODIES = {
     "attend_tile": Case(num_q_heads=6, num_kv_heads=2, sequences=((1, 70), (2, 90), (1, 200))),
     "attend_wide": Case(num_q_heads=4, num_kv_heads=1, sequences=((12, 70), (30, 150), (9, 9))),
 }
-# What the planner of the CPU calls a tile may hold more rows than the tile body.
 EVERYTHING = dict(sliding_window=50, softcap=4.0, alibi=1.0, sinks="random")
 
 

@@ -77,7 +77,11 @@ Variant body_variant(const AttendCall& call, const Body& body, int simdgroups) {
 
 // The widest threadgroup that the pipeline takes; a kernel may be compiled for
 // fewer simdgroups only.
-Variant fitting_variant(Encoder& encoder, const AttendCall& call, const Body& body, int& simdgroups) {
+Variant fitting_variant(
+    Encoder& encoder,
+    const AttendCall& call,
+    const Body& body,
+    int& simdgroups) {
   for (simdgroups = body.simdgroups;; simdgroups /= 2) {
     const Variant variant = body_variant(call, body, simdgroups);
     if (simdgroups == 1 || encoder.max_threads(variant) >= 32 * simdgroups) {

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Memory(ctypes.Structure):
     _fields_ = [("address", c_void_p), ("nbytes", c_size_t)]
 
     @classmethod
-    def of(cls, array: np.ndarray | None) -> "Memory":
+    def of(cls, array: np.ndarray | None) -> Memory:
         """The memory of a contiguous array, which must outlive the launch."""
         if array is None:
             return cls(None, 0)
@@ -114,7 +114,9 @@ class Launch:
     result: metal_host.Result = field(repr=False)
 
 
-def launch(function: str, *arguments, forbid=(), max_threads: int = 1024, **options) -> list[Launch]:
+def launch(
+    function: str, *arguments, forbid=(), max_threads: int = 1024, **options
+) -> list[Launch]:
     """Call ``function`` of launcher.cpp; return its dispatches.
 
     Args:
