@@ -152,7 +152,12 @@ PAGED_MLX_INLINE void score_quad(
     for (int half = 0; half < 2; half++) {
       Vec dots[kRows][2];
       dot_products<X, kRows, 2, kAhead>(
-          q, pass.q_stride, keys + 2 * half, ahead + half * 2 * ahead_in_step(dim) * sizeof(typename X::T), dim, dots);
+          q,
+          pass.q_stride,
+          keys + 2 * half,
+          ahead + half * 2 * ahead_in_step(dim) * sizeof(typename X::T),
+          dim,
+          dots);
       for (int r = 0; r < kRows; r++) {
         halves[half][r] = fold_two(fold(dots[r][0]), fold(dots[r][1]));
       }
