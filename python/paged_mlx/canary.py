@@ -23,7 +23,7 @@ from paged_mlx.errors import fail
 from paged_mlx.page_allocator import PageAllocator
 from paged_mlx.page_hash import Tokens
 from paged_mlx.page_table import PageTable
-from paged_mlx.trail import Trail
+from paged_mlx.trail import Trail, extend_all
 
 
 class CorruptPage(AssertionError):
@@ -123,6 +123,7 @@ class Canary:
             must = f"tokens must be all tokens of the table, {table.num_tokens}"
             fail("begin", must, len(tokens))
         table.trail = self.trail(tokens)
+        self._verified = None
 
     def note(
         self, tables: Sequence[PageTable], tokens: Sequence[Tokens], slots: np.ndarray
@@ -167,15 +168,15 @@ class Canary:
         if not counts:
             return
         written = slots >= 0
-        marks = np.concatenate([trail.extend(added) for trail, added in zip(trails, tokens)])
+        marks = extend_all(trails, tokens)
         ends = np.repeat([len(trail) for trail in trails], counts)
         after = np.repeat(np.cumsum(counts), counts)  # tokens up to the end of this sequence's
         slots = slots[written]
         self._marks.reshape(-1)[slots] = marks[written]
         self._writers.reshape(-1)[slots] = _each(trails, counts)[written]
         self._positions.reshape(-1)[slots] = (ends - after + np.arange(len(marks)))[written]
-        added = np.concatenate([t.tokens[len(t) - n :] for t, n in zip(trails, counts)])
-        self._tokens.reshape(-1)[slots] = added[written]
+        added = [trail.tokens[len(trail) - count :] for trail, count in zip(trails, counts)]
+        self._tokens.reshape(-1)[slots] = np.concatenate(added)[written]
         due = self._due.reshape(len(self._due), self._marks.size)
         self._num_due += len(slots) - due[:, slots].sum(1)
         due[:, slots] = True
@@ -206,22 +207,27 @@ class Canary:
             CorruptPage: A slot does not hold what its table says.
             ValueError: A table's tokens were never noted.
         """
-        state = self._state_of(tables)
+        state = _state_of(tables)
         if self._verified != state:
-            for table in tables:
-                self._verify_noted(table)
+            self._verify_batch(tables, state[0])
             self._verified = state
         if self._num_due[layer]:
             for table in tables:
                 self._verify_layer(layer, table)
 
-    def _state_of(self, tables: Sequence[PageTable]) -> object:
-        """All of the tables that ``_verify_noted`` looks at, to be compared."""
-        pages = b"".join([table._pages.tobytes() for table in tables])
-        return pages, [
-            (table._num_tokens, table._num_freed, table.trail, table.trail and table.trail.last)
-            for table in tables
-        ]
+    def _verify_batch(self, tables: Sequence[PageTable], pages: bytes) -> None:
+        """Verify tables; ``pages`` are the entries of all, one after the other."""
+        page_ids = np.frombuffer(pages, np.int32)
+        held = self._allocator._counts[page_ids].all()
+        marks, end = self._marks[page_ids].reshape(-1), 0
+        for table in tables:
+            start, end = end, end + len(table._pages) * self._page_size
+            trail, length = table.trail, table._num_tokens
+            alike = held and table._starts is None and not table._num_freed
+            if not alike or trail is None or len(trail) != length:
+                self._verify_noted(table)
+            elif (marks[start : start + length] != trail.marks).any():
+                self._verify_noted(table)
 
     def _verify_noted(self, table: PageTable) -> None:
         noted = 0 if table.trail is None else len(table.trail)
@@ -249,6 +255,15 @@ class Canary:
                     f"{position}; layer {layer} has not written it"
                 )
                 raise CorruptPage("missed layer", position, page_id, message)
+
+    def check(self) -> None:
+        """Prove that the counts of slots to be written are those of the slots.
+
+        Raises:
+            AssertionError: They are not.
+        """
+        due = self._due.sum((1, 2))
+        assert (self._num_due == due).all(), f"{self._num_due} slots to be written, found {due}"
 
     def verify(self, table: PageTable, trail: Trail) -> None:
         """Compare the pages of a table with the trail of its sequence.
@@ -304,3 +319,12 @@ class Canary:
 def _each(trails: Sequence[Trail], counts: Sequence[int]) -> np.ndarray:
     """Return the sequence number of each token."""
     return np.repeat([trail.sequence for trail in trails], counts)
+
+
+def _state_of(tables: Sequence[PageTable]) -> tuple[bytes, list[int], list[int]]:
+    """Return all of the tables that bears on what they should hold; equal means unchanged."""
+    return (
+        b"".join([table._pages for table in tables]),
+        [table._version for table in tables],
+        [table._num_tokens for table in tables],
+    )

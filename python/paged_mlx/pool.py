@@ -448,6 +448,7 @@ class PagePool:
             tables = None if tables is None else list(tables)
             self.allocator.check(tables, caches)
         if self.canary is not None:
+            self.canary.check()
             for layer in range(self.num_layers):
                 self.canary.read(layer, tables or ())
 

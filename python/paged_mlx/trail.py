@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -32,11 +31,6 @@ class Trail:
         return self._length
 
     @property
-    def last(self) -> tuple[int, int]:
-        """The length, and the mark that tells all tokens up to there."""
-        return self._length, int(self._marks[self._length - 1]) if self._length else 0
-
-    @property
     def marks(self) -> np.ndarray:
         """The mark after each token, ``uint64``."""
         return self._marks[: self._length]
@@ -48,30 +42,19 @@ class Trail:
 
     def extend(self, tokens: Tokens) -> np.ndarray:
         """Append tokens; return their marks."""
-        if len(tokens) == 1:
-            return self._extend_by_one(tokens)
         added = np.frombuffer(pack_tokens(tokens), "<i4")
         start, end = self._length, self._length + len(added)
-        if end > len(self._marks):
-            self._marks = np.resize(self._marks, 2 * end)
-            self._tokens = np.resize(self._tokens, 2 * end)
-        _, last = self.last
+        self._reserve(end)
+        last = int(self._marks[start - 1]) if start else 0
         self._tokens[start:end] = added
         self._marks[start:end] = _marks_after(last, added)
         self._length = end
         return self._marks[start:end]
 
-    def _extend_by_one(self, tokens: Tokens) -> np.ndarray:
-        (token,) = struct.unpack("<i", pack_tokens(tokens))
-        start = self._length
-        if start == len(self._marks):
-            self._marks = np.resize(self._marks, 2 * start)
-            self._tokens = np.resize(self._tokens, 2 * start)
-        _, last = self.last
-        self._tokens[start] = token
-        self._marks[start] = (last + token + _STEP) * _FACTOR % _BITS
-        self._length = start + 1
-        return self._marks[start : start + 1]
+    def _reserve(self, length: int) -> None:
+        if length > len(self._marks):
+            self._marks = np.resize(self._marks, 2 * length)
+            self._tokens = np.resize(self._tokens, 2 * length)
 
     def fork(self, length: int | None = None) -> Trail:
         """Return the trail of a sequence that begins with the first ``length`` tokens."""
@@ -96,3 +79,19 @@ def _marks_after(last: int, tokens: np.ndarray) -> np.ndarray:
     inverses[:1] = 1
     terms = (tokens.astype(np.uint64) + np.uint64(_STEP)) * np.cumprod(inverses)
     return powers * (np.uint64(last) + np.cumsum(terms))
+
+
+def extend_all(trails: Sequence[Trail], tokens: Sequence[Tokens]) -> np.ndarray:
+    """``extend`` each trail by its tokens; return the marks of all, one after the other."""
+    if any(len(added) != 1 for added in tokens) or len(set(map(id, trails))) < len(trails):
+        return np.concatenate([trail.extend(added) for trail, added in zip(trails, tokens)])
+    added = np.frombuffer(pack_tokens([token for (token,) in tokens]), "<i4")
+    for trail in trails:
+        trail._reserve(trail._length + 1)
+    last = [trail._marks[trail._length - 1] if trail._length else 0 for trail in trails]
+    marks = np.array(last, np.uint64) + added.astype(np.uint64) + np.uint64(_STEP)
+    marks *= np.uint64(_FACTOR)
+    for trail, token, mark in zip(trails, added, marks):
+        trail._tokens[trail._length], trail._marks[trail._length] = token, mark
+        trail._length += 1
+    return marks
