@@ -1,47 +1,88 @@
-"""Make the README's table from a record: `python -m benchmarks.table [--check]`."""
+"""Make the tables of the documents from records: `python -m benchmarks.table [--check]`.
+
+A document says where: `<!-- table: attention -->` up to `<!-- end of table -->` becomes what
+`benchmarks/results/attention.json` holds.
+"""
 
 import json
+import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- table: attention -->", "<!-- end of table -->"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def table(record: dict) -> str:
-    """Markdown: one row for each case, times of the first candidate and ratios of the others."""
-    names = [c["name"] for c in record["cases"][0]["candidates"]]
-    rows = [
-        f"| case | {names[0]} | " + " | ".join(f"{name}" for name in names[1:]) + " |",
-        "|---|---|" + "---|" * len(names[1:]),
-    ]
-    for case in record["cases"]:
-        medians = [c["median"] for c in case["candidates"]]
-        ratios = " | ".join(f"{m / medians[0]:.1f}x the time" for m in medians[1:])
-        rows.append(f"| {case['name']} | {medians[0] * 1e3:.2f} ms | {ratios} |")
+def tables(record: dict) -> str:
+    """Markdown: a table for each run of cases with the same first candidate, and the machine."""
+    parts = []
+    for _, cases in groupby(record["cases"], key=lambda case: case["candidates"][0]["name"]):
+        parts += [_table(list(cases)), ""]
     machine = record["machine"]
-    note = (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "
-        f"mlx {record['versions']['mlx']}; record: `benchmarks/results/{record['question']}.json`."
+    parts.append(
+        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, mlx "
+        f"{record['versions']['mlx']}, {record['date']}; record: "
+        f"`benchmarks/results/{record['question']}.json`."
     )
-    return "\n".join([*rows, "", note])
+    return "\n".join(parts)
 
 
-def with_table(text: str, record: dict) -> str:
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{table(record)}\n{END}{after}"
+def _table(cases: list[dict]) -> str:
+    """A row for each case: the first candidate's time, and how the others compare with it."""
+    first = cases[0]["candidates"][0]["name"]
+    others = {c["name"]: c for case in cases for c in case["candidates"][1:]}
+    heads = [f"share of {name}" if c.get("limit") else name for name, c in others.items()]
+    rows = [
+        f"| case | {first} | " + "".join(f"{head} | " for head in heads).rstrip(),
+        "|---|---|" + "---|" * len(others),
+    ]
+    for case in cases:
+        found = {c["name"]: c for c in case["candidates"]}
+        cells = [_compared(found.get(name), found[first]) for name in others]
+        time = _time(found[first]["median"], case["about"])
+        rows.append("| " + " | ".join([case["name"], time, *cells]) + " |")
+    return "\n".join(rows)
+
+
+def _compared(candidate: dict | None, first: dict) -> str:
+    if candidate is None:
+        return ""
+    ratio = candidate["median"] / first["median"]
+    return f"{ratio:.0%}" if candidate.get("limit") else f"{ratio:.{2 if ratio < 3 else 1}f}x the time"
+
+
+def _time(seconds: float, about: dict) -> str:
+    if "unit" in about:
+        return f"{seconds / about['units'] * 1e6:.3g} us per {about['unit']}"
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def with_tables(text: str, records: dict[str, dict]) -> str:
+    """``text`` with the tables of ``records``; those of no record stay as they are."""
+
+    def replaced(match: re.Match) -> str:
+        begin, name, end = match.groups()
+        return f"{begin}{tables(records[name])}\n{end}" if name in records else match.group()
+
+    return MARKED.sub(replaced, text)
 
 
 def main() -> None:
-    record = json.loads((RESULTS / "attention.json").read_text())
-    text = README.read_text()
-    wanted = with_table(text, record)
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    stale = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        wanted = with_tables(text, records)
+        if wanted != text:
+            stale.append(document.name)
+            if "--check" not in sys.argv:
+                document.write_text(wanted)
     if "--check" in sys.argv:
-        sys.exit(text != wanted)
-    README.write_text(wanted)
+        sys.exit(f"not made from the records: {', '.join(stale)}" if stale else 0)
 
 
 if __name__ == "__main__":
