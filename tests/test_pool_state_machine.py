@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from paged_mlx import OutOfPages, PageAllocator, PagePool, PageTable, fast
 from paged_mlx.block_table import pack
@@ -53,13 +53,25 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.allocator = PageAllocator(PAGES, PAGE)
-        self.pool = PagePool(
-            LAYERS, POOL_PAGES, PAGE, HEADS, DIM, mx.float32, allocator=self.allocator, fill=np.nan
-        )
         self.streams = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
         self.sequences: list[tuple[PageTable, list[int]]] = []
         self.pending: list[tuple[mx.array, np.ndarray]] = []
         self.next_token = 0
+
+    @initialize(wipe=st.booleans(), canary=st.booleans())
+    def begin(self, wipe, canary):
+        self.pool = PagePool(
+            LAYERS,
+            POOL_PAGES,
+            PAGE,
+            HEADS,
+            DIM,
+            mx.float32,
+            allocator=self.allocator,
+            fill=np.nan,
+            wipe_freed=np.nan if wipe else None,
+            canary=canary,
+        )
         mx.synchronize()
         mx.reset_peak_memory()
         self.memory = mx.get_active_memory()
@@ -86,6 +98,8 @@ class PoolMachine(RuleBasedStateMachine):
         fresh = list(range(self.next_token, self.next_token + count))
         self.next_token += count
         self.pool.stream = self.streams[stream]
+        if self.pool.canary is not None:
+            self.pool.canary.note([table], [fresh], plan.slots)
         slots = self.pool.slots(plan.slots)
         for layer in range(LAYERS):
             self.pool.write(layer, rows(fresh, layer, 0), rows(fresh, layer, 1), slots)
@@ -120,6 +134,8 @@ class PoolMachine(RuleBasedStateMachine):
         layer = data.draw(st.integers(0, LAYERS - 1))
         rng = np.random.default_rng(self.next_token)
         q = rng.standard_normal((len(chosen), HEADS, DIM)).astype(np.float32)
+        if self.pool.canary is not None:
+            self.pool.canary.read(layer, [table for table, _ in chosen])
         packed = pack([table for table, _ in chosen])
         plan = step_plan(packed.block_tables, packed.context_lens)
         self.pool.stream = self.streams[stream]
@@ -163,7 +179,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def teardown(self):
         self.compare()
-        self.pool.check()
+        self.pool.check([table for table, _ in self.sequences])
         mx.synchronize()
         assert mx.get_peak_memory() - self.memory < self.pool.nbytes // 4
         for table, _ in self.sequences:
