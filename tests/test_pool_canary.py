@@ -110,6 +110,15 @@ def test_a_write_to_a_free_page_is_refused_and_changes_nothing(pool, allocator):
     assert all(a is b for a, b in zip(state, pool.state))
 
 
+def test_a_write_that_fails_is_not_followed(pool, allocator):
+    table = PageTable(PAGE)
+    plan = table.append_tokens(4, allocator)
+    pool.canary.note([table], [[1, 2, 3, 4]], plan.slots)
+    with pytest.raises(ValueError, match="k must have shape"):
+        pool.write(0, mx.zeros((4, HEADS, DIM + 8)), mx.zeros((4, HEADS, DIM)), plan.slots)
+    assert_corrupt(pool, table, "missed layer", 0)
+
+
 def test_swapped_pages_are_named_even_right_after_a_good_read(pool):
     table = sequence(pool, [7] * 12)
     attend(pool, table)

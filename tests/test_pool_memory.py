@@ -4,8 +4,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from page_helpers import snapshot, table_of
-from paged_mlx import OutOfPages, PageAllocator, PagePool, PrefixCache, memory_limit, pages_within
-from paged_mlx import pool as pool_module
+from paged_mlx import (
+    OutOfPages,
+    PageAllocator,
+    PagePool,
+    PrefixCache,
+    memory_limit,
+    pages_within,
+    pool_arrays,
+)
 from paged_mlx.allocator import LRUPageAllocator
 from paged_mlx.append import append_batch
 
@@ -160,14 +167,14 @@ def test_growth_that_fails_half_way_leaves_the_pool_as_it_was(monkeypatch, error
     pool = make_pool(layers=3, allocator=allocator)
     table = table_of(allocator, 16)
     write(pool, 1, range(16))
-    grow_layer = PagePool._grow_layer
+    lengthen_layer = PagePool._lengthen_layer
 
     def fail_at_the_last(pool, layer, num_pages):
         if layer == 2:
             raise error("no memory")
-        grow_layer(pool, layer, num_pages)
+        lengthen_layer(pool, layer, num_pages)
 
-    monkeypatch.setattr(PagePool, "_grow_layer", fail_at_the_last)
+    monkeypatch.setattr(PagePool, "_lengthen_layer", fail_at_the_last)
     with pytest.raises(OutOfPages, match=r"^\[PagePool.grow\] the machine must have memory for 8"):
         table.append_tokens(1, allocator)
     assert table.num_tokens == 16 and allocator.total_pages == pool.num_pages == 4
@@ -183,7 +190,7 @@ def test_a_pool_without_memory_for_it_is_a_typed_error(monkeypatch):
     def fail(*_):
         raise RuntimeError("Unable to allocate")
 
-    monkeypatch.setattr(pool_module.mx, "eval", fail)
+    monkeypatch.setattr(pool_arrays.mx, "eval", fail)
     with pytest.raises(OutOfPages, match=r"^\[PagePool\] the machine must have memory for 4 pages"):
         make_pool()
 

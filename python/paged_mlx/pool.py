@@ -1,4 +1,4 @@
-"""The arrays that hold the pages, and their linear versions.
+"""K and V of all layers in pages, and their linear versions.
 
 MLX evaluates by dependency, not in program order. So every access to a layer's
 pages consumes the newest version of its arrays and returns the next one, which
@@ -16,17 +16,14 @@ import numpy as np
 
 from paged_mlx._native import _ext
 from paged_mlx.canary import Canary
-from paged_mlx.errors import OutOfPages, fail
+from paged_mlx.errors import fail
 from paged_mlx.fast import gather_inputs, pair_array, slot_array
-from paged_mlx.machine_memory import memory_limit as default_memory_limit
-from paged_mlx.machine_memory import pages_within
 from paged_mlx.page_block import LayerPages
 from paged_mlx.plan import AttentionPlan, plan_array
+from paged_mlx.pool_arrays import PoolArrays
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
-
-class PagePool:
+class PagePool(PoolArrays):
     """K and V of all layers, in pages of one size, written in place.
 
     ``state`` holds the newest version of every array: ``[k0, v0, k1, v1, ...]``, each
@@ -76,113 +73,20 @@ class PagePool:
         memory_limit: int | None = None,
         stream: mx.Stream | mx.Device | None = None,
     ):
-        v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        sizes = {
-            "num_layers": num_layers,
-            "num_pages": num_pages,
-            "page_size": page_size,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "v_head_dim": v_head_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                fail("PagePool", f"{name} must be at least 1", size)
-        if dtype not in FLOATS:
-            fail("PagePool", "dtype must be float32, float16 or bfloat16", dtype)
-        self.num_layers = num_layers
-        self.page_size = page_size
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.v_head_dim = v_head_dim
-        self.dtype = dtype
-        self.allocator = None
-        self.fill = fill
+        super().__init__(
+            num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype, v_head_dim,
+            fill=fill, memory_limit=memory_limit, stream=stream,
+        )  # fmt: skip
+        self.allocator: Any = None
         self.wipe_freed = wipe_freed
         self.canary: Canary | None = None
-        self.memory_limit = default_memory_limit() if memory_limit is None else memory_limit
-        self.stream = stream
         self._wants_canary = canary
-        self._base: list[mx.array] = []
-        self.state: list[mx.array] = []
-        token_nbytes = num_kv_heads * (head_dim + v_head_dim) * dtype.size
-        self._need("PagePool", num_layers * num_pages * page_size * token_nbytes)
-        self._install(self._allocate(num_pages))
         self._writes: list[np.ndarray] = []
         self._tokens_stored = np.zeros(num_pages, np.int32)
         if allocator is not None:
             allocator.attach(self)
 
-    # The arrays
-
-    @property
-    def num_pages(self) -> int:
-        return self.state[0].shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages of all layers."""
-        return sum(array.nbytes for array in self._base)
-
-    @property
-    def page_nbytes(self) -> int:
-        """Bytes of one page id, K and V, all layers."""
-        return self.nbytes // self.num_pages
-
-    def pages_within(self, nbytes: int | None = None) -> int:
-        """Return how many pages like this pool's fit in ``nbytes``, default its memory limit.
-
-        A limit for ``PageAllocator(..., max_pages=...)``.
-        """
-        return pages_within(
-            self.memory_limit if nbytes is None else nbytes,
-            num_layers=self.num_layers,
-            page_size=self.page_size,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            v_head_dim=self.v_head_dim,
-        )
-
-    def _fresh(self, num_pages: int) -> list[mx.array]:
-        """K and V of fresh pages, one layer; lazy."""
-        heads, size, stream = self.num_kv_heads, self.page_size, self.stream
-        return [
-            mx.full((num_pages, heads, size, head_dim), self.fill, self.dtype, stream=stream)
-            for head_dim in (self.head_dim, self.v_head_dim)
-        ]
-
-    def _allocate(self, num_pages: int) -> list[mx.array]:
-        """New arrays, memory in hand: running out of it shows here and nowhere later."""
-        arrays = [array for _ in range(self.num_layers) for array in self._fresh(num_pages)]
-        try:
-            mx.eval(arrays)
-        except (MemoryError, RuntimeError) as error:
-            raise _no_memory("PagePool", num_pages) from error
-        return arrays
-
-    def _need(self, op: str, nbytes: int) -> None:
-        """Refuse what would take MLX past the memory limit."""
-        active = mx.get_active_memory()
-        if active + nbytes > self.memory_limit:
-            must = (
-                f"memory_limit must be at least {active + nbytes} bytes, the {active} in use and "
-                f"{nbytes} for pages"
-            )
-            fail(op, must, self.memory_limit, OutOfPages)
-
-    def _install(self, arrays: list[mx.array]) -> None:
-        # While the base is held here, MLX never gives its memory to another operation.
-        self._base = arrays
-        self.state[:] = arrays
-
-    def reset_versions(self) -> None:
-        """Forget pending operations; pages keep what evaluated writes left in them.
-
-        For use after an evaluation that failed: the versions that hung on it can never
-        be evaluated.
-        """
-        self.state[:] = self._base
+    # Size
 
     def grow(self, num_pages: int) -> None:
         """Add pages; those that exist keep their ids and contents.
@@ -195,28 +99,10 @@ class PagePool:
         before = self.num_pages
         if num_pages < before:
             fail("PagePool.grow", f"num_pages must be at least {before}", num_pages)
-        if num_pages == before:
-            return
-        added = (num_pages - before) * self.page_nbytes
-        self._need("PagePool.grow", added + (self.nbytes + added) // self.num_layers)
-        try:
-            for layer in range(self.num_layers):
-                self._grow_layer(layer, num_pages - before)
-        except (MemoryError, RuntimeError) as error:
-            self._keep(before)
-            raise _no_memory("PagePool.grow", num_pages) from error
-        self._fold_writes()
-        self._tokens_stored = np.pad(self._tokens_stored, (0, num_pages - before))
-
-    def _grow_layer(self, layer: int, num_pages: int) -> None:
-        """Add pages to one layer; a layer at a time, so that little is held twice."""
-        pair = slice(2 * layer, 2 * layer + 2)
-        joined = [
-            mx.concatenate([old, new], axis=0, stream=self.stream)
-            for old, new in zip(self.state[pair], self._fresh(num_pages))
-        ]
-        mx.eval(joined)
-        self._base[pair] = self.state[pair] = joined
+        if num_pages > before:
+            self._lengthen(num_pages)
+            self._fold_writes()
+            self._tokens_stored = np.pad(self._tokens_stored, (0, num_pages - before))
 
     def shrink(self, num_pages: int) -> None:
         """Drop the pages with ids from ``num_pages`` on and give their memory back.
@@ -226,20 +112,10 @@ class PagePool:
         """
         if not 1 <= num_pages <= self.num_pages:
             fail("PagePool.shrink", f"num_pages must be in [1, {self.num_pages}]", num_pages)
-        if num_pages == self.num_pages:
-            return
-        self._keep(num_pages)
-        self._fold_writes()
-        self._tokens_stored = self._tokens_stored[:num_pages].copy()
-
-    def _keep(self, num_pages: int) -> None:
-        """Make every array ``num_pages`` long that is longer, one after the other."""
-        pages = mx.arange(num_pages)  # a slice would keep the whole buffer alive
-        for i, array in enumerate(self.state):
-            if array.shape[0] > num_pages:
-                kept = mx.take(array, pages, axis=0, stream=self.stream)
-                mx.eval(kept)
-                self._base[i] = self.state[i] = kept
+        if num_pages < self.num_pages:
+            self._shorten(num_pages)
+            self._fold_writes()
+            self._tokens_stored = self._tokens_stored[:num_pages].copy()
 
     # Access, each the next link of the chain
 
@@ -266,11 +142,12 @@ class PagePool:
         i = 2 * self._check_layer("PagePool.write", layer)
         slots = self.slots(slot_mapping)
         self._refuse_capture("PagePool.write", k)
-        if self.canary is not None:
-            self._tell_canary(layer, slots)
-        self.state[i : i + 2] = _ext.write_pages(
+        written = _ext.write_pages(
             k, v, self.state[i], self.state[i + 1], slots.array, alias=True, stream=self.stream
         )
+        if self.canary is not None:
+            self._tell_canary(layer, slots)
+        self.state[i : i + 2] = written
         if layer == 0 and slots.values is not None:
             self._remember(slots.values)
 
@@ -487,7 +364,3 @@ class SlotMapping:
         self.array = slot_array("PagePool.write", slot_mapping, pages)
         traced = isinstance(slot_mapping, mx.array) and _ext.is_tracer(slot_mapping)
         self.values = None if traced else np.array(self.array)
-
-
-def _no_memory(op: str, num_pages: int) -> OutOfPages:
-    return OutOfPages(f"[{op}] the machine must have memory for {num_pages} pages; got none.")
