@@ -155,15 +155,18 @@ void bind_diagnostics(nb::module_& m) {
       "Whether the array stood for an input of a trace that is over.");
   m.def(
       "set_host_launch",
-      [](std::optional<nb::callable> launch) {
-        set_host_launch(launch ? python_launch(*launch) : metal::HostLaunch());
+      [](std::optional<nb::callable> launch, std::optional<mx::Stream> spared) {
+        set_host_launch(
+            launch ? python_launch(*launch) : metal::HostLaunch(), spared ? spared->index : -1);
       },
       "launch"_a.none(),
+      "spared"_a = nb::none(),
       "Send every operation on the CPU through the Metal launch code: `launch` gets the "
-      "dispatches, one dict each. None: back to the CPU code.");
+      "dispatches, one dict each. None: back to the CPU code. The CPU stream `spared` stays "
+      "with the CPU code.");
   m.def(
       "has_host_launch",
-      []() { return bool(host_launch()); },
+      &has_host_launch,
       "Whether operations on the CPU go through the Metal launch code.");
   m.def("gpu_cores", &metal::gpu_cores, "Cores of the GPU; 0: there is none.");
   m.def(

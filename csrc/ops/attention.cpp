@@ -268,7 +268,7 @@ void PagedAttention::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   allocate(inputs, outputs);
-  if (host_launch()) {
+  if (host_launch(stream())) {
     return dispatch_on_host(stream(), inputs, outputs, launch(inputs));
   }
   auto optional = [&](int i) { return i < 0 ? nullptr : inputs[i].data<float>(); };

@@ -19,9 +19,11 @@
 namespace paged_mlx {
 
 // Null: the CPU code runs. Otherwise every operation on the CPU goes through
-// the Metal launch code, and its dispatches to `launch`.
-void set_host_launch(metal::HostLaunch launch);
-metal::HostLaunch host_launch();
+// the Metal launch code, and its dispatches to `launch`; but for those on the
+// CPU stream with index `spared`.
+void set_host_launch(metal::HostLaunch launch, int spared = -1);
+bool has_host_launch();
+metal::HostLaunch host_launch(mx::Stream stream);
 
 template <typename Launch>
 void dispatch_on_host(
@@ -42,7 +44,7 @@ void dispatch_on_host(
     encoder.set_output_array(output);
     out.push_back(memory(output));
   }
-  encoder.dispatch([launch, in, out, run = host_launch()]() {
+  encoder.dispatch([launch, in, out, run = host_launch(stream)]() {
     metal::HostEncoder host(run);
     auto bind = [&host](const metal::HostBuffer& m) { return host.buffer(m.address, m.nbytes); };
     Launch once = launch; // it fills in the bindings

@@ -103,7 +103,7 @@ std::vector<mx::array> merge_states(
 
 void MergeStates::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   allocate(outputs);
-  if (host_launch()) {
+  if (host_launch(stream())) {
     return dispatch_on_host(stream(), inputs, outputs, merge_launch(inputs, outputs));
   }
   std::vector<Part> parts;

@@ -241,7 +241,7 @@ void WritePages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
     TokenWriter write;
   };
   const auto copies = reuse(inputs, outputs.size(), outputs, mode_);
-  if (host_launch()) {
+  if (host_launch(stream())) {
     return dispatch_on_host(stream(), inputs, outputs, write_launch(inputs, outputs, copies));
   }
   const auto& slots = inputs.back();
@@ -337,7 +337,7 @@ void CopyPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
     int64_t page_bytes;
   };
   const auto copies = reuse(inputs, 0, outputs, mode_);
-  if (host_launch()) {
+  if (host_launch(stream())) {
     return dispatch_on_host(stream(), inputs, outputs, copy_launch(inputs, outputs, copies));
   }
   auto& encoder = mx::cpu::get_command_encoder(stream());
@@ -433,7 +433,7 @@ void GatherPages::allocate(
 
 void GatherPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   allocate(inputs, outputs);
-  if (host_launch()) {
+  if (host_launch(stream())) {
     return dispatch_on_host(stream(), inputs, outputs, gather_launch(inputs, length_));
   }
   auto& encoder = mx::cpu::get_command_encoder(stream());

@@ -8,11 +8,12 @@ mx.array is evaluated.
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx import operations
 from paged_mlx._native import _ext
 from paged_mlx.device import runs_kernels
 from paged_mlx.errors import fail
 from paged_mlx.host_ints import host_ints, optional_ints
-from paged_mlx.plan import AttentionPlan, plan_array
+from paged_mlx.plan import AttentionPlan
 
 NO_PAGE = -1
 
@@ -161,11 +162,11 @@ def paged_attention(
         check_plan_options(op, plan, causal, sliding_window)
     if isinstance(plan, AttentionPlan):
         _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
-    out, lse, _, _ = _ext.paged_attention(
+    out, lse, _, _ = operations.paged_attention(
         q,
         k_pages,
         v_pages,
-        plan_array(plan),
+        plan,
         scale=scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -205,7 +206,7 @@ def write_pages(
         ValueError: A shape, dtype or slot is not what it must be.
     """
     slots = slot_array("write_pages", slot_mapping, k_pages)
-    return tuple(_ext.write_pages(k, v, k_pages, v_pages, slots, stream=stream))
+    return tuple(operations.write_pages(k, v, k_pages, v_pages, slots, stream=stream))
 
 
 def copy_pages(
@@ -225,7 +226,7 @@ def copy_pages(
         ValueError: A shape or page id is not what it must be.
     """
     num_pages = pools[0].shape[0] if pools and pools[0].ndim else 0
-    return _ext.copy_pages(list(pools), pair_array("copy_pages", pairs, num_pages), stream=stream)
+    return operations.copy_pages(list(pools), pair_array("copy_pages", pairs, num_pages), stream=stream)
 
 
 def gather_pages(
@@ -254,7 +255,7 @@ def gather_pages(
     arrays = gather_inputs(
         "gather_pages", k_pages, block_tables, context_lens, page_starts, page_lens
     )
-    k, v, _, _ = _ext.gather_pages(k_pages, v_pages, **arrays, stream=stream)
+    k, v, _, _ = operations.gather_pages(k_pages, v_pages, **arrays, stream=stream)
     return k, v
 
 
@@ -273,7 +274,7 @@ def merge_states(
     Raises:
         ValueError: The parts do not agree in number, shape or dtype.
     """
-    return tuple(_ext.merge_states(list(outs), list(lses), stream=stream))
+    return tuple(operations.merge_states(list(outs), list(lses), stream=stream))
 
 
 def slot_array(op: str, slot_mapping, k_pages: mx.array) -> mx.array:

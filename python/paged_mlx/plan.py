@@ -67,6 +67,15 @@ class AttentionPlan:
     max_page_id = property(lambda self: self._header["max_page_id"])
     max_context_len = property(lambda self: self._header["max_row_end"])
 
+    @cached_property
+    def work(self) -> tuple[tuple[int, int, int], bool, bool, bool]:
+        """What decides which kernels run: most query tokens of an item, by kind; merges; window; ragged."""
+        header = self._header
+        merged, window, ragged = (
+            bool(header[name]) for name in ("num_merges", "sliding_window", "page_starts")
+        )
+        return self._native.most_tokens(), merged, window, ragged
+
     @property
     def num_items(self) -> dict[str, int]:
         """Number of items of each kind: vector, tile and wide."""

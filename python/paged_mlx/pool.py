@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx import operations
 from paged_mlx._native import _ext
 from paged_mlx.canary import Canary
 from paged_mlx.errors import fail
@@ -142,7 +143,7 @@ class PagePool(PoolArrays):
         i = 2 * self._check_layer("PagePool.write", layer)
         slots = self.slots(slot_mapping)
         self._refuse_capture("PagePool.write", k)
-        written = _ext.write_pages(
+        written = operations.write_pages(
             k, v, self.state[i], self.state[i + 1], slots.array, alias=True, stream=self.stream
         )
         if self.canary is not None:
@@ -170,15 +171,14 @@ class PagePool(PoolArrays):
         if isinstance(plan, AttentionPlan):
             _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
         self._refuse_capture("PagePool.attend", q)
-        words = plan_array(plan)
-        if _ext.is_tracer(q) and not _ext.is_tracer(words):
+        if _ext.is_tracer(q) and not _ext.is_tracer(plan_array(plan)):
             must = "plan must be an input of the compiled function, passed as plan.array"
             fail("PagePool.attend", must, "a plan captured from outside, good for one step only")
-        out, lse, self.state[i], self.state[i + 1] = _ext.paged_attention(
+        out, lse, self.state[i], self.state[i + 1] = operations.paged_attention(
             q,
             k_pages,
             v_pages,
-            words,
+            plan,
             scale=scale,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
@@ -199,7 +199,7 @@ class PagePool(PoolArrays):
         inputs = gather_inputs(
             "PagePool.gather", self.state[i], block_tables, context_lens, page_starts, page_lens
         )
-        k, v, self.state[i], self.state[i + 1] = _ext.gather_pages(
+        k, v, self.state[i], self.state[i + 1] = operations.gather_pages(
             self.state[i], self.state[i + 1], **inputs, stream=self.stream
         )
         return k, v
@@ -216,7 +216,7 @@ class PagePool(PoolArrays):
         array = pair_array("PagePool.copy", pairs, self.num_pages)
         if array.shape[0] == 0:
             return
-        self.state[:] = _ext.copy_pages(self.state, array, alias=True, stream=self.stream)
+        self.state[:] = operations.copy_pages(self.state, array, alias=True, stream=self.stream)
         self._fold_writes()
         pairs = np.asarray(pairs)
         self._tokens_stored[pairs[:, 1]] = self._tokens_stored[pairs[:, 0]]
@@ -269,7 +269,7 @@ class PagePool(PoolArrays):
             for head_dim in (self.head_dim, self.v_head_dim)
         )
         for i in range(0, 2 * self.num_layers, 2):
-            self.state[i : i + 2] = _ext.write_pages(
+            self.state[i : i + 2] = operations.write_pages(
                 k, v, self.state[i], self.state[i + 1], slots, alias=True, stream=self.stream
             )
         self._fold_writes()

@@ -6,7 +6,7 @@ from weakref import WeakSet
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx._native import _ext
+from paged_mlx import operations
 from paged_mlx.allocator import PageAllocator
 from paged_mlx.append import append_batch
 from paged_mlx.block_table import BlockTable, pack
@@ -193,7 +193,7 @@ class LayerGroup:
         pool, i = self._placed[source.layer]
         k_pages, v_pages = pool.state[2 * i : 2 * i + 2]
         arguments = source.step.gather_arguments(k_pages)
-        k, v, _, _ = _ext.gather_pages(k_pages, v_pages, **arguments)
+        k, v, _, _ = operations.gather_pages(k_pages, v_pages, **arguments)
         self._unread[source.layer] = (k, v)
         if self.window is not None:
             columns = self._stock_columns(source)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -53,14 +52,14 @@ def cpu() -> Backend:
     """This package's operations on the CPU."""
     import mlx.core as mx
 
-    return _mlx_backend("cpu", mx.cpu)
+    return on_stream("cpu", mx.cpu)
 
 
 def metal() -> Backend | None:
     """This package's operations on the GPU; None where there is none."""
     import mlx.core as mx
 
-    return _mlx_backend("metal", mx.gpu) if mx.metal.is_available() else None
+    return on_stream("metal", mx.gpu) if mx.metal.is_available() else None
 
 
 def reference() -> Backend:
@@ -97,19 +96,30 @@ def op_arguments(problem: Problem) -> tuple[list, dict]:
     return [*arrays, problem.block_tables, problem.context_lens], options
 
 
-def _mlx_backend(name: str, stream) -> Backend:
+def on_stream(name: str, stream) -> Backend:
+    """This package's operations on a stream or device, and nowhere else if they are wrong there."""
     return Backend(
         name,
-        attend=partial(_attend, stream=stream),
-        attend_fixed=partial(_attend, stream=stream, fixed_partition=64),
-        merge=partial(_merge, stream=stream),
-        write=partial(_write, stream=stream),
-        copy=partial(_copy, stream=stream),
-        gather=partial(_gather, stream=stream),
+        attend=_unchecked(_attend, stream=stream),
+        attend_fixed=_unchecked(_attend, stream=stream, fixed_partition=64),
+        merge=_unchecked(_merge, stream=stream),
+        write=_unchecked(_write, stream=stream),
+        copy=_unchecked(_copy, stream=stream),
+        gather=_unchecked(_gather, stream=stream),
         offers=lambda case: all(_is_offered(dim) for dim in (case.head_dim, case.value_dim)),
         snippet=f"backends.{name}()",
         stream=stream,
     )
+
+
+def _unchecked(function: Callable, **fixed) -> Callable:
+    def run(*arguments):
+        from paged_mlx import first_use
+
+        with first_use.unchecked():
+            return function(*arguments, **fixed)
+
+    return run
 
 
 def _is_offered(head_dim: int) -> bool:
@@ -132,8 +142,12 @@ def _attend(problem: Problem, *, stream, fixed_partition: int | None = None) -> 
             num_q_heads=q.shape[1],
             num_kv_heads=k_pages.shape[1],
             page_size=k_pages.shape[2],
+            dtype=q.dtype,
+            head_dim=q.shape[2],
+            v_head_dim=v_pages.shape[3],
             causal=options.pop("causal"),
             fixed_partition=fixed_partition,
+            stream=stream,
             **planned,
         )
         options["causal"] = problem.causal

@@ -1,0 +1,223 @@
+"""The first time a kernel variant runs on a GPU, it is compared with the oracle.
+
+A proof is a small problem of the same variant, poisoned where nothing may be read: it takes
+milliseconds, needs none of the user's data, and its verdict is remembered on disk for this
+GPU, system, mlx and native module. An operation whose kernels are wrong, or do not compile,
+runs on the CPU backend instead, and says so.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from paged_mlx._native import _ext
+
+_log = logging.getLogger("paged_mlx")
+_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decides which kernel text runs. ``rows``: of a body of attention, per KV head."""
+
+    op: str
+    dtype: str
+    head_dim: int
+    v_head_dim: int
+    page_size: int = 16
+    rows: int = 1
+    merged: bool = False
+    window: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    mask: str | None = None
+    ragged: bool = False
+
+
+class Guard:
+    """Lets operations run on one device once their kernels are proven there.
+
+    Args:
+        identity: The GPU and whatever else makes a verdict stale.
+        device: Where the kernels run.
+        fallback: Stream or device that runs what is not right there.
+        directory: Where verdicts are remembered. None: the user's cache.
+    """
+
+    def __init__(self, identity: str, device, fallback, directory: Path | None = None):
+        self.identity = identity
+        self.device = device
+        self.fallback = fallback
+        self._calls: dict[tuple, bool] = {}
+        self._verdicts: dict[str, bool] | None = None
+        self._path = (directory or _cache_directory()) / f"{_digest(identity)}.json"
+        self._lock = threading.RLock()
+
+    def applies(self, stream) -> bool:
+        """Whether operations on ``stream`` are to be proven."""
+        if getattr(_thread, "unchecked", False):
+            return False
+        stream = mx.default_device() if stream is None else stream
+        if not isinstance(stream, mx.Stream):
+            return stream == self.device
+        spared = isinstance(self.fallback, mx.Stream) and stream == self.fallback
+        return stream.device == self.device and not spared
+
+    def stream(self, key: tuple, variants: Callable[[], Iterable[Variant]], stream):
+        """Where a call runs: ``stream`` if its kernels are right, else the fallback.
+
+        Args:
+            key: Names the kind of call; looked up and nothing more once it is known.
+            variants: The variants that such a call may launch.
+        """
+        right = self._calls.get(key)
+        if right is None:
+            with self._lock:
+                wrong = [v for v in variants() if not self._is_right(v, stream)]
+                right = self._calls[key] = not wrong
+            if wrong:
+                _tell(wrong[0], self.identity)
+        return stream if right else self.fallback
+
+    def _is_right(self, variant: Variant, stream) -> bool:
+        if self._verdicts is None:
+            self._verdicts = _read(self._path)
+        known = self._verdicts.get(repr(variant))
+        if known is None:
+            known, remember = prove(variant, self.device if stream is None else stream)
+            self._verdicts[repr(variant)] = known
+            if remember:
+                _write(self._path, repr(variant), known)
+        return known
+
+
+def prove(variant: Variant, stream) -> tuple[bool, bool]:
+    """Whether a variant is right on ``stream``, and whether that will still hold tomorrow."""
+    from paged_mlx.testing import Check, backends, checks
+
+    backend = backends.on_stream("first use", stream)
+    case = proof_case(variant)
+    try:
+        if variant.op == "paged_attention":
+            problem = case.build()
+            attend = backend.attend_fixed if variant.merged else backend.attend
+            verdict = problem.judge(*attend(problem))
+            return verdict.right, True
+        ask = {"write_pages": "write", "copy_pages": "copy", "gather_pages": "gather"}
+        outcome = checks.ASKS[ask.get(variant.op, "merge")](case, backend)
+        return outcome.right, True
+    except Exception as error:  # a kernel that does not compile; out of memory passes
+        _log.error("[first_use] %s raised %s", variant, error)
+        return False, False
+
+
+def proof_case(variant: Variant):
+    """The problem that a variant is proven with: its rows are tokens times query heads."""
+    from paged_mlx.testing import Case
+
+    gqa_factor = min(2, variant.rows)
+    tokens = max(1, variant.rows // gqa_factor)
+    page_size = variant.page_size
+    context_len = 2 * max(page_size, 64) + 5
+    return Case(
+        dtype=variant.dtype,
+        num_q_heads=2 * gqa_factor,
+        num_kv_heads=2,
+        head_dim=variant.head_dim,
+        v_head_dim=variant.v_head_dim,
+        page_size=page_size,
+        sequences=((tokens, context_len + tokens), (tokens, page_size + tokens)),
+        sliding_window=page_size + 3 if variant.window else None,
+        softcap=4.0 if variant.softcap else None,
+        alibi=1.0 if variant.alibi else 0.0,
+        sinks="random" if variant.sinks else None,
+        mask=variant.mask,
+        ragged=variant.ragged,
+    )
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Calls of this thread run where they are told to: for what checks kernels itself."""
+    before = getattr(_thread, "unchecked", False)
+    _thread.unchecked = True
+    try:
+        yield
+    finally:
+        _thread.unchecked = before
+
+
+@contextmanager
+def guarded_by(guard: Guard | None) -> Iterator[None]:
+    """Put another guard in the place of this machine's."""
+    global guard_of_this_machine
+    before, guard_of_this_machine = guard_of_this_machine, guard
+    try:
+        yield
+    finally:
+        guard_of_this_machine = before
+
+
+def _tell(variant: Variant, identity: str) -> None:
+    text = (
+        f"[{variant.op}] the kernel must agree with the oracle on its first use, and does not on "
+        f"this machine ({identity.splitlines()[0]}): {variant}. Such calls run on the CPU, slowly but "
+        "right. Please attach the report of `python -m paged_mlx doctor --json FILE` to an issue."
+    )
+    _log.error(text)
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _identity() -> str:
+    gpu = mx.device_info()
+    native = hashlib.sha256(Path(_ext.__file__).read_bytes()).hexdigest()  # kernel text, launch code
+    name = f"{gpu.get('device_name')} {gpu.get('architecture')}, macOS {platform.mac_ver()[0]}"
+    return f"{name}, mlx {mx.__version__}\n{native}"
+
+
+def _cache_directory() -> Path:
+    if sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "paged_mlx" / "first_use"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _read(path: Path) -> dict[str, bool]:
+    try:
+        verdicts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(verdicts, dict):
+        return {}
+    return {name: right for name, right in verdicts.items() if isinstance(right, bool)}
+
+
+def _write(path: Path, name: str, right: bool) -> None:
+    """Add one verdict; other processes may do the same, and what one loses is proven again."""
+    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(_read(path) | {name: right}, indent=1))
+        os.replace(partial, path)
+    except OSError as error:
+        _log.info("[first_use] the verdict on %s is not remembered: %s", name, error)
+
+
+guard_of_this_machine = Guard(_identity(), mx.gpu, mx.cpu) if mx.metal.is_available() else None

@@ -1,0 +1,107 @@
+"""The native operations, each proven where it runs before a GPU is trusted with it.
+
+The arguments and results are those of the native module's functions; ``plan`` may be an
+AttentionPlan. On the CPU, and once a kind of call is known, a call costs a look-up more.
+"""
+
+from itertools import product
+
+import mlx.core as mx
+
+from paged_mlx import first_use
+from paged_mlx._native import _ext
+from paged_mlx.first_use import Variant
+from paged_mlx.plan import AttentionPlan, plan_array
+
+
+def paged_attention(q, k_pages, v_pages, plan, *, stream=None, **options):
+    words = plan_array(plan)
+    guard = first_use.guard_of_this_machine
+    if guard is not None and guard.applies(stream):
+        mask = options.get("mask")
+        flags = {
+            "softcap": options.get("softcap") is not None,
+            "alibi": options.get("alibi_slopes") is not None,
+            "sinks": options.get("sinks") is not None,
+            "mask": None if mask is None else "boolean" if mask.dtype == mx.bool_ else "additive",
+        }
+        shapes = (q.shape[1:], k_pages.shape[1:], v_pages.shape[1:])
+        work = plan.work if isinstance(plan, AttentionPlan) else None
+        key = ("paged_attention", q.dtype, *shapes, *flags.values(), work)
+
+        def variants():
+            _ext.attention_geometry(q, k_pages, v_pages)
+            return attention_variants(q, k_pages, v_pages, work, flags)
+
+        stream = guard.stream(key, variants, stream)
+    return _ext.paged_attention(q, k_pages, v_pages, words, stream=stream, **options)
+
+
+def attention_variants(q, k_pages, v_pages, work, flags: dict) -> list[Variant]:
+    """What a plan's work may launch. Of a plan known only as an array: decode, prefill, merge."""
+    head_dim, v_head_dim = q.shape[2], v_pages.shape[3]
+    gqa_factor = q.shape[1] // k_pages.shape[1]
+    if work is None:
+        tokens, kinds = (1, 1024), list(product((False, True), repeat=3))
+    else:
+        tokens, kinds = [n for n in work[0] if n], [work[1:]]
+    rows = {_ext.attention_body(n * gqa_factor, head_dim, v_head_dim, q.dtype)[1] for n in tokens}
+    return [
+        Variant(
+            "paged_attention", _name(q.dtype), head_dim, v_head_dim, k_pages.shape[2],
+            rows=n, merged=merged, window=window, ragged=ragged, **flags,
+        )
+        for n, (merged, window, ragged) in product(sorted(rows), kinds)
+    ]  # fmt: skip
+
+
+def write_pages(k, v, k_pages, v_pages, slots, *, stream=None, **options):
+    arguments = (k, v, k_pages, v_pages, slots)
+    stream = _proven("write_pages", arguments, k_pages, v_pages, stream)
+    return _ext.write_pages(*arguments, stream=stream, **options)
+
+
+def copy_pages(pools, pairs, *, stream=None, **options):
+    for pool in pools[:2]:  # a pool's arrays repeat those of its first layer
+        stream = _proven("copy_pages", (pools, pairs), pool, pool, stream)
+    return _ext.copy_pages(pools, pairs, stream=stream, **options)
+
+
+def gather_pages(k_pages, v_pages, *arguments, stream=None, **options):
+    whole = (k_pages, v_pages, *arguments)
+    stream = _proven("gather_pages", whole, k_pages, v_pages, stream, **options)
+    return _ext.gather_pages(*whole, stream=stream, **options)
+
+
+def merge_states(outs, lses, *, stream=None):
+    guard = first_use.guard_of_this_machine
+    if outs and guard is not None and guard.applies(stream):
+        key = ("merge_states", outs[0].dtype, outs[0].shape[1:])
+
+        def variants():
+            _ext.merge_states(outs, lses)
+            dim = outs[0].shape[2]
+            return [Variant("merge_states", _name(outs[0].dtype), dim, dim)]
+
+        stream = guard.stream(key, variants, stream)
+    return _ext.merge_states(outs, lses, stream=stream)
+
+
+def _proven(op, arguments, k_pages, v_pages, stream, **options):
+    """Where an operation that moves pages runs. Building its node checks the arguments."""
+    guard = first_use.guard_of_this_machine
+    if guard is None or not guard.applies(stream):
+        return stream
+
+    def variants():
+        getattr(_ext, op)(*arguments, **options)
+        dims = (k_pages.shape[3], v_pages.shape[3], k_pages.shape[2])
+        return [Variant(op, _name(k_pages.dtype), *dims, ragged=ragged)]
+
+    ragged = options.get("page_starts") is not None
+    key = (op, k_pages.dtype, k_pages.shape[1:], v_pages.shape[1:], ragged)
+    return guard.stream(key, variants, stream)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
