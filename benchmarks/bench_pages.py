@@ -110,25 +110,31 @@ def caching(tokens):
 def watching(batch, length=1000, steps=4):
     """Note and verify every token of a decode step's contexts, ``steps`` times."""
     allocator = PageAllocator(batch * 2 * length // PAGE_SIZE, PAGE_SIZE)
-    canary = Canary(allocator)
+    canary = Canary(allocator, 1)
     tables = [PageTable(PAGE_SIZE) for _ in range(batch)]
-    trails = [canary.trail() for _ in range(batch)]
-    for table, trail in zip(tables, trails):
-        canary.wrote(trail, range(length), table.append_tokens(length, allocator).slots)
+    for table in tables:
+        slots = table.append_tokens(length, allocator).slots
+        canary.note([table], [range(length)], slots)
+        canary.wrote_layer(0, slots)
     ones = [1] * batch
 
     def note():
         for _ in range(steps):
             slots = append_batch(tables, ones, allocator).slots
-            for row, trail in enumerate(trails):
-                canary.wrote(trail, ones[:1], slots[row : row + 1])
+            canary.note(tables, [[1]] * batch, slots)
+            canary.wrote_layer(0, slots)
 
     def verify():
         for _ in range(steps):
-            for table, trail in zip(tables, trails):
-                canary.verify(table, trail)
+            for table in tables:
+                canary.verify(table, table.trail)
 
-    return [("append and note", note), ("verify", verify)]
+    def read():
+        for _ in range(steps):
+            canary.begin(tables[0], tables[0].trail.tokens)  # something has changed
+            canary.read(0, tables)
+
+    return [("append and note", note), ("verify one by one", verify), ("read the batch", read)]
 
 
 def same(outputs: dict) -> None:

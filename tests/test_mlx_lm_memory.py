@@ -8,6 +8,7 @@ import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 
+from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx._native import _ext  # noqa: E402
 from paged_mlx.mlx_lm import enable  # noqa: E402
 
@@ -57,3 +58,17 @@ def test_joins_and_leaves_take_no_memory_once_warm(num_steps):
         assert [_ext.data_address(array) for array in pool.state] == addresses
         assert paged.nbytes == nbytes
         assert paged.groups[None].pages_used == 0
+
+
+def test_a_pool_at_its_memory_limit_is_out_of_pages_and_goes_on():
+    model = zoo.tiny("llama")
+    prompt = zoo.prompt(20, seed=1)
+    expected = zoo.single(model, prompt, max_tokens=5)
+    with enable(model, page_size=8) as paged:
+        assert zoo.single(model, prompt, max_tokens=5) == expected
+        (pool,) = paged.groups[None].pools
+        pool.memory_limit = 0
+        with pytest.raises(OutOfPages, match=r"^\[append_tokens\] the pool must have"):
+            zoo.single(model, zoo.prompt(2000, seed=2), max_tokens=5)
+        assert zoo.single(model, prompt, max_tokens=5) == expected
+        pool.check()

@@ -174,11 +174,14 @@ class LayerGroup:
                     raise
 
     def _grow(self, limit: int) -> bool:
-        """Double the pools, up to ``limit`` pages; False when they have as many."""
+        """Double the pools, up to ``limit`` pages; False when they have as many, or cannot."""
         total = self.allocator.total_pages
         if total >= limit:
             return False
-        self.allocator.grow(min(total, limit - total))
+        try:
+            self.allocator.grow(min(total, limit - total))
+        except OutOfPages:
+            return False
         return True
 
     def reclaim(self) -> None:
