@@ -107,9 +107,7 @@ def test_fifty_pipelined_steps_stay_within_one_percent_of_the_pool():
     mx.synchronize()
     mx.reset_peak_memory()
     for step in range(50):
-        plan = fast.plan(
-            [[0]], [step + 1], num_q_heads=heads, num_kv_heads=heads, page_size=page
-        )
+        plan = fast.plan([[0]], [step + 1], num_q_heads=heads, num_kv_heads=heads, page_size=page)
         pool.write(0, k, k, [step])
         out = pool.attend(0, q, plan)
         mx.async_eval(out, pool.state)
@@ -157,7 +155,9 @@ def test_a_pool_captured_by_compile_unnamed_is_refused():
         pool.write(0, k, k, slots)
         return k
 
-    with pytest.raises(ValueError, match=r"\[PagePool.write\] the pool must be named to mx.compile"):
+    with pytest.raises(
+        ValueError, match=r"\[PagePool.write\] the pool must be named to mx.compile"
+    ):
         step(tokens(1), mx.array([0], mx.int32))
     write_all(pool, 4)
     assert mx.all(attend(pool, 1) == 4)
@@ -232,7 +232,12 @@ def test_a_page_block_is_a_view_of_one_page():
     pool = make_pool()
     write_all(pool, 7, count=3, slot=PAGE)
     block = pool[0][1]
-    assert (block.page_id, block.tokens_stored, block.max_tokens, block.ref_count) == (1, 3, PAGE, 1)
+    assert (block.page_id, block.tokens_stored, block.max_tokens, block.ref_count) == (
+        1,
+        3,
+        PAGE,
+        1,
+    )
     assert block.key_data.shape == (HEADS, PAGE, DIM)
     assert mx.all(block.value_data[:, :3] == 7)
 
@@ -329,7 +334,9 @@ def test_a_bad_copy_changes_nothing(pairs, message):
     assert all(a is b for a, b in zip(state, pool.state))
 
 
-@pytest.mark.parametrize("size", ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"])
+@pytest.mark.parametrize(
+    "size", ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"]
+)
 def test_a_size_of_zero_is_refused(size):
     sizes = dict(num_layers=1, num_pages=2, page_size=4, num_kv_heads=1, head_dim=8)
     with pytest.raises(ValueError, match=rf"\[PagePool\] {size} must be at least 1; got 0"):
