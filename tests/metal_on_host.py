@@ -9,11 +9,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import mlx.core as mx
-from metal_host import HostMemory, Program
+import pytest
+from metal_host import HostMemory, Program, unsupported
 
 from paged_mlx._native import _ext
 
 _programs: dict[str, Program] = {}  # by text
+_texts: dict[str, str] = {}  # of each library
 
 
 class Launches:
@@ -21,19 +23,30 @@ class Launches:
 
     Attributes:
         kernels: Dispatches of each kernel.
-        findings: Defects, as text.
+        findings: Defects and failed launches, as text.
         results: The results of instrumented launches, by kernel, newest last.
     """
 
-    def __init__(self, instrument: bool, rewrite: Callable[[str, str], str]):
+    def __init__(self, instrument: bool, change: Callable[[dict], dict] | None):
         self.instrument = instrument
-        self.rewrite = rewrite
+        self.change = change
         self.kernels: Counter[str] = Counter()
         self.findings: list[str] = []
         self.results: dict[str, list] = {}
 
     def __call__(self, dispatch: dict) -> None:
-        text = self.rewrite(dispatch["kernel"], dispatch["text"])
+        if _texts.setdefault(dispatch["library"], dispatch["text"]) != dispatch["text"]:
+            self.findings.append(f"two texts are called {dispatch['library']}")
+        if self.change:
+            dispatch = self.change(dispatch)
+        try:
+            self._launch(dispatch)
+        except Exception as error:
+            self.findings.append(str(error))
+            raise
+
+    def _launch(self, dispatch: dict) -> None:
+        text = dispatch["text"]
         program = _programs.get(text)
         if program is None:
             program = _programs[text] = Program(text)
@@ -55,19 +68,23 @@ class Launches:
 @contextmanager
 def metal_on_host(
     instrument: bool = True,
-    rewrite: Callable[[str, str], str] = lambda kernel, text: text,
+    change: Callable[[dict], dict] | None = None,
 ):
     """Run all operations on the CPU device through the Metal launch code.
 
     Args:
         instrument: Watch memory, races and barriers; without it only numbers come out.
-        rewrite: ``(kernel, text) -> text``: what is compiled in place of a kernel's text.
+        change: ``dispatch -> dispatch``: what is launched in place of a dispatch.
 
     Yields:
         The :class:`Launches` so far.
+
+    A machine that cannot do this skips the test.
     """
+    if unsupported():
+        pytest.skip(unsupported())
     mx.synchronize()
-    launches = Launches(instrument, rewrite)
+    launches = Launches(instrument, change)
     _ext.set_host_launch(launches)
     try:
         yield launches
