@@ -52,8 +52,9 @@ struct PlanInput {
 };
 
 // What one backend can do at once and what things cost it. The unit of cost is
-// one key of one KV head read from memory; benchmarks/fit_cost_model.py fits
-// the rest of them.
+// one key of one KV head read from memory. A key costs an item of R rows
+// max(1, key_cost + R * row_cost) of its body; benchmarks/fit_cost_model.py fits
+// these costs for the CPU.
 struct PlanTarget {
   int workers = 1;              // items that run at the same time
   bool heads_in_parallel = false; // KV heads of one item run on workers of their own
@@ -63,6 +64,7 @@ struct PlanTarget {
   int min_partition = 256;      // tokens; a shorter range is not cut
   double min_item_cost = 4096;  // a step that costs less than two of these is not cut
   int items_per_worker = 4;     // more than one, so that uneven items balance
+  double key_cost[kNumPlanKinds] = {0, 0, 0};          // one key, whatever the rows, by body
   double row_cost[kNumPlanKinds] = {0.05, 0.05, 0.05}; // one key for one row, by body
   double partial_cost = 8;      // write and merge one row's partial result
   double item_cost = 64;        // start an item

@@ -12,7 +12,7 @@ namespace paged_mlx {
 
 namespace {
 
-constexpr double kWorthwhile = 0.97; // shared must cost less than this part of alone
+constexpr double kWorthwhile = 0.9; // shared must cost less than this part of alone
 
 class Sharing {
  public:
@@ -168,7 +168,8 @@ class Sharing {
     for (int left = rows; left > 0; left -= most) {
       decision.cost_shared += attend_cost(std::min(left, most), keys, target_) + target_.item_cost;
     }
-    decision.cost_shared += rows * target_.partial_cost;
+    // A row leaves one partial of what is shared and one of what follows.
+    decision.cost_shared += 2 * rows * target_.partial_cost;
     decision.shared = decision.cost_shared < kWorthwhile * decision.cost_alone;
     decisions_.push_back(decision);
     return decision.shared;
@@ -207,7 +208,8 @@ PlanKind kind_of(int rows, const PlanTarget& target) {
 }
 
 double attend_cost(int rows, int64_t keys, const PlanTarget& target) {
-  return double(keys) * std::max(1.0, rows * target.row_cost[kind_of(rows, target)]);
+  const PlanKind kind = kind_of(rows, target);
+  return double(keys) * std::max(1.0, target.key_cost[kind] + rows * target.row_cost[kind]);
 }
 
 int entry_start(const PlanInput& input, int sequence, int entry) {

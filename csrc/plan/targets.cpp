@@ -2,21 +2,27 @@
 
 namespace paged_mlx {
 
+// The costs are those of benchmarks/results/cost_model_v4_bf16.json, of the dearer
+// of the two types of 16 bits.
 PlanTarget cpu_target(int threads, int itemsize) {
   PlanTarget target;
   target.workers = threads;
   target.heads_in_parallel = false;
   target.vector_rows = 2;
-  target.tile_rows = 32;
+  target.tile_rows = 24;
   target.wide_rows = 384;
   target.min_partition = 128;
   target.min_item_cost = itemsize == 4 ? 2048 : 4096;
   target.items_per_worker = 4;
-  for (double& cost : target.row_cost) {
-    cost = itemsize == 4 ? 0.11 : 0.2;
-  }
-  target.partial_cost = 4;
-  target.item_cost = 32;
+  const bool float32 = itemsize == 4;
+  target.key_cost[kVectorItem] = 1;
+  target.row_cost[kVectorItem] = 0;
+  target.key_cost[kTileItem] = float32 ? 0.69 : 0.36;
+  target.row_cost[kTileItem] = float32 ? 0.086 : 0.23;
+  target.key_cost[kWideItem] = float32 ? 1.5 : 2.8;
+  target.row_cost[kWideItem] = float32 ? 0.068 : 0.17;
+  target.partial_cost = float32 ? 1.3 : 2.2;
+  target.item_cost = 1.5;
   return target;
 }
 
