@@ -10,10 +10,9 @@ Not thread-safe: an allocator and its tables belong to one thread at a time.
 
 from __future__ import annotations
 
-import operator
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -21,19 +20,18 @@ from paged_mlx.attached_pools import AttachedPools
 from paged_mlx.errors import (
     DoubleFree,
     OutOfPages,
-    PageError,
-    UnknownPage,
     UseAfterFree,
     fail,
     whole_number,
 )
 from paged_mlx.eviction import Evictor, Evictors
 from paged_mlx.page_checks import check_counts, check_holders
+from paged_mlx.page_counts import PageCounts, fail_free
 
 MAX_SLOTS = 2**31 - 1  # a slot is an int32
 
 
-class PageAllocator:
+class PageAllocator(PageCounts):
     """Hands out page ids and counts who holds them; the page freed last is reused first.
 
     Args:
@@ -54,7 +52,7 @@ class PageAllocator:
         slab_pages: int | None = None,
     ) -> None:
         name = type(self).__name__
-        self._total = whole_number(name, "total_pages", total_pages, 1)
+        super().__init__(whole_number(name, "total_pages", total_pages, 1))
         self._page_size = whole_number(name, "page_size", page_size, 1)
         self._max_pages = whole_number(
             name, "max_pages", self._total if max_pages is None else max_pages, self._total
@@ -70,7 +68,6 @@ class PageAllocator:
             )
         self._evictors = Evictors()
         self._pools = AttachedPools()
-        self._set_counts(array("i", bytes(4 * self._total)))
         self._reset_free(range(self._total))
 
     # The free list: the only part that a policy changes.
@@ -109,11 +106,6 @@ class PageAllocator:
     # Figures.
 
     @property
-    def total_pages(self) -> int:
-        """Pages in the pool, free or not."""
-        return self._total
-
-    @property
     def max_pages(self) -> int:
         """Pages the pool may grow to on demand."""
         return self._max_pages
@@ -137,14 +129,6 @@ class PageAllocator:
     def num_available(self) -> int:
         """Pages that an allocation could get: free, evictable, or not grown yet."""
         return self.num_free + self.num_evictable + self._max_pages - self._total
-
-    def ref_count(self, page_id: int) -> int:
-        """How many tables and caches hold the page; 0 for a free page."""
-        return self._refs[self._known("ref_count", page_id)]
-
-    def ref_counts(self, page_ids: array[int] | Sequence[int]) -> np.ndarray:
-        """``ref_count`` of many different pages at once, ``int32``."""
-        return self._counts[self._distinct("ref_counts", page_ids)]
 
     def fragmentation(self) -> float:
         """How far the free pages are from forming one run, from 0 (not at all) to 1.
@@ -207,7 +191,7 @@ class PageAllocator:
         page_id = self._known("share_page", page_id)
         count = self._refs[page_id]
         if not count:
-            _fail_free("share_page", page_id, UseAfterFree)
+            fail_free("share_page", page_id, UseAfterFree)
         self._refs[page_id] = count + 1
         if count == 1 and page_id in self._evictors.watched:
             self._evictors.busy((page_id,))
@@ -224,7 +208,7 @@ class PageAllocator:
         page_id = self._known("free_page", page_id)
         count = self._refs[page_id] - 1
         if count < 0:
-            _fail_free("free_page", page_id, DoubleFree)
+            fail_free("free_page", page_id, DoubleFree)
         self._refs[page_id] = count
         if not count:
             self._put_one(page_id)
@@ -277,7 +261,7 @@ class PageAllocator:
             PageError: Another evictor watches it.
         """
         if not self._refs[self._known("watch", page_id)]:
-            _fail_free("watch", page_id, UseAfterFree)
+            fail_free("watch", page_id, UseAfterFree)
         self._evictors.watch(page_id, evictor)
 
     def unwatch(self, page_id: int) -> None:
@@ -341,7 +325,7 @@ class PageAllocator:
         """
         for page_id in (page_id for pair in pairs for page_id in pair):
             if not self._refs[self._known("copy_pages", page_id)]:
-                _fail_free("copy_pages", page_id, UseAfterFree)
+                fail_free("copy_pages", page_id, UseAfterFree)
         if pairs:
             self._pools.copy(pairs)
 
@@ -386,50 +370,7 @@ class PageAllocator:
         self._reset_free(np.flatnonzero(self._counts == 0).tolist())
         return removed
 
-    def _set_counts(self, refs: array[int]) -> None:
-        """One buffer, two views: ``_refs`` is fast for one page, ``_counts`` for many."""
-        self._refs = refs
-        self._counts = np.frombuffer(refs, dtype=np.int32)
-
     # Checks.
-
-    def _known(self, function: str, page_id: int) -> int:
-        try:
-            if 0 <= page_id < self._total:
-                return operator.index(page_id)
-        except TypeError:
-            pass
-        fail(
-            function,
-            f"page_id must be in [0, {self._total}), the pages of this pool",
-            repr(page_id),
-            UnknownPage,
-        )
-
-    def _held(self, function: str, ids: np.ndarray, error: type[PageError]) -> np.ndarray:
-        """Return the counts of pages, which must all be held."""
-        counts = self._counts[ids]
-        if not counts.all():
-            _fail_free(function, int(ids[np.argmin(counts)]), error)
-        return counts
-
-    def _distinct(self, function: str, page_ids: array[int] | Sequence[int]) -> np.ndarray:
-        """Return known ids, each given once. A table's pages, an array, differ already."""
-        if isinstance(page_ids, array):
-            ids = np.frombuffer(page_ids, np.int32) if page_ids else np.empty(0, np.int32)
-        else:
-            ids = np.array([self._known(function, page_id) for page_id in page_ids], np.int32)
-            if len(set(page_ids)) < len(ids):
-                fail(function, "page_ids must be different pages", "one twice", PageError)
-        if ids.size and int(ids.view(np.uint32).max()) >= self._total:
-            page_id = int(ids[np.argmax(ids.view(np.uint32))])
-            fail(
-                function,
-                f"page_ids must be in [0, {self._total}), the pages of this pool",
-                page_id,
-                UnknownPage,
-            )
-        return ids
 
     def check(self, tables: Iterable[Any] | None = None, caches: Iterable[Any] = ()) -> None:
         """Prove that reference counts, free list and watchers agree.
@@ -448,8 +389,3 @@ class PageAllocator:
     def _own_references(self) -> np.ndarray:
         """References that the allocator itself holds, per page."""
         return np.zeros(self._total, dtype=np.int64)
-
-
-def _fail_free(function: str, page_id: int, error: type[PageError]) -> NoReturn:
-    must = "page_id must be held by somebody, because free pages are reused"
-    fail(function, must, f"{page_id}, which is free", error)
