@@ -13,6 +13,8 @@ from paged_mlx._native import _ext
 from paged_mlx.first_use import Variant
 from paged_mlx.plan import AttentionPlan, plan_array
 
+_ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last
+
 
 def paged_attention(q, k_pages, v_pages, plan, *, stream=None, **options):
     words = plan_array(plan)
@@ -38,11 +40,11 @@ def paged_attention(q, k_pages, v_pages, plan, *, stream=None, **options):
 
 
 def attention_variants(q, k_pages, v_pages, work, flags: dict) -> list[Variant]:
-    """What a plan's work may launch. Of a plan known only as an array: decode, prefill, merge."""
+    """What a plan's work may launch; a plan known only as an array may launch any body."""
     head_dim, v_head_dim = q.shape[2], v_pages.shape[3]
     gqa_factor = q.shape[1] // k_pages.shape[1]
     if work is None:
-        tokens, kinds = (1, 1024), list(product((False, True), repeat=3))
+        tokens, kinds = _ANY_TOKENS, list(product((False, True), repeat=3))
     else:
         tokens, kinds = [n for n in work[0] if n], [work[1:]]
     rows = {_ext.attention_body(n * gqa_factor, head_dim, v_head_dim, q.dtype)[1] for n in tokens}
