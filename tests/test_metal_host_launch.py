@@ -270,3 +270,17 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
         os.utime(library, (1000 - age, 1000 - age))
     prune(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.log", "new.so", "old.log", "old.so"]
+
+
+@pytest.mark.parametrize("instrument", [True, False])
+def test_memory_that_no_gpu_would_have_misaligned_is_read_and_written_in_place(instrument):
+    values = np.arange(34, dtype=np.float32)
+    begin = values.ctypes.data + (8 - values.ctypes.data) % 16  # MLX's CPU arrays begin like this
+    source = PRELUDE + (
+        "kernel void k(device float4* x [[buffer(0)]], uint i [[thread_position_in_grid]]) { x[i] += x[i]; }"
+    )
+    Program(source).run("k", [HostMemory(begin, 128)], grid=8, group=8, instrument=instrument)
+    first = (begin - values.ctypes.data) // 4
+    expected = np.arange(34, dtype=np.float32)
+    expected[first : first + 32] *= 2
+    assert (values == expected).all()

@@ -7,6 +7,8 @@ import numpy as np
 
 from .native import NUM_BUFFERS, runtime
 
+_ALIGNMENT = 16  # of what a kernel may load at once
+
 
 @dataclass(frozen=True)
 class HostMemory:
@@ -63,7 +65,11 @@ def overlapping(buffers) -> list[list[int]]:
 
 
 class DirectMemory:
-    """Buffers given to the kernel as they are; arrays are copied first."""
+    """Buffers given to the kernel as they are; arrays are copied first.
+
+    Metal aligns buffers, hosts may not: HostMemory whose address is no multiple of 16 is
+    copied to memory where it is, and back after the launch.
+    """
 
     def __init__(self, bound: dict):
         self.outputs = {
@@ -71,15 +77,32 @@ class DirectMemory:
         }
         self.sizes = {index: value.nbytes for index, value in bound.items()}
         self.slot_of = {index: index for index in bound}
+        self._moved: list[tuple[np.ndarray, int, int]] = []  # aligned copy, host address, size
         runtime().unbind()
-        for index, value in self.outputs.items():
-            runtime().bind(index, address_of(value), value.nbytes)
+        for members in overlapping(self.outputs):
+            begin = min(address_of(self.outputs[index]) for index in members)
+            end = max(address_of(self.outputs[index]) + self.sizes[index] for index in members)
+            moved = self._aligned(begin, end - begin) - begin
+            for index in members:
+                runtime().bind(index, address_of(self.outputs[index]) + moved, self.sizes[index])
+
+    def _aligned(self, address: int, nbytes: int) -> int:
+        """`address`, or that of a copy which is aligned."""
+        if address % _ALIGNMENT == 0:
+            return address
+        room = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        room = room[-room.ctypes.data % _ALIGNMENT :][:nbytes]
+        ctypes.memmove(room.ctypes.data, address, nbytes)
+        self._moved.append((room, address, nbytes))
+        return room.ctypes.data
 
     def forbid(self, ranges) -> None:
         if ranges:
             raise ValueError("[run] forbid must be empty, since accesses are not watched without instrument; got ranges.")
 
     def read_back(self) -> dict[int, np.ndarray]:
+        for copy, address, nbytes in self._moved:
+            ctypes.memmove(address, copy.ctypes.data, nbytes)
         return {index: value for index, value in self.outputs.items() if isinstance(value, np.ndarray)}
 
 
