@@ -1,5 +1,6 @@
 """A pool in a lazy graph: in place, and right in every order of evaluation."""
 
+import gc
 import threading
 from functools import partial
 
@@ -99,6 +100,9 @@ def test_two_streams_keep_the_order():
 
 def test_fifty_pipelined_steps_stay_within_one_percent_of_the_pool():
     pages, heads, dim, page = 2048, 4, 64, 64
+    gc.collect()  # what earlier tests left is not the pool's
+    mx.synchronize()
+    others = mx.get_active_memory()
     pool = PagePool(1, pages, page, heads, dim, mx.float32)
     assert pool.nbytes == 256 * 2**20
     q = mx.zeros((1, heads, dim))
@@ -112,7 +116,7 @@ def test_fifty_pipelined_steps_stay_within_one_percent_of_the_pool():
         out = pool.attend(0, q, plan)
         mx.async_eval(out, pool.state)
     mx.eval(out, pool.state)
-    assert mx.get_peak_memory() <= 1.01 * pool.nbytes
+    assert mx.get_peak_memory() - others <= 1.01 * pool.nbytes
     pool.check()
 
 
