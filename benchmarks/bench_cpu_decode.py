@@ -8,13 +8,13 @@ from functools import partial
 
 import mlx.core as mx
 import numpy as np
+from paged_mlx import fast
+from paged_mlx._native import _ext
 
 from benchmarks.harness import Candidate, Case, run
 from benchmarks.limits import on_threads, page_reads
 from benchmarks.torch_sdpa import torch_sdpa
 from benchmarks.workload import Geometry, Workload, agree
-from paged_mlx import fast
-from paged_mlx._native import _ext
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT = [50, 100, 150] * 10
@@ -61,14 +61,22 @@ def case(name, work, candidates, rounds, clock="cpu") -> Case:
 def against_limits(dtype):
     work = Workload.cold([2048] * 8, Geometry(dtype=dtype))
     layers = work.pool.num_layers
-    avx2 = [paged(work, "paged, AVX2", isa=AVX2, start=layers // 2)] if AVX2 in _ext.isa_names() else []
+    avx2 = (
+        [paged(work, "paged, AVX2", isa=AVX2, start=layers // 2)]
+        if AVX2 in _ext.isa_names()
+        else []
+    )
     candidates = [paged(work), page_reads(work, start=layers // 4), *avx2, one_page_each(work)]
     yield case("8 x 2048", work, candidates + torch_sdpa(work), 12)
     work = Workload.cold([8192], Geometry(dtype=dtype))
     candidates = [paged(work), page_reads(work, start=work.pool.num_layers // 2), *torch_sdpa(work)]
     yield case("1 x 8192", work, candidates, 12)
     work = Workload.cold([2048] * 8, Geometry(dtype=dtype, page_size=64))
-    candidates = [paged(work), page_reads(work, start=work.pool.num_layers // 2), one_page_each(work)]
+    candidates = [
+        paged(work),
+        page_reads(work, start=work.pool.num_layers // 2),
+        one_page_each(work),
+    ]
     yield case("8 x 2048, pages of 64", work, candidates, 12)
 
 
@@ -86,7 +94,9 @@ def small_steps(dtype):
 
 def all_heads(dtype):
     work = Workload.cold([2048] * 8, Geometry(dtype=dtype, **MHA))
-    yield case("8 x 2048, 32 KV heads of 64", work, [paged(work), page_reads(work), *torch_sdpa(work)], 8)
+    yield case(
+        "8 x 2048, 32 KV heads of 64", work, [paged(work), page_reads(work), *torch_sdpa(work)], 8
+    )
 
 
 def all_cores(dtype):

@@ -3,12 +3,13 @@
 One thread, by its CPU time.
 """
 
+from paged_mlx._native import _ext
+
 from benchmarks.bench_cpu_decode import AVX2, DTYPES, one_page_each, paged
 from benchmarks.harness import Case, run
 from benchmarks.limits import multiplications
 from benchmarks.torch_sdpa import torch_sdpa
 from benchmarks.workload import Geometry, Workload, agree
-from paged_mlx._native import _ext
 
 
 def case(length, context, dtype, isa="", rounds=5) -> Case:
@@ -18,7 +19,9 @@ def case(length, context, dtype, isa="", rounds=5) -> Case:
         candidates += [one_page_each(work), *torch_sdpa(work)]
     where = ", AVX2" if isa else ""
     about = {"query_len": length, "context_len": context, "dtype": dtype, "isa": isa or _ext.isa()}
-    return Case(f"{length} on {context}, {dtype}{where}", candidates, agree, rounds, 1, "cpu", about)
+    return Case(
+        f"{length} on {context}, {dtype}{where}", candidates, agree, rounds, 1, "cpu", about
+    )
 
 
 def cases():

@@ -6,11 +6,12 @@ tokens and S of their own; the multiplications stay the same, so their peak is t
 
 from functools import partial
 
+from paged_mlx._native import _ext
+
 from benchmarks.bench_cpu_decode import DTYPES
 from benchmarks.harness import Candidate, Case, run
 from benchmarks.limits import multiplications, on_threads, page_reads
 from benchmarks.workload import Geometry, Workload, agree
-from paged_mlx._native import _ext
 
 BATCHES = {
     "8 x (8192 shared + 256)": (8, 8192, 256),

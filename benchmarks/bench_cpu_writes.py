@@ -7,11 +7,11 @@ from itertools import count
 
 import mlx.core as mx
 import numpy as np
+from paged_mlx import PagePool
 
 from benchmarks.harness import Candidate, Case, run
 from benchmarks.limits import memcpy, on_threads
 from benchmarks.workload import DTYPES, Geometry
-from paged_mlx import PagePool
 
 LAYERS, PAGES, SEQUENCES = 32, 512, 256
 
@@ -48,8 +48,14 @@ def copy_case(dtype) -> Case:
             assert mx.array_equal(pages[source], pages[target]), "the page was not copied"
 
     nbytes = pool.page_nbytes
-    candidates = [Candidate("copy", on_threads(1, copy), nbytes), memcpy(nbytes), smallest_operation()]
-    return Case(f"copy-on-write of a page in {LAYERS} layers, {dtype}", candidates, check, 60, 2, "cpu")
+    candidates = [
+        Candidate("copy", on_threads(1, copy), nbytes),
+        memcpy(nbytes),
+        smallest_operation(),
+    ]
+    return Case(
+        f"copy-on-write of a page in {LAYERS} layers, {dtype}", candidates, check, 60, 2, "cpu"
+    )
 
 
 def write_case(dtype) -> Case:
@@ -77,7 +83,11 @@ def write_case(dtype) -> Case:
             assert mx.array_equal(pages[page_ids, :, offsets], tokens), "a token was not written"
 
     nbytes = SEQUENCES * g.num_kv_heads * g.head_dim * 2 * DTYPES[dtype].size
-    candidates = [Candidate("write", on_threads(1, write), nbytes), memcpy(nbytes), smallest_operation()]
+    candidates = [
+        Candidate("write", on_threads(1, write), nbytes),
+        memcpy(nbytes),
+        smallest_operation(),
+    ]
     name = f"a token of each of {SEQUENCES} sequences, one layer, {dtype}"
     return Case(name, candidates, check, 60, 2, "cpu")
 

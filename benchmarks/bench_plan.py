@@ -4,9 +4,9 @@ Tables and lengths in, a plan out; by CPU time, one thread does everything.
 """
 
 import numpy as np
+from paged_mlx import fast
 
 from benchmarks.harness import Candidate, Case, run
-from paged_mlx import fast
 
 PAGE_SIZE, NUM_Q_HEADS, NUM_KV_HEADS, REPEATS = 16, 32, 8, 10
 BATCHES = {

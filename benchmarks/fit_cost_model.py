@@ -3,7 +3,9 @@
 The planner's model of an item of R rows per KV head against n keys, in keys of one KV head
 read from memory, is
 
-    n * max(1, key_cost + R * row_cost) + item_cost + R * partial_cost    (the last if it is a partial)
+    n * max(1, key_cost + R * row_cost) + item_cost + R * partial_cost
+
+where the last is for an item whose result is a partial.
 
 Items of known size are timed, one thread, by its CPU time, interleaved: one item a plan gives
 the unit, key_cost and row_cost; the same rows cut into more and more partitions give the rest.
@@ -16,11 +18,11 @@ import sys
 
 import mlx.core as mx
 import numpy as np
+from paged_mlx import fast
+from paged_mlx._native import _ext
 
 from benchmarks.harness import RESULTS, Candidate, Case, environment, measure
 from benchmarks.workload import Geometry, Workload
-from paged_mlx import fast
-from paged_mlx._native import _ext
 
 DTYPES = ("float32", "bfloat16", "float16")
 KEYS = 4096

@@ -142,13 +142,17 @@ def environment() -> dict:
             "system": platform.system(),
             "arch": platform.machine(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
         },
     }
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return done.stdout.strip()
 
 
@@ -162,7 +166,7 @@ def _version(name: str) -> str | None:
 def _processor() -> str:
     if sys.platform == "darwin":
         words = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(words, check=False, capture_output=True, text=True).stdout.strip()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -1,11 +1,11 @@
 """What the machine can do at the best: candidates that only read, multiply or copy."""
 
 import numpy as np
+from paged_mlx import fast
+from paged_mlx._native import _ext
 
 from benchmarks.harness import Candidate
 from benchmarks.workload import Workload
-from paged_mlx import fast
-from paged_mlx._native import _ext
 
 PAGE_READS, MULTIPLICATIONS, MEMCPY = "page reads alone", "multiplications alone", "memcpy"
 
@@ -21,7 +21,9 @@ def on_threads(threads: int, run, isa: str = ""):
     return prepared
 
 
-def page_reads(work: Workload, threads: int = 1, start: int = 0, distinct: bool = False) -> Candidate:
+def page_reads(
+    work: Workload, threads: int = 1, start: int = 0, distinct: bool = False
+) -> Candidate:
     """Read the pages of the step, as many times as the tables name them or once each."""
     page_ids = work.tables[work.tables != fast.NO_PAGE]
     page_ids = np.unique(page_ids) if distinct else page_ids

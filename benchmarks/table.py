@@ -52,7 +52,9 @@ def _compared(candidate: dict | None, first: dict) -> str:
     if candidate is None:
         return ""
     ratio = candidate["median"] / first["median"]
-    return f"{ratio:.0%}" if candidate.get("limit") else f"{ratio:.{2 if ratio < 3 else 1}f}x the time"
+    return (
+        f"{ratio:.0%}" if candidate.get("limit") else f"{ratio:.{2 if ratio < 3 else 1}f}x the time"
+    )
 
 
 def _time(seconds: float, about: dict) -> str:

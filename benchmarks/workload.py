@@ -6,7 +6,6 @@ from itertools import count
 
 import mlx.core as mx
 import numpy as np
-
 from paged_mlx import PagePool, fast
 
 PERIOD = 1_000_003  # random values are repeated, out of step with the pages
@@ -77,9 +76,9 @@ class Workload:
         tables = np.full((len(counts), max(counts)), fast.NO_PAGE, np.int32)
         tables[:, :common] = ids[:common]
         at = common
-        for row, count in zip(tables, counts):
-            row[common:count] = ids[at : at + count - common]
-            at += count - common
+        for row, pages in zip(tables, counts):
+            row[common:pages] = ids[at : at + pages - common]
+            at += pages - common
         return tables
 
     @property

@@ -21,7 +21,8 @@ using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::c
 
 size_t page_bytes(const char* name, const mx::array& pages) {
   if (pages.ndim() != 4 || !pages.is_available() || !pages.flags().row_contiguous) {
-    fail("read_pages", std::string(name) + " must be evaluated pages of four dimensions", "something else");
+    const std::string must = std::string(name) + " must be evaluated pages, row by row";
+    fail("read_pages", must, "something else");
   }
   return pages.nbytes() / std::max(1, pages.shape(0));
 }

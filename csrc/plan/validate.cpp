@@ -130,10 +130,13 @@ void check_ragged(const PlanInput& in, int b, int first_key) {
 void check_ids(const PlanInput& in, int b, int first, int last) {
   const int32_t* row = in.block_tables + int64_t(b) * in.max_pages;
   const uint32_t limit = in.num_pages >= 0 ? in.num_pages : INT32_MAX;
-  bool all_good = true; // without a branch: tables are long and nearly always right
+  // Tables are long and nearly always right: the sign of `bad` is set by an id below 0
+  // and by one of limit or more.
+  uint32_t bad = 0;
   for (int entry = first; entry <= last; entry++) {
-    all_good &= uint32_t(row[entry]) < limit;
+    bad |= uint32_t(row[entry]) | (limit - 1 - uint32_t(row[entry]));
   }
+  const bool all_good = int32_t(bad) >= 0;
   for (int entry = first; !all_good && entry <= last; entry++) {
     const bool missing = row[entry] == PAGED_MLX_NO_PAGE;
     if (missing && !in.allow_no_page) {
