@@ -99,6 +99,24 @@ def test_a_freed_page_that_was_handed_out_again_is_named_before_and_after_it_is_
     attend(pool, thief)
 
 
+def test_a_reference_that_was_lost_is_named(pool, allocator):
+    table = sequence(pool, list(range(8)))
+    allocator._refs[table.page_ids[1]] = 0  # freed, and nobody told
+    assert_corrupt(pool, table, "free page", 4)
+
+
+def test_tokens_that_were_noted_and_given_up_are_waited_for_no_more(pool, allocator):
+    table = PageTable(PAGE)
+    plan = table.append_tokens(6, allocator)
+    pool.canary.note([table], [list(range(6))], plan.slots)
+    fork = table.fork()
+    append(pool, fork, [6], layers=[1])
+    for gone in (table, fork):
+        gone.release()
+    pool.check([])
+    attend(pool, sequence(pool, [1, 2, 3]))
+
+
 def test_a_write_to_a_free_page_is_refused_and_changes_nothing(pool, allocator):
     table = PageTable(PAGE)
     plan = table.append_tokens(4, allocator)

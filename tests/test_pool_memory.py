@@ -9,6 +9,7 @@ from paged_mlx import (
     PageAllocator,
     PagePool,
     PrefixCache,
+    machine_memory,
     memory_limit,
     pages_within,
     pool_arrays,
@@ -112,6 +113,19 @@ def test_the_memory_limit_is_a_share_of_the_machine():
     for share in (0, 1.5):
         with pytest.raises(ValueError, match=r"^\[memory_limit\] share must be in \(0, 1\]; got"):
             memory_limit(share)
+
+
+def test_the_memory_limit_is_of_what_the_gpu_or_the_control_group_may_use(monkeypatch, tmp_path):
+    group = tmp_path / "memory.max"
+    monkeypatch.setattr(machine_memory, "_CONTROL_GROUP", group)
+    monkeypatch.setattr(mx, "device_info", lambda: {})
+    machine = memory_limit(1)
+    group.write_text("max\n")
+    assert memory_limit(1) == machine
+    group.write_text("1000000\n")
+    assert memory_limit(1) == 1_000_000 and memory_limit(0.5) == 500_000
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 3_000_000})
+    assert memory_limit(1) == 3_000_000
 
 
 def test_pages_within_counts_what_a_pool_takes():

@@ -82,8 +82,8 @@ def _marks_after(last: int, tokens: np.ndarray) -> np.ndarray:
 
 
 def extend_all(trails: Sequence[Trail], tokens: Sequence[Tokens]) -> np.ndarray:
-    """``extend`` each trail by its tokens; return the marks of all, one after the other."""
-    if any(len(added) != 1 for added in tokens) or len(set(map(id, trails))) < len(trails):
+    """``extend`` different trails by tokens of their own; return the marks, one after the other."""
+    if any(len(added) != 1 for added in tokens):
         return np.concatenate([trail.extend(added) for trail, added in zip(trails, tokens)])
     added = np.frombuffer(pack_tokens([token for (token,) in tokens]), "<i4")
     for trail in trails:
