@@ -10,7 +10,7 @@ import numpy as np
 from paged_mlx import PagePool
 
 from benchmarks.harness import Candidate, Case, run
-from benchmarks.limits import memcpy, on_threads
+from benchmarks.limits import memcpy, memcpy_in_pieces, on_threads
 from benchmarks.workload import DTYPES, Geometry
 
 LAYERS, PAGES, SEQUENCES = 32, 512, 256
@@ -51,6 +51,7 @@ def copy_case(dtype) -> Case:
     candidates = [
         Candidate("copy", on_threads(1, copy), nbytes),
         memcpy(nbytes),
+        memcpy_in_pieces(nbytes, 2 * LAYERS),
         smallest_operation(),
     ]
     return Case(

@@ -65,3 +65,19 @@ def memcpy(nbytes: int, pool_bytes: int = 256 << 20) -> Candidate:
         np.copyto(memory[turn[0] + 1], memory[turn[0]])
 
     return Candidate(MEMCPY, copy, nbytes, limit=True)
+
+
+def memcpy_in_pieces(nbytes: int, pieces: int, pool_bytes: int = 256 << 20) -> Candidate:
+    """Copy as many bytes from cold places all over the memory to others, a call a piece."""
+    size = nbytes // pieces
+    memory = np.ones((pool_bytes // size, size), np.uint8)
+    places = np.random.default_rng(0).permutation(len(memory))
+    turn = [0]
+
+    def copy():
+        turn[0] = (turn[0] + 2 * pieces) % (len(places) - 2 * pieces)
+        chosen = places[turn[0] : turn[0] + 2 * pieces].tolist()
+        for source, target in zip(chosen[::2], chosen[1::2]):
+            memory[target] = memory[source]
+
+    return Candidate(f"{MEMCPY} in pieces", copy, nbytes, limit=True)
