@@ -40,6 +40,11 @@ inline mx::array row_contiguous(const mx::array& pages, mx::Stream s) {
   return mx::contiguous(pages, false, s);
 }
 
+// Bytes of one token of one head.
+inline int row_bytes(const mx::array& pages) {
+  return pages.shape(3) * int(pages.itemsize());
+}
+
 // How an operation that writes pages treats the buffer it is given.
 enum class WriteMode {
   donate, // reuse the buffer when MLX says nobody else holds it, else copy it
