@@ -9,13 +9,14 @@ BUILD_TOOLS := "scikit-build-core>=0.11" nanobind==3.1.0 "cmake>=3.27" ninja
 # NumPy's BLAS threads would compete with the backend under test.
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: help demo test test-long sanitize bench build clean
+.PHONY: help demo test test-long sanitize mutants bench build clean
 
 help:
 	@echo "make demo       a real model answers on paged K and V"
 	@echo "make test       the tests"
 	@echo "make test-long  the tests that take minutes or gigabytes"
 	@echo "make sanitize   the C++ part under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make mutants    planted faults, each of which a test must see"
 	@echo "make bench      the benchmarks; records go to benchmarks/results"
 	@echo "make build      the virtual environment and the native module alone"
 
@@ -30,6 +31,9 @@ test-long: build
 
 sanitize: build
 	$(PY) tests/sanitize.py
+
+mutants: build
+	cd tests && $(abspath $(PY)) -m mutants
 
 bench: build
 	$(PY) -m benchmarks

@@ -1,0 +1,30 @@
+"""Faults planted in kernels, launch code, planner and CPU backend, to be caught by the tests.
+
+``python -m mutants`` from ``tests/``, or ``make mutants``. The list is data: ``MUTANTS``.
+Each mutant runs in a process of its own against a suite of few cases; one that no case
+sees is a hole in the tests.
+
+    mutant          one place in one file, changed so that it is wrong
+    *_mutants       the list, by layer
+    *_suite         the cases, by layer
+    native          the native module with one source changed, built in the user's cache
+    trial           one mutant against its suite; runner: many
+"""
+
+from . import cpu_mutants, kernel_mutants, launch_mutants, planner_mutants
+from .mutant import LAYERS, Mutant
+
+MUTANTS: list[Mutant] = [
+    *kernel_mutants.MUTANTS,
+    *launch_mutants.MUTANTS,
+    *planner_mutants.MUTANTS,
+    *cpu_mutants.MUTANTS,
+]
+
+
+def find(name: str) -> Mutant:
+    """The mutant of that name."""
+    return next(mutant for mutant in MUTANTS if mutant.name == name)
+
+
+__all__ = ["LAYERS", "MUTANTS", "Mutant", "find"]

@@ -1,0 +1,281 @@
+"""Faults in the CPU backend: ``(name, find, replace, seen_by)`` by file."""
+
+from .mutant import Mutant
+
+# fmt: off
+_FAULTS = {
+    "walk.h": [
+        (
+            "every key of small pages lies in the first",
+            "page_row(job_, item_, span.first_page + key / job_.page_size) + key % job_.page_size;",
+            "page_row(job_, item_, span.first_page) + key % job_.page_size;",
+            "pages of 5",
+        ),
+        (
+            "the last span, part-filled, is dropped",
+            "count_ = (lead_ + item.page_count + pages_ - 1) / pages_;",
+            "count_ = (lead_ + item.page_count) / pages_;",
+            "pages of 5",
+        ),
+        (
+            "ragged pages are full",
+            "page_start(job_, item_, first), page_len(job_, item_, first)};",
+            "page_start(job_, item_, first), job_.page_size};",
+            "tile, ragged",
+        ),
+        (
+            "the page before",
+            "return page_row(job_, item_, span.first_page) + key;",
+            "return page_row(job_, item_, max_int(span.first_page - 1, 0)) + key;",
+            "tile",
+        ),
+    ],
+    "rows.h": [
+        (
+            "the window is one key too wide",
+            "row.position - job.sliding_window + 1);",
+            "row.position - job.sliding_window);",
+            "tile, window",
+        ),
+        (
+            "the window is one key too narrow",
+            "row.position - job.sliding_window + 1);",
+            "row.position - job.sliding_window + 2);",
+            "wide, window",
+        ),
+        (
+            "early rows see the keys of later ones",
+            "min_int(item.key_end, job.row_ends[row.token]) : row.begin;",
+            "item.key_end : row.begin;",
+            "wide",
+        ),
+        (
+            "query heads of the next KV head",
+            "row.head = kv_head * job.gqa_factor + r % job.gqa_factor;",
+            "row.head = kv_head + r % job.gqa_factor;",
+            "wide",
+        ),
+        (
+            "all tokens of an item write the first partial state",
+            "item.partial < 0 ? -1 : item.partial + t;",
+            "item.partial < 0 ? -1 : item.partial;",
+            "partitions",
+        ),
+        (
+            "the length of a ragged page is that of the item's first",
+            "job.page_lens[item.page_begin + i] : job.page_size;",
+            "job.page_lens[item.page_begin] : job.page_size;",
+            "wide, ragged",
+        ),
+        (
+            "every page is the item's first",
+            "int64_t(job.pages[item.page_begin + i]) * job.num_kv_heads",
+            "int64_t(job.pages[item.page_begin]) * job.num_kv_heads",
+            "tile",
+        ),
+        (
+            "the mask of head 0 for all heads",
+            "row.head * job.mask->head_stride + row.token",
+            "0 * job.mask->head_stride + row.token",
+            "tile, options",
+        ),
+        (
+            "a boolean mask shows what it should hide",
+            "return mask[key] ? 0.0f : kNegInf;",
+            "return mask[key] ? kNegInf : 0.0f;",
+            "tile, options",
+        ),
+        (
+            "the softcap turns the sign",
+            "s = splat(job.softcap) * tanh(s / splat(job.softcap));",
+            "s = splat(-job.softcap) * tanh(s / splat(job.softcap));",
+            "tile, options",
+        ),
+        (
+            "the softcap is not scaled back",
+            "s = splat(job.softcap) * tanh(s / splat(job.softcap));",
+            "s = tanh(s / splat(job.softcap));",
+            "wide, options",
+        ),
+        ("ALiBi of the opposite sign", "s = fma(slope, distance, s);", "s = s - slope * distance;", "wide, options"),
+        ("ALiBi is ignored", "s = fma(slope, distance, s);", "", "tile, options"),
+        (
+            "a sink above the maximum does not rescale the sum",
+            "sum = sum * weight + exp2((sink - top) * kLog2e);",
+            "sum = sum + exp2((sink - top) * kLog2e);",
+            "tile, options",
+        ),
+        (
+            "the sink counts twice",
+            "sum = sum * weight + exp2((sink - top) * kLog2e);",
+            "sum = sum * weight + 2 * exp2((sink - top) * kLog2e);",
+            "tile, options",
+        ),
+        ("lse in units of the scale", "  most *= job.score_unit;\n", "", "tile"),
+        (
+            "a row that sees nothing divides by 0",
+            "const bool nothing = most == kNegInf && sum == 0.0f;",
+            "const bool nothing = false;",
+            "empty",
+        ),
+        ("the maximum of a partial state is stale", "  job.partial_max[at] = most;\n", "", "partitions"),
+    ],
+    "merge.h": [
+        (
+            "parts are merged without their maxima",
+            "const float weight = exp2((job.partial_max[at(i)] - most) * exponent_unit(job));",
+            "const float weight = 1;",
+            "partitions",
+        ),
+        (
+            "a part that saw nothing is merged",
+            "if (job.partial_max[at(i)] == kNegInf && part_sum == 0.0f) {",
+            "if (false) {",
+            "a hidden partition",
+        ),
+        (
+            "the last part is dropped",
+            "i < merge.part_count; i++) {\n    const float part_sum",
+            "i + 1 < merge.part_count; i++) {\n    const float part_sum",
+            "partitions",
+        ),
+        (
+            "parts are numbered from 0 in every merge",
+            "job.parts + merge.part_begin;",
+            "job.parts;",
+            "partitions",
+        ),
+    ],
+    "attention.cpp": [
+        (
+            "every wide item is the first",
+            "const int item = other_items + unit / job.num_kv_heads;",
+            "const int item = other_items;",
+            "wide",
+        ),
+        (
+            "one merge of each unit is dropped",
+            "const int end = std::min(begin + kMergesPerUnit, job.plan->num_merges);",
+            "const int end = std::min(begin + kMergesPerUnit - 1, job.plan->num_merges);",
+            "20 merges",
+        ),
+        (
+            "a mask is ignored where nothing else is asked",
+            "job.plain = !job.mask && !job.alibi_slopes",
+            "job.plain = !job.alibi_slopes",
+            "mask alone",
+        ),
+        (
+            "sums of partial states lie over their maxima",
+            "job.partial_sum = job.partial_max + states;",
+            "job.partial_sum = job.partial_max;",
+            "partitions",
+        ),
+    ],
+    "attend_tile.h": [
+        (
+            "a group of rows ends with its shortest",
+            "min_int(a.begin, b.begin), max_int(a.end, b.end),",
+            "min_int(a.begin, b.begin), min_int(a.end, b.end),",
+            "several tokens",
+        ),
+        (
+            "every head reads KV head 0",
+            "const int64_t head_row = int64_t(kv_head) * pass.job.page_size;",
+            "const int64_t head_row = 0;",
+            "tile",
+        ),
+        (
+            "a block that ends too late for a row counts as seen by all",
+            "range.all_end >= block.position + kBlockKeys;",
+            "range.all_end >= block.position + kBlockKeys - 2;",
+            "several tokens",
+        ),
+        (
+            "queries of the next KV head",
+            "row.head + h * job.gqa_factor;",
+            "row.head + h;",
+            "tile",
+        ),
+        (
+            "rows behind the first pass are the first again",
+            "rows[r] = make_row(job, item, 0, first + r);",
+            "rows[r] = make_row(job, item, 0, r);",
+            "two passes",
+        ),
+    ],
+    "tile_block.h": [
+        (
+            "sums are not rescaled",
+            "store(sums + r * kLanes, load(sums + r * kLanes) * shrink);",
+            "",
+            "tile",
+        ),
+        ("values are not rescaled", "store(at, load(at) * shrink);", "", "tile"),
+        (
+            "a row that saw nothing yet is NaN",
+            "const Vec base = splat(most[r] == kNegInf ? 0.0f : most[r]);",
+            "const Vec base = splat(most[r]);",
+            "several tokens in a window",
+        ),
+        (
+            "every row has the weights of the first",
+            "const Vec weight = splat(weights[r * kBlockKeys + j]);",
+            "const Vec weight = splat(weights[j]);",
+            "tile",
+        ),
+        (
+            "a row sees keys behind its end",
+            "splat_int(min_int(row.end, block.position + block.high));",
+            "splat_int(block.position + block.high);",
+            "several tokens",
+        ),
+        (
+            "a row sees keys before its window",
+            "splat_int(max_int(row.begin, block.position + block.low));",
+            "splat_int(block.position + block.low);",
+            "several tokens in a window",
+        ),
+    ],
+    "attend_wide.h": [
+        (
+            "rows of a panel are finished with the first's sum",
+            "pass.most[r + i], pass.sums[r + i]);",
+            "pass.most[r + i], pass.sums[r]);",
+            "wide",
+        ),
+    ],
+    "wide_panel.h": [
+        (
+            "a tile that ends too late for a row counts as whole",
+            "pass.begins[r] <= keys.begin && pass.ends[r] >= keys.end;",
+            "pass.begins[r] <= keys.begin && pass.ends[r] >= keys.begin;",
+            "wide",
+        ),
+        (
+            "values are not rescaled",
+            "store(at, fma(load(at), shrink[x], sum[d][x]));",
+            "store(at, load(at) + sum[d][x]);",
+            "two tiles of keys",
+        ),
+        (
+            "sums are not rescaled",
+            "fma(load(sums + x * kLanes), shrink[x], even + odd));",
+            "load(sums + x * kLanes) + even + odd);",
+            "two tiles of keys",
+        ),
+        (
+            "ALiBi counts from the key",
+            "splat(float(key)) - at) + bias;",
+            "at - splat(float(key))) + bias;",
+            "wide, options",
+        ),
+    ],
+}
+# fmt: on
+
+MUTANTS = [
+    Mutant(f"cpu {file.partition('.')[0]}: {name}", "cpu", f"csrc/cpu/{file}", find, replace, seen_by)
+    for file, faults in _FAULTS.items()
+    for name, find, replace, seen_by in faults
+]

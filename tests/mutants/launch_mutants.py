@@ -1,0 +1,215 @@
+"""Faults in the Metal launch code: ``(name, find, replace, seen_by)`` by file."""
+
+from .mutant import Mutant
+
+_FAULTS = {
+    "launch_attention.cpp": [
+        (
+            "K bound in place of V",
+            "encoder.set_pages(PAGED_MLX_BUFFER_V_PAGES, call.v_pages);",
+            "encoder.set_pages(PAGED_MLX_BUFFER_V_PAGES, call.k_pages);",
+            "tile",
+        ),
+        (
+            "out and lse bound to each other's index",
+            "encoder.set_output(PAGED_MLX_BUFFER_LSE, call.lse);\n  encoder.set_output(PAGED_MLX_BUFFER_PARTIAL_OUT",
+            "encoder.set_output(PAGED_MLX_BUFFER_LSE, call.out);\n  encoder.set_output(PAGED_MLX_BUFFER_PARTIAL_OUT",
+            "tile",
+        ),
+        (
+            "sinks bound for ALiBi",
+            "encoder.set_input(PAGED_MLX_BUFFER_ALIBI, call.alibi_slopes);",
+            "encoder.set_input(PAGED_MLX_BUFFER_ALIBI, call.sinks);",
+            "tile, options",
+        ),
+        (
+            "the merge has no sinks bound",
+            "  if (call.sinks) {\n    encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);\n  }\n  const size_t rows",
+            "  const size_t rows",
+            "merge, sinks",
+        ),
+        (
+            "a function constant without a value",
+            "\n      .set(PAGED_MLX_CONSTANT_ALIBI, call.alibi_slopes != nullptr)",
+            "",
+            "vector",
+        ),
+        (
+            "no variant has a window",
+            ".set(PAGED_MLX_CONSTANT_WINDOW, plan.sliding_window > 0)",
+            ".set(PAGED_MLX_CONSTANT_WINDOW, plan.sliding_window > 1000)",
+            "wide, window",
+        ),
+        (
+            "ragged tables are read as full pages",
+            ".set(PAGED_MLX_CONSTANT_RAGGED, plan.page_starts != 0)",
+            ".set(PAGED_MLX_CONSTANT_RAGGED, false)",
+            "tile, ragged",
+        ),
+        (
+            "an additive mask is read as boolean",
+            "call.mask_kind == MaskKind::additive);",
+            "call.mask_kind == MaskKind::boolean);",
+            "vector, options",
+        ),
+        (
+            "the mask of head 0 for all heads",
+            "a.mask_head_stride = call.mask_head_stride;",
+            "a.mask_head_stride = 0;",
+            "tile, options",
+        ),
+        ("scale in natural units", "float(call.scale * kLog2E);", "call.scale;", "vector"),
+        ("softcap in natural units", "float(call.softcap * kLog2E);", "call.softcap;", "vector, options"),
+        (
+            "items of every kind begin at the first",
+            "arguments.items = header(call).items + first * int(sizeof(PlanItem) / sizeof(int32_t));",
+            "arguments.items = header(call).items;",
+            "every kind",
+        ),
+        (
+            "the last item decides how many rows there are",
+            "rows = std::max(rows, items(call)[i].row_count * gqa_factor(call));",
+            "rows = items(call)[i].row_count * gqa_factor(call);",
+            "every kind",
+        ),
+        (
+            "one tile of rows of each item",
+            "size_t(next - first), row_tiles},",
+            "size_t(next - first), 1},",
+            "wide, many tiles",
+        ),
+        (
+            "an item too few in the grid",
+            "size_t(next - first), row_tiles},",
+            "size_t(next - first) - (next - first > 1), row_tiles},",
+            "tile",
+        ),
+        (
+            "heads and items swapped in the grid",
+            "{size_t(arguments.num_kv_heads), size_t(next - first), row_tiles},",
+            "{size_t(next - first), size_t(arguments.num_kv_heads), row_tiles},",
+            "tile",
+        ),
+        (
+            "half the threads of a threadgroup",
+            "{size_t(32 * simdgroups)});\n    if (work",
+            "{size_t(16 * simdgroups)});\n    if (work",
+            "wide",
+        ),
+        (
+            "partials of one head only",
+            "size_t(plan.num_partials) * plan.num_q_heads;",
+            "size_t(plan.num_partials);",
+            "merge",
+        ),
+        (
+            "room for maxima but not for sums",
+            "encoder.temporary(rows * 2 * sizeof(float))};",
+            "encoder.temporary(rows * sizeof(float))};",
+            "merge",
+        ),
+        ("a single merge is skipped", "if (plan.num_merges > 0) {", "if (plan.num_merges > 1) {", "merge"),
+        (
+            "the last rows are not merged",
+            "encoder.dispatch({(rows + simdgroups - 1) / simdgroups},",
+            "encoder.dispatch({std::max<size_t>(1, rows / simdgroups)},",
+            "merge, sinks",
+        ),
+    ],
+    "launch_pages.cpp": [
+        (
+            "K's tokens bound for V",
+            "call.v ? call.v : call.k);",
+            "call.k);",
+            "pool",
+        ),
+        (
+            "V's rows are as long as K's",
+            "call.row.k / unit, v_row / unit};",
+            "call.row.k / unit, call.row.k / unit};",
+            "pool",
+        ),
+        (
+            "units that V's rows are no multiple of",
+            "const int unit = unit_of({call.row.k, v_row});",
+            "const int unit = unit_of({call.row.k});",
+            "odd rows",
+        ),
+        (
+            "pools behind the 28th are the first again",
+            "const size_t pool = first + std::min(i, count - 1);",
+            "const size_t pool = std::min(i, count - 1);",
+            "pool",
+        ),
+        (
+            "as many units as the last pool has",
+            "most = std::max<int64_t>(most, arguments.page_units[i]);",
+            "most = arguments.page_units[i];",
+            "pool",
+        ),
+        (
+            "heads and sequences swapped in the grid",
+            "dispatch_units(encoder, variant, units, call.num_kv_heads, call.batch);",
+            "dispatch_units(encoder, variant, units, call.batch, call.num_kv_heads);",
+            "gather",
+        ),
+        (
+            "starts and lengths of pages swapped",
+            "encoder.set_input(PAGED_MLX_BUFFER_PAGE_LENS, call.page_lens);",
+            "encoder.set_input(PAGED_MLX_BUFFER_PAGE_LENS, call.page_starts);",
+            "gather, ragged",
+        ),
+        (
+            "the last threadgroup is dropped",
+            "encoder.dispatch({(size_t(units) + threads - 1) / threads, y, z}, {threads});",
+            "encoder.dispatch({std::max<size_t>(1, size_t(units) / threads), y, z}, {threads});",
+            "gather",
+        ),
+        (
+            "nothing is carried from dispatch to dispatch",
+            "variant.set(PAGED_MLX_CONSTANT_HAS_CARRIED, first > 0)",
+            "variant.set(PAGED_MLX_CONSTANT_HAS_CARRIED, false)",
+            "30 states",
+        ),
+        (
+            "no room for the carried lse",
+            "size_t(call.rows) * (call.dim + 1) * sizeof(float)",
+            "size_t(call.rows) * call.dim * sizeof(float)",
+            "30 states",
+        ),
+        (
+            "the parts of the first dispatch again",
+            "const size_t part = first + std::min(i, count - 1);",
+            "const size_t part = std::min(i, count - 1);",
+            "30 states",
+        ),
+    ],
+    "bodies.cpp": [
+        (
+            "a tile of 16 rows has 8",
+            'return {"attend_tile", most, kSimdgroups};',
+            'return {"attend_tile", std::min(most, 8), kSimdgroups};',
+            "tile, 16 rows",
+        ),
+    ],
+    "variant.cpp": [
+        (
+            "libraries share a name whatever their macros",
+            'name += "_" + macro + "=" + value;',
+            'name += "_" + macro;',
+            "pipeline names",
+        ),
+        (
+            "pipelines share a name whatever their constants",
+            'name += "_" + std::to_string(constant.id) + ":" + std::to_string(constant.value);',
+            'name += "_" + std::to_string(constant.id);',
+            "pipeline names",
+        ),
+    ],
+}
+
+MUTANTS = [
+    Mutant(f"{file.partition('.')[0]}: {name}", "launch", f"csrc/metal/{file}", find, replace, seen_by)
+    for file, faults in _FAULTS.items()
+    for name, find, replace, seen_by in faults
+]

@@ -1,0 +1,179 @@
+"""The native module with one source changed, built in the user's cache.
+
+A CMake build of the project, at -O1, lies in the cache and follows the tree. A mutant takes
+its compile command for the source that changed, its link command for the rest. Neither the
+tree nor the installed module is written to.
+"""
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+from .mutant import ROOT, Mutant
+
+_MODULE = "_ext" + sysconfig.get_config_var("EXT_SUFFIX")
+_KEPT = 300
+#: The instruction set that mutants of the CPU backend run with: every machine of its kind has it.
+ISA = "v2" if platform.machine() in ("x86_64", "AMD64") else "neon"
+
+
+class BuildError(RuntimeError):
+    """CMake, the compiler or the linker refused."""
+
+
+def unsupported() -> str | None:
+    """Why the native module cannot be built here, or None."""
+    missing = [tool for tool in ("cmake", "ninja") if _tool(tool) is None]
+    return f"mutants need {' and '.join(missing)}; run: pip install {' '.join(missing)}" if missing else None
+
+
+@functools.cache
+def cache() -> Path:
+    """Where builds stay: $XDG_CACHE_HOME or ~/.cache, paged_mlx/mutants."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = Path(root) / "paged_mlx" / "mutants"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def build(mutant: Mutant) -> Path:
+    """The module with the fault, from the cache when its sources have not changed.
+
+    Raises:
+        BuildError: The mutant, or the project, does not compile.
+    """
+    base = _base()
+    key = hashlib.sha256("\0".join([base.identity, mutant.file, mutant.text]).encode())
+    module = cache() / "modules" / f"{key.hexdigest()[:24]}.so"
+    if module.exists():
+        os.utime(module)
+        return module
+    work = cache() / "work" / f"{module.stem}.{os.getpid()}"
+    work.mkdir(parents=True)
+    try:
+        objects = _compile(mutant, base, work)
+        made = base.link(objects, work / _MODULE)
+        module.parent.mkdir(exist_ok=True)
+        os.replace(made, module)
+    finally:
+        shutil.rmtree(work)
+    _prune(module.parent)
+    return module
+
+
+class _Base:
+    """The unchanged project, built."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        ninja = [_tool("ninja"), "-C", str(directory)]
+        commands = _run([*ninja, "-t", "commands", _MODULE]).splitlines()
+        self.compile = {_source(line): line for line in commands if " -c " in line}
+        link = next(line for line in commands if f" -o {_MODULE}" in line)
+        self.link_line = next(part for part in link.split(" && ") if f" -o {_MODULE}" in part)
+        digest = hashlib.sha256(self.link_line.encode())
+        for path in _sources():
+            digest.update(path.read_bytes())
+        self.identity = digest.hexdigest()
+
+    def object_of(self, source: str) -> str:
+        words = shlex.split(self.compile[str(ROOT / source)])
+        return words[words.index("-o") + 1]
+
+    def link(self, objects: dict[str, Path], output: Path) -> Path:
+        """Link with some sources' objects replaced."""
+        replaced = {self.object_of(source): str(path) for source, path in objects.items()}
+        words = [replaced.get(word, word) for word in shlex.split(self.link_line)]
+        words[words.index("-o") + 1] = str(output)
+        _run(words, self.directory)
+        return output
+
+
+def _compile(mutant: Mutant, base: _Base, work: Path) -> dict[str, Path]:
+    """Objects of the sources that the changed file is part of."""
+    changed = work / "overlay" / Path(mutant.file).relative_to("csrc")
+    changed.parent.mkdir(parents=True)
+    changed.write_text(mutant.text)
+    source = mutant.file if changed.suffix == ".cpp" else f"csrc/cpu/isa_{ISA}.cpp"
+    words = shlex.split(base.compile[str(ROOT / source)])
+    for option in ("-MT", "-MF"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    words = [word for word in words if word != "-MD"]
+    words[words.index("-o") + 1] = str(work / "changed.o")
+    words[words.index("-c") + 1] = str(changed if source == mutant.file else ROOT / source)
+    includes = [f"-I{work / 'overlay'}", f"-I{(ROOT / mutant.file).parent}"]
+    _run([words[0], *includes, *words[1:], "-O1"], base.directory)
+    return {source: work / "changed.o"}
+
+
+_building = threading.Lock()
+
+
+def _base() -> _Base:
+    with _building:
+        return _build_base()
+
+
+@functools.cache
+def _build_base() -> _Base:
+    directory = cache() / ("base-" + hashlib.sha256(f"{ROOT}\0{sys.prefix}".encode()).hexdigest()[:12])
+    configure = [
+        _tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(directory),
+        f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
+        "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
+        "-DPAGED_MLX_STUB=OFF",
+    ]  # fmt: skip
+    with _only_one(directory.with_suffix(".lock")):
+        _run(configure)
+        _run([_tool("cmake"), "--build", str(directory)])
+    return _Base(directory)
+
+
+@contextmanager
+def _only_one(lock: Path):
+    """Across processes."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _tool(name: str) -> str | None:
+    """A program of this Python's environment, or of the path."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+def _run(words: list[str], directory: Path = ROOT) -> str:
+    done = subprocess.run(words, cwd=directory, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{Path(words[0]).name} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
+
+
+def _source(line: str) -> str:
+    words = shlex.split(line)
+    return words[words.index("-c") + 1]
+
+
+def _sources() -> list[Path]:
+    folders = (ROOT / "csrc", ROOT / "kernels", ROOT / "cmake")
+    found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return sorted([ROOT / "CMakeLists.txt", *found])
+
+
+def _prune(directory: Path) -> None:
+    """Leave the modules that were used last."""
+    modules = sorted(directory.glob("*.so"), key=lambda path: path.stat().st_mtime_ns)
+    for module in modules[: max(0, len(modules) - _KEPT)]:
+        module.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""Planted faults are caught. The whole list: ``make mutants``."""
+
+import os
+
+import metal_host
+import mutants
+import pytest
+from mutants import MUTANTS, native
+from mutants.runner import attempt_all
+from mutants.trial import cases_of
+
+pytestmark = pytest.mark.skipif(
+    bool(metal_host.unsupported() or native.unsupported()),
+    reason=str(metal_host.unsupported() or native.unsupported()),
+)
+
+#: A few of every layer, one of every kind of defect: addresses, limits, barriers, softmax,
+#: options, merges, bindings, grids, scratch, coverage.
+QUICK = [
+    "page_walk: the page before is read in place of the next",
+    "page_walk: one token too many is read",
+    "scores: the window is one key too narrow",
+    "softmax: the sink counts once per partition",
+    "merge: values of parts forget their maxima",
+    "attend_vector: V offsets in 32 bits",
+    "attend_tile: no barrier before the merge of simdgroups",
+    "attend_wide: no barrier before the weights are read",
+    "write_pages: slot -1 is written",
+    "copy_pages: source and target swapped",
+    "merge_states: no barrier before the carried lse is replaced",
+    "launch_attention: K bound in place of V",
+    "launch_attention: partials of one head only",
+    "variant: pipelines share a name whatever their constants",
+    "planner: a set of tokens is taken for a run of them",
+    "partition: a page between two pieces is dropped",
+    "sharing: ragged pages are equal when their ids are",
+    "cpu rows: the window is one key too wide",
+    "cpu tile_block: values are not rescaled",
+]
+
+
+def test_every_mutant_has_a_name_and_a_place():
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        assert mutant.text != mutants.mutant.ROOT.joinpath(mutant.file).read_text()
+
+
+def test_the_list_is_long_enough():
+    count = {layer: sum(mutant.layer == layer for mutant in MUTANTS) for layer in mutants.LAYERS}
+    assert count["kernels"] + count["launch"] >= 30
+    assert count["planner"] + count["cpu"] >= 30
+
+
+@pytest.mark.parametrize("layer", mutants.LAYERS)
+def test_the_suites_pass_without_a_fault(layer):
+    own = [mutant for mutant in MUTANTS if mutant.layer == layer]
+    cases = cases_of(own[0])
+    assert {mutant.seen_by for mutant in own} <= set(cases)
+    wanted = {mutant.seen_by for mutant in own if mutant.name in QUICK}
+    reasons = {name: case() for name, case in cases.items() if name in wanted - {"pipeline names"}}
+    assert not any(reasons.values()), reasons
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    found = attempt_all([mutants.find(name) for name in QUICK], os.cpu_count() or 1)
+    return {verdict.mutant.name: verdict for verdict in found}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_planted_fault_is_caught(name, verdicts):
+    assert verdicts[name].caught, verdicts[name].reason
+
+
+@pytest.mark.long
+def test_every_planted_fault_is_caught():
+    found = attempt_all(MUTANTS, os.cpu_count() or 1)
+    assert [str(verdict) for verdict in found if not verdict.caught] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layer", mutants.LAYERS)
+def test_every_case_passes_without_a_fault(layer):
+    own = next(mutant for mutant in MUTANTS if mutant.layer == layer and "variant" not in mutant.name)
+    reasons = {name: case() for name, case in cases_of(own).items() if name != "pipeline names"}
+    assert not any(reasons.values()), reasons
