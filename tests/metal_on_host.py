@@ -37,10 +37,8 @@ class Launches:
     def __call__(self, dispatch: dict) -> None:
         if _texts.setdefault(dispatch["library"], dispatch["text"]) != dispatch["text"]:
             self.findings.append(f"two texts are called {dispatch['library']}")
-        if self.change:
-            dispatch = self.change(dispatch)
         try:
-            self._launch(dispatch)
+            self._launch(self.change(dispatch) if self.change else dispatch)
         except Exception as error:
             self.findings.append(str(error))
             raise

@@ -81,6 +81,8 @@ def test_every_planted_fault_is_caught():
 @pytest.mark.long
 @pytest.mark.parametrize("layer", mutants.LAYERS)
 def test_every_case_passes_without_a_fault(layer):
-    own = next(mutant for mutant in MUTANTS if mutant.layer == layer and "variant" not in mutant.name)
+    own = next(
+        mutant for mutant in MUTANTS if mutant.layer == layer and "variant" not in mutant.name
+    )
     reasons = {name: case() for name, case in cases_of(own).items() if name != "pipeline names"}
     assert not any(reasons.values()), reasons

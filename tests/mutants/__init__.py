@@ -11,10 +11,11 @@ sees is a hole in the tests.
     trial           one mutant against its suite; runner: many
 """
 
-from . import cpu_mutants, kernel_mutants, launch_mutants, planner_mutants
+from . import cpu_mutants, header_mutants, kernel_mutants, launch_mutants, planner_mutants
 from .mutant import LAYERS, Mutant
 
 MUTANTS: list[Mutant] = [
+    *header_mutants.MUTANTS,
     *kernel_mutants.MUTANTS,
     *launch_mutants.MUTANTS,
     *planner_mutants.MUTANTS,

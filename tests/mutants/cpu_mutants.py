@@ -275,7 +275,9 @@ _FAULTS = {
 # fmt: on
 
 MUTANTS = [
-    Mutant(f"cpu {file.partition('.')[0]}: {name}", "cpu", f"csrc/cpu/{file}", find, replace, seen_by)
+    Mutant(
+        f"cpu {file.partition('.')[0]}: {name}", "cpu", f"csrc/cpu/{file}", find, replace, seen_by
+    )
     for file, faults in _FAULTS.items()
     for name, find, replace, seen_by in faults
 ]

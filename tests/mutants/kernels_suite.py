@@ -83,7 +83,9 @@ def normal(shape, seed: int, dtype=mx.float32) -> mx.array:
     return mx.array(x).astype(dtype)
 
 
-def compare(work: Callable[[], list[mx.array]], change: Change | None, tolerance: float) -> str | None:
+def compare(
+    work: Callable[[], list[mx.array]], change: Change | None, tolerance: float
+) -> str | None:
     """``work`` on the host as on the CPU backend."""
     expected = work()
     mx.eval(expected)
@@ -198,7 +200,9 @@ def _far_attention(change: Change | None, q_heads: int) -> str | None:
         found = attend()
         mx.eval(found)
     error = np.abs(np.array(found[0]) - np.array(expected[0])).max()
-    return _first(launches.findings) or (None if error < 2e-3 else f"{error:.3g} away from the CPU backend")
+    return _first(launches.findings) or (
+        None if error < 2e-3 else f"{error:.3g} away from the CPU backend"
+    )
 
 
 def _far_write(change: Change | None) -> str | None:

@@ -59,7 +59,12 @@ _FAULTS = {
             "tile, options",
         ),
         ("scale in natural units", "float(call.scale * kLog2E);", "call.scale;", "vector"),
-        ("softcap in natural units", "float(call.softcap * kLog2E);", "call.softcap;", "vector, options"),
+        (
+            "softcap in natural units",
+            "float(call.softcap * kLog2E);",
+            "call.softcap;",
+            "vector, options",
+        ),
         (
             "items of every kind begin at the first",
             "arguments.items = header(call).items + first * int(sizeof(PlanItem) / sizeof(int32_t));",
@@ -108,7 +113,12 @@ _FAULTS = {
             "encoder.temporary(rows * sizeof(float))};",
             "merge",
         ),
-        ("a single merge is skipped", "if (plan.num_merges > 0) {", "if (plan.num_merges > 1) {", "merge"),
+        (
+            "a single merge is skipped",
+            "if (plan.num_merges > 0) {",
+            "if (plan.num_merges > 1) {",
+            "merge",
+        ),
         (
             "the last rows are not merged",
             "encoder.dispatch({(rows + simdgroups - 1) / simdgroups},",
@@ -209,7 +219,9 @@ _FAULTS = {
 }
 
 MUTANTS = [
-    Mutant(f"{file.partition('.')[0]}: {name}", "launch", f"csrc/metal/{file}", find, replace, seen_by)
+    Mutant(
+        f"{file.partition('.')[0]}: {name}", "launch", f"csrc/metal/{file}", find, replace, seen_by
+    )
     for file, faults in _FAULTS.items()
     for name, find, replace, seen_by in faults
 ]

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from metal_kernels import attend, launcher
 
 from paged_mlx._native import _ext
@@ -40,7 +39,9 @@ def _every_kind() -> str | None:
         values="needles",
         seed=1,
     )
-    return kernels_suite.check(Check("", case), None, {"attend_vector", "attend_tile", "attend_wide"})
+    return kernels_suite.check(
+        Check("", case), None, {"attend_vector", "attend_tile", "attend_wide"}
+    )
 
 
 def _pipeline_names(mutant: Mutant) -> str | None:
@@ -52,7 +53,9 @@ def _pipeline_names(mutant: Mutant) -> str | None:
         changed = Path(folder) / Path(mutant.file).name
         changed.write_text(mutant.text)
         sources = launcher._SOURCES
-        launcher._SOURCES = tuple(changed if path.name == changed.name else path for path in sources)
+        launcher._SOURCES = tuple(
+            changed if path.name == changed.name else path for path in sources
+        )
         case = Case(num_q_heads=4, sequences=((1, 20),))
         changes = [{}, {"softcap": 3.0}, {"page_size": 8}, {"v_head_dim": 32}, {"dtype": "float16"}]
         launched = [attend(case.replace(**change).build()).launches[0] for change in changes]

@@ -259,7 +259,9 @@ _FAULTS = {
 # fmt: on
 
 MUTANTS = [
-    Mutant(f"{file.partition('.')[0]}: {name}", "planner", f"csrc/plan/{file}", find, replace, seen_by)
+    Mutant(
+        f"{file.partition('.')[0]}: {name}", "planner", f"csrc/plan/{file}", find, replace, seen_by
+    )
     for file, faults in _FAULTS.items()
     for name, find, replace, seen_by in faults
 ]

@@ -17,7 +17,16 @@ from .mutant import Mutant
 PAGE = 16
 
 
-def _exact(lens, shared=0, page_size=PAGE, tables=None, query_lens=None, window=None, causal=True, **options):
+def _exact(
+    lens,
+    shared=0,
+    page_size=PAGE,
+    tables=None,
+    query_lens=None,
+    window=None,
+    causal=True,
+    **options,
+):
     """A plan that reads what it ought to; its tables are those given, or made."""
     tables = distinct_tables(lens, page_size, shared) if tables is None else tables
     cu = None if query_lens is None else np.concatenate([[0], np.cumsum(query_lens)])
@@ -39,7 +48,10 @@ def _busy_workers():
 
 def _short_step():
     for keys in (64, 3500):
-        assert make(distinct_tables([keys], PAGE), [keys], page_size=PAGE, workers=16).num_partials == 0
+        assert (
+            make(distinct_tables([keys], PAGE), [keys], page_size=PAGE, workers=16).num_partials
+            == 0
+        )
 
 
 def _longest_first():
@@ -164,7 +176,9 @@ CASES: dict[str, Callable[[], object]] = {
     "decode": lambda: _exact([37, 64, 1, 0], page_size=4),
     "prefill": lambda: _exact([20, 9, 45], query_lens=[20, 3, 25]),
     "prefill, not causal": lambda: _exact([20, 9, 45], query_lens=[20, 3, 25], causal=False),
-    "prefill, partitions": lambda: _exact([70, 9], query_lens=[3, 2], page_size=4, fixed_partition=8),
+    "prefill, partitions": lambda: _exact(
+        [70, 9], query_lens=[3, 2], page_size=4, fixed_partition=8
+    ),
     "prefill, window": lambda: _exact([70, 9], query_lens=[9, 2], page_size=4, window=6),
     "partitions": lambda: _exact([50, 9, 33], page_size=4, fixed_partition=8),
     "partitions of a window": _partitions_of_a_window,

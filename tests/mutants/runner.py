@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import native
 from .mutant import ROOT, Mutant
@@ -45,7 +44,6 @@ def _line(text: str) -> str:
 
 def attempt(mutant: Mutant) -> Verdict:
     """Run a mutant's suite until a case sees it."""
-    mutant.text  # the fault has a place
     command = [sys.executable, "-m", "mutants.trial", mutant.name]
     if mutant.layer != "kernels":
         try:
@@ -88,4 +86,3 @@ def table(verdicts: list[Verdict]) -> str:
         lines.append(f"{layer:<8} {len(own):>8} {sum(v.caught for v in own):>8}")
     lines.append(f"{'all':<8} {len(verdicts):>8} {sum(v.caught for v in verdicts):>8}")
     return "\n".join(lines)
-

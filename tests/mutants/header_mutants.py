@@ -1,0 +1,357 @@
+"""Faults in what the Metal kernels include: ``(name, find, replace, seen_by)`` by file."""
+
+from .mutant import Mutant
+
+_FAULTS = {
+    "arguments.h": [
+        (
+            "heads and pages of the pool swapped",
+            "(long(page_id) * num_kv_heads + kv_head) * page_size + offset",
+            "(long(kv_head) * num_kv_heads + page_id) * page_size + offset",
+            "vector",
+        ),
+    ],
+    "page_walk.h": [
+        (
+            "the page before is read in place of the next",
+            "return page_row(pages[page], kv_head,",
+            "return page_row(pages[max(page - 1, 0)], kv_head,",
+            "vector",
+        ),
+        (
+            "every head reads KV head 0",
+            "return page_row(pages[page], kv_head,",
+            "return page_row(pages[page], 0,",
+            "tile",
+        ),
+        (
+            "keys of the slot after",
+            "slot - page * kPageSize, num_kv_heads, kPageSize);",
+            "min(slot - page * kPageSize + 1, kPageSize - 1), num_kv_heads, kPageSize);",
+            "vector",
+        ),
+        (
+            "one token too many is read",
+            "    return position >= key_begin && position < key_end;",
+            "    return position >= key_begin && position <= key_end;",
+            "tile",
+        ),
+        (
+            "a part-filled page is read one slot too far",
+            "offset < page_lens[page] &&",
+            "offset <= page_lens[page] &&",
+            "vector, ragged",
+        ),
+        (
+            "positions of a ragged page start at its slot in the item",
+            "return page_starts[page] + slot - page * kPageSize;",
+            "return page_starts[page] + slot;",
+            "tile, ragged",
+        ),
+        (
+            "a ragged step counts as full",
+            "return !kRagged && first >= key_begin",
+            "return first >= key_begin",
+            "tile, ragged",
+        ),
+        (
+            "the last step, part-filled, is dropped",
+            "return int2(slots.x / size, (slots.y + size - 1) / size);",
+            "return int2(slots.x / size, slots.y / size);",
+            "vector",
+        ),
+        (
+            "steps begin where the first key lies",
+            "kRagged ? int2(0, page_count * kPageSize) : int2(low, high) - first_position;",
+            "kRagged ? int2(0, page_count * kPageSize) : int2(low, high);",
+            "vector, window",
+        ),
+        (
+            "a page of 16 is taken for one of 32",
+            "kPageSize % 16 == 0                        ? 2",
+            "kPageSize % 16 == 0                        ? 4",
+            "tile, pages of 16",
+        ),
+        (
+            "the row of a later page counts its groups twice",
+            "first = walk.row(slot + 8 * g) - 8 * g;",
+            "first = walk.row(slot + 8 * g);",
+            "vector",
+        ),
+        (
+            "the page behind the item's last is looked up",
+            "return min(slot / kPageSize, page_count - 1);",
+            "return slot / kPageSize;",
+            "vector, ragged",
+        ),
+    ],
+    "key_groups.h": [
+        (
+            "K offsets in 32 bits",
+            "pair.first = k_pages + slots.row(at.column) * D;",
+            "pair.first = k_pages + int(slots.row(at.column) * D);",
+            "tile, far pages",
+        ),
+        (
+            "both keys of a lane are the first",
+            "pair.second = k_pages + slots.row(at.column + 1) * D;",
+            "pair.second = k_pages + slots.row(at.column) * D;",
+            "tile",
+        ),
+        (
+            "the second key is scored at the position of the first",
+            "kRagged ? walk.position(first_slot + 1) : first + 1;",
+            "kRagged ? walk.position(first_slot + 1) : first;",
+            "wide",
+        ),
+    ],
+    "scores.h": [
+        (
+            "query heads of the next KV head",
+            "return kv_head * arguments.gqa_factor + row % arguments.gqa_factor;",
+            "return kv_head + row % arguments.gqa_factor;",
+            "tile",
+        ),
+        (
+            "rows of a token taken for tokens",
+            "row_begin + row / arguments.gqa_factor];",
+            "row_begin + row % arguments.gqa_factor];",
+            "wide",
+        ),
+        (
+            "the window is one key too wide",
+            "r.position - arguments.sliding_window + 1)",
+            "r.position - arguments.sliding_window)",
+            "vector, window",
+        ),
+        (
+            "the window is one key too narrow",
+            "r.position - arguments.sliding_window + 1)",
+            "r.position - arguments.sliding_window + 2)",
+            "tile, window",
+        ),
+        (
+            "early rows see the keys of later ones",
+            "r.high = min(key_end, plan[arguments.row_ends + r.token]);",
+            "r.high = key_end;",
+            "wide",
+        ),
+        (
+            "a row sees one key too few",
+            "r.high = min(key_end, plan[arguments.row_ends + r.token]);",
+            "r.high = min(key_end, plan[arguments.row_ends + r.token]) - 1;",
+            "vector",
+        ),
+        (
+            "ALiBi in natural units",
+            "alibi_slopes[r.head] * kLog2E : 0;",
+            "alibi_slopes[r.head] : 0;",
+            "vector, options",
+        ),
+        (
+            "the mask of head 0 for all heads",
+            "r.head * arguments.mask_head_stride + r.token",
+            "0 * arguments.mask_head_stride + r.token",
+            "tile, options",
+        ),
+        (
+            "the mask of token 0 for all tokens",
+            "+ r.token * arguments.mask_token_stride;",
+            "+ 0 * arguments.mask_token_stride;",
+            "wide, options",
+        ),
+        (
+            "a row sees the key at its end",
+            "!(position >= row.low && position < row.high)",
+            "!(position >= row.low && position <= row.high)",
+            "wide",
+        ),
+        (
+            "the softcap turns the sign",
+            "score = arguments.softcap * precise::tanh(score);",
+            "score = -arguments.softcap * precise::tanh(score);",
+            "vector, options",
+        ),
+        (
+            "ALiBi of the opposite sign",
+            "row.slope * float(position - row.position);",
+            "row.slope * float(row.position - position);",
+            "tile, options",
+        ),
+        (
+            "the boolean mask is ignored",
+            "return visible ? score : kHidden;",
+            "return score;",
+            "tile, options",
+        ),
+        (
+            "the additive mask in natural units",
+            "max(score + bias * kLog2E, kLeastScore);",
+            "max(score + bias, kLeastScore);",
+            "vector, options",
+        ),
+        (
+            "an infinite bias hides nothing for good",
+            "return is_minus_infinity(bias) ? kHidden :",
+            "return",
+            "wide, options",
+        ),
+    ],
+    "softmax.h": [
+        ("sums are not rescaled", "    sum *= factor;\n", "", "vector"),
+        (
+            "a hidden key has the weight of the maximum",
+            "return (EDGE || kHasMask) && score == kHidden ? 0.0f : weight;",
+            "return weight;",
+            "wide, window",
+        ),
+        (
+            "a mask hides keys in edge steps only",
+            "return (EDGE || kHasMask) && score == kHidden ? 0.0f : weight;",
+            "return EDGE && score == kHidden ? 0.0f : weight;",
+            "tile, all masked",
+        ),
+        (
+            "a sink above the maximum does not rescale the sum",
+            "sum = sum * scale + fast::exp2(sink2 - top);",
+            "sum = sum + fast::exp2(sink2 - top);",
+            "tile, options",
+        ),
+        (
+            "a sink above the maximum does not rescale the values",
+            "f.factor = scale / sum;",
+            "f.factor = 1 / sum;",
+            "tile, options",
+        ),
+        (
+            "the sink counts once per partition",
+            "partial_state[2 * at + 1] = sum;",
+            "partial_state[2 * at + 1] = sum + (kHasSinks ? fast::exp2(sink(head) * kLog2E - most) : 0);",
+            "merge, sinks",
+        ),
+        ("lse in base 2", "(most + log2(sum)) * kLn2;", "most + log2(sum);", "vector"),
+        (
+            "a row that sees nothing divides by 0",
+            "  if (sum > 0) {",
+            "  if (sum >= 0) {",
+            "vector, empty",
+        ),
+        (
+            "all tokens of an item write the first partial state",
+            "const long at = element(partial + slot, head);",
+            "const long at = element(partial, head);",
+            "merge",
+        ),
+        (
+            "partial values are finished already",
+            "* DV + column, values, 1.0f);",
+            "* DV + column, values, factor);",
+            "merge",
+        ),
+        (
+            "results of all heads go to head 0",
+            "store(out + element(token, head) * DV + column, values, factor);",
+            "store(out + element(token, 0) * DV + column, values, factor);",
+            "tile",
+        ),
+    ],
+    "merge.metal": [
+        (
+            "the sum of parts forgets their maxima",
+            "* fast::exp2(partial_state[2 * at] - most);\n  }\n  sum",
+            ";\n  }\n  sum",
+            "merge",
+        ),
+        (
+            "values of parts forget their maxima",
+            "const float weight = fast::exp2(partial_state[2 * at] - most);",
+            "const float weight = 1;",
+            "merge",
+        ),
+        (
+            "the last part is dropped",
+            "for (int p = 0; p < merge.part_count; p++) {",
+            "for (int p = 0; p + 1 < merge.part_count; p++) {",
+            "merge",
+        ),
+        (
+            "parts are numbered from 0 in every merge",
+            "plan + arguments.parts + merge.part_begin;",
+            "plan + arguments.parts;",
+            "merge",
+        ),
+        (
+            "lanes skip every second part",
+            "  for (int p = lane; p < merge.part_count; p += 32) {\n    const long at",
+            "  for (int p = lane; p < merge.part_count; p += 64) {\n    const long at",
+            "merge, 40 parts",
+        ),
+        ("a lane's sum taken for the row's", "  sum = simd_sum(sum);\n", "", "merge"),
+    ],
+    "merge_simdgroups.h": [
+        (
+            "the sums of simdgroups forget their maxima",
+            "(s * ROWS + row) + 1] * fast::exp2(most - all.most);",
+            "(s * ROWS + row) + 1];",
+            "vector",
+        ),
+        (
+            "values of simdgroups forget their maxima",
+            "const float weight = fast::exp2(states[2 * (s * ROWS + row)] - all.most);",
+            "const float weight = 1;",
+            "tile",
+        ),
+        (
+            "the last simdgroup is not merged",
+            "      for (int s = 0; s < num_simdgroups; s++) {\n        const float weight",
+            "      for (int s = 0; s + 1 < num_simdgroups; s++) {\n        const float weight",
+            "vector",
+        ),
+        (
+            "one of the sums of a simdgroup is dropped",
+            "for (int k = 0; k < SUMS; k++) {",
+            "for (int k = 1; k < SUMS; k++) {",
+            "vector",
+        ),
+        (
+            "a window of columns overlaps the next",
+            "writer.write_values(token, head, slot, begin + column, factor, sums);",
+            "writer.write_values(token, head, slot, column, factor, sums);",
+            "tile, head_dim 256",
+        ),
+    ],
+    "matrices.h": [
+        (
+            "the maximum of a row misses a lane",
+            "return max(x, simd_shuffle_xor(x, 8));",
+            "return x;",
+            "wide",
+        ),
+        (
+            "the sum of a row takes a wrong lane",
+            "return x + simd_shuffle_xor(x, 8);",
+            "return x + simd_shuffle_xor(x, 4);",
+            "tile",
+        ),
+        (
+            "the columns of a lane are those of its neighbour",
+            "column((lane & 8) / 2 + (lane & 1) * 2)",
+            "column((lane & 8) / 4 + (lane & 1) * 4)",
+            "tile",
+        ),
+        (
+            "the second half of a run repeats the first",
+            "elements(keys) = vec<T, 2>(runs[g][0].v[i], runs[g][1].v[i]);",
+            "elements(keys) = vec<T, 2>(runs[g][0].v[i / 2], runs[g][1].v[i / 2]);",
+            "tile",
+        ),
+    ],
+}
+
+MUTANTS = [
+    Mutant(
+        f"{file.partition('.')[0]}: {name}", "kernels", f"kernels/{file}", find, replace, seen_by
+    )
+    for file, faults in _FAULTS.items()
+    for name, find, replace, seen_by in faults
+]
