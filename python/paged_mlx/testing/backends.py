@@ -81,6 +81,7 @@ def from_mlx(array) -> np.ndarray:
     """An ``mx.array`` as a stored numpy array, bit for bit."""
     import mlx.core as mx
 
+    mx.eval(array)  # an error of the evaluation comes out here; numpy would try another way
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
