@@ -16,8 +16,10 @@ namespace {
 
 constexpr int kMaxTileRows = 64;               // rows of a KV head in one pass
 constexpr size_t kTileStateBytes = 512 * 1024; // q and acc of one pass
-constexpr int64_t kPrefetchBytes = 32 * 1024;  // how far ahead of the walk, in large pages
-constexpr int64_t kSpanBytes = 256 * 1024;     // the largest span that is prefetched as a whole
+// How far ahead of the walk, and the largest span that is prefetched as a whole: with
+// small vectors a head takes so long that its neighbour is far enough.
+constexpr int64_t kPrefetchBytes = kLanes < 16 ? 1 : 32 * 1024;
+constexpr int64_t kSpanBytes = kLanes < 16 ? 0 : 256 * 1024;
 
 // The keys that some row of a group sees, and those that all of them see.
 struct GroupRange {
