@@ -2,8 +2,7 @@
 //
 //   q       [panel, words, kPanel]  words of DotProduct, scratch: lanes are rows
 //   acc     [panel, Dv, kPanel]     float, scratch
-//   k_tile  [kTileKeys, words]      words of DotProduct, scratch: converted once for all panels
-//   v_tile  [kTileKeys, Dv]         float, scratch
+//   tiles   K and V of 64 keys, scratch: converted once for all panels
 //
 // With rows in the lanes, an element of K or V is a broadcast, so nothing is
 // transposed but the queries, and the softmax has no horizontal step.
@@ -46,11 +45,6 @@ void transpose_out(const float* from, int count, float* const* rows) {
   }
 }
 
-template <typename X>
-PAGED_MLX_INLINE void pack_row(const typename X::T* from, int n, float* words) {
-  DotProduct<X>::pack_row(from, n, reinterpret_cast<typename DotProduct<X>::Query*>(words));
-}
-
 template <typename X, typename Pass>
 void pack_queries(const Pass& pass, float* wide_rows) {
   const Job& job = pass.job;
@@ -90,14 +84,14 @@ void start_pass(const Pass& pass) {
     pass.sums[r] = 0.0f;
   }
   memset(pass.acc, 0, sizeof(float) * pass.v_dim * lanes);
-  pack_queries<X>(pass, pass.k_tile);
+  pack_queries<X>(pass, pass.tiles[0].k);
 }
 
 template <typename X, typename Pass>
 void finish_pass(const Pass& pass) {
   float* rows[4];
   for (int i = 0; i < 4; i++) {
-    rows[i] = pass.v_tile + i * pass.v_dim;
+    rows[i] = pass.tiles[0].v + i * pass.v_dim;
   }
   for (int r = 0; r < pass.num_rows; r += 4) {
     const size_t panel = r / Pass::kPanel;
@@ -109,39 +103,19 @@ void finish_pass(const Pass& pass) {
   }
 }
 
-// The tile at `position` holds keys [keys.begin, keys.end).
-template <typename X, typename Pass>
-void load_tile(const Pass& pass, int position, KeyRange keys, int& page) {
-  using T = typename X::T;
-  const Job& job = pass.job;
-  const T* const k_pages = static_cast<const T*>(job.k_pages);
-  const T* const v_pages = static_cast<const T*>(job.v_pages);
-  for_each_key(pass, keys, page, [&](int64_t row, int key) {
-    const int at = key - position;
-    pack_row<X>(k_pages + row * job.head_dim, job.head_dim, pass.k_tile + at * pass.words);
-    widen_row<X>(v_pages + row * job.v_head_dim, job.v_head_dim, pass.v_tile + at * pass.v_dim);
-  });
-}
-
-// The part of the tile at `position` that one of `count` panels prefetches.
-KeyRange share_of_tile(int position, int panel, int count, int end) {
-  return {
-      min_int(position + kTileKeys * panel / count, end),
-      min_int(position + kTileKeys * (panel + 1) / count, end)};
-}
-
 template <typename X, typename Pass>
 void attend_pass(const Pass& pass) {
   start_pass<X>(pass);
-  memset(pass.k_tile, 0, sizeof(float) * kTileKeys * pass.words);
   const KeyRange all = seen_by(pass, 0, pass.num_rows);
-  int page = 0;
-  for (int at = all.begin / kTileKeys * kTileKeys; at < all.end; at += kTileKeys) {
-    const KeyRange tile = {max_int(at, all.begin), min_int(at + kTileKeys, all.end)};
-    load_tile<X>(pass, at, tile, page);
+  TileLoader<X> loader(pass.job, pass.item, pass.kv_head, all, pass.words, pass.v_dim);
+  int position = all.begin / kTileKeys * kTileKeys, turn = 0;
+  loader.begin(pass.tiles[turn], position);
+  for (; position < all.end; position += kTileKeys, turn ^= 1) {
+    loader.advance(1, 1);
+    const KeyRange held = loader.keys();
+    loader.begin(pass.tiles[turn ^ 1], position + kTileKeys);
     for (int panel = 0; panel < pass.num_panels; panel++) {
-      const KeyRange ahead = share_of_tile(at + kTileKeys, panel, pass.num_panels, all.end);
-      attend_panel<X>(pass, panel, at, tile, {ahead, page, sizeof(typename X::T)});
+      attend_panel<X>(pass, panel, position, held, pass.tiles[turn], loader);
     }
   }
   finish_pass<X>(pass);
@@ -157,8 +131,9 @@ int wide_rows(const Job& job) {
 size_t wide_scratch_bytes(const Job& job) {
   const size_t dims = padded(job.head_dim) + padded(job.v_head_dim);
   const size_t row = dims * sizeof(float) + sizeof(Row) + 4 * sizeof(float);
+  const size_t tile = tile_floats(padded(job.head_dim), padded(job.v_head_dim));
   return (wide_rows(job) + kMaxPanel) * row +
-      kTileKeys * (dims + kMaxPanel) * sizeof(float) + 16 * 64;
+      (2 * tile + kTileKeys * kMaxPanel) * sizeof(float) + 16 * 64;
 }
 
 template <typename X, int kVecs>
@@ -184,8 +159,7 @@ WidePass<kVecs> make_pass(
       scratch.take<float>(lanes * v_dim),
       scratch.take<float>(lanes),
       scratch.take<float>(lanes),
-      scratch.take<float>(size_t(kTileKeys) * words),
-      scratch.take<float>(size_t(kTileKeys) * v_dim),
+      {take_tile(scratch, words, v_dim), take_tile(scratch, words, v_dim)},
       scratch.take<float>(size_t(kTileKeys) * kPanel),
       scratch.take<int32_t>(lanes),
       scratch.take<int32_t>(lanes)};

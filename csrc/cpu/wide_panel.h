@@ -5,17 +5,21 @@
 // Lanes are rows and never meet: a row's numbers do not depend on the rows beside it.
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/wide_tiles.h"
 
 namespace paged_mlx::cpu {
 namespace {
 
-constexpr int kTileKeys = 64;
-constexpr int kChainWords = 32;
+constexpr int kChainWords = 128;
 
-// Keys, or elements of V, that meet a panel of so many vectors in registers.
-constexpr int micro(int panel_vecs) {
+// Elements of V that meet a panel of so many vectors in registers.
+constexpr int micro_dims(int panel_vecs) {
   return panel_vecs > 1 ? (kManyRegisters ? 8 : 4) : kPair < 16 ? 8 : kPair / 2;
+}
+
+// Keys that do.
+constexpr int micro_keys(int panel_vecs) {
+  return panel_vecs == 2 && !kManyRegisters ? 5 : micro_dims(panel_vecs);
 }
 
 // One pass: up to kMaxWideRows rows of one KV head, in panels of kVecs vectors.
@@ -38,19 +42,13 @@ struct WidePass {
   float* acc;    // [panel, v_dim, kPanel]
   float* most;   // [panel, kPanel]
   float* sums;   // [panel, kPanel]
-  float* k_tile; // [kTileKeys, words]
-  float* v_tile; // [kTileKeys, v_dim]
+  Tile tiles[2];
   float* scores; // [kTileKeys, kPanel]
   int32_t* begins; // [panel, kPanel]
   int32_t* ends;   // [panel, kPanel]
 };
 
 // The keys that rows [first, first + count) see: the least begin, the last end.
-struct KeyRange {
-  int begin;
-  int end;
-};
-
 template <typename Pass>
 KeyRange seen_by(const Pass& pass, int first, int count) {
   KeyRange range = {0, 0};
@@ -66,69 +64,11 @@ KeyRange seen_by(const Pass& pass, int first, int count) {
   return range;
 }
 
-// Calls visit(row of K and V in the pool, key) for keys [keys.begin, keys.end);
-// `page` is the first page that may hold one of them, and moves up to it.
-template <typename Pass, typename Visit>
-PAGED_MLX_INLINE void for_each_key(const Pass& pass, KeyRange keys, int& page, Visit visit) {
-  const Job& job = pass.job;
-  const int64_t head = int64_t(pass.kv_head) * job.page_size;
-  auto page_end = [&](int i) {
-    return page_start(job, pass.item, i) + page_len(job, pass.item, i);
-  };
-  while (page < pass.item.page_count && page_end(page) <= keys.begin) {
-    page++;
-  }
-  for (int i = page; i < pass.item.page_count; i++) {
-    const int start = page_start(job, pass.item, i);
-    if (start >= keys.end) {
-      break;
-    }
-    const int64_t row = page_row(job, pass.item, i) + head - start;
-    const int end = min_int(page_end(i), keys.end);
-    for (int key = max_int(start, keys.begin); key < end; key++) {
-      visit(row + key, key);
-    }
-  }
-}
-
-// Prefetches the rows of `keys` in one of the pools, K or V.
-template <typename Pass>
-void prefetch_keys(const Pass& pass, const void* pool, int row_bytes, KeyRange keys, int page) {
-  for_each_key(pass, keys, page, [&](int64_t row, int) {
-    const char* const at = static_cast<const char*>(pool) + row * row_bytes;
-    for (int b = 0; b < row_bytes; b += 64) {
-      prefetch(at + b);
-    }
-  });
-}
-
-// Keys that a panel prefetches while it works, spread evenly over its steps.
-struct TileAhead {
-  KeyRange keys;
-  int page; // the first that may hold one of them
-  int itemsize;
-
-  KeyRange share(int step, int steps) const {
-    const int count = max_int(keys.end - keys.begin, 0);
-    return {keys.begin + count * step / steps, keys.begin + count * (step + 1) / steps};
-  }
-  template <typename Pass>
-  void prefetch_k(const Pass& pass, int step, int steps) const {
-    const Job& job = pass.job;
-    prefetch_keys(pass, job.k_pages, job.head_dim * itemsize, share(step, steps), page);
-  }
-  template <typename Pass>
-  void prefetch_v(const Pass& pass, int step, int steps) const {
-    const Job& job = pass.job;
-    prefetch_keys(pass, job.v_pages, job.v_head_dim * itemsize, share(step, steps), page);
-  }
-};
-
 // Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
 // kChainWords words at a time: a shorter chain of roundings.
 template <typename X, int kPanelVecs>
 void score_keys(const float* q, const float* keys, int words, float* scores) {
-  constexpr int kPanel = kPanelVecs * kLanes, kMicroKeys = micro(kPanelVecs);
+  constexpr int kPanel = kPanelVecs * kLanes, kMicroKeys = micro_keys(kPanelVecs);
   for (int first = 0; first < words; first += kChainWords) {
     const int end = min_int(first + kChainWords, words);
     Vec dots[kMicroKeys][kPanelVecs];
@@ -236,10 +176,10 @@ void add_values(
     const float* weights,
     const float* values,
     int count,
-    int v_dim,
+    int v_stride,
     const Vec (&shrink)[kPanelVecs],
     float* acc) {
-  constexpr int kPanel = kPanelVecs * kLanes, kMicroDims = micro(kPanelVecs);
+  constexpr int kPanel = kPanelVecs * kLanes, kMicroDims = micro_dims(kPanelVecs);
   Vec sum[kMicroDims][kPanelVecs];
   for (int d = 0; d < kMicroDims; d++) {
     for (int x = 0; x < kPanelVecs; x++) {
@@ -252,7 +192,7 @@ void add_values(
       weight[x] = load(weights + j * kPanel + x * kLanes);
     }
     for (int d = 0; d < kMicroDims; d++) {
-      const Vec value = splat(values[j * v_dim + d]);
+      const Vec value = splat(values[j * v_stride + d]);
       for (int x = 0; x < kPanelVecs; x++) {
         sum[d][x] = fma(value, weight[x], sum[d][x]);
       }
@@ -266,25 +206,29 @@ void add_values(
   }
 }
 
-// A tile of keys against the rows of one panel.
+// A tile of keys against the rows of one panel; the loader fills the next tile meanwhile.
 template <typename X, typename Pass>
 void attend_panel(
-    const Pass& pass, int panel, int position, KeyRange tile, const TileAhead& ahead) {
+    const Pass& pass, int panel, int position, KeyRange held, const Tile& tile, TileLoader<X>& next) {
   const KeyRange seen = seen_by(pass, panel * Pass::kPanel, Pass::kPanel);
-  const KeyRange keys = {max_int(tile.begin, seen.begin), min_int(tile.end, seen.end)};
+  const KeyRange keys = {max_int(held.begin, seen.begin), min_int(held.end, seen.end)};
   if (keys.begin >= keys.end) {
     return;
   }
-  constexpr int kMicro = micro(Pass::kPanelVecs);
+  constexpr int kMicroKeys = micro_keys(Pass::kPanelVecs);
+  constexpr int kMicroDims = micro_dims(Pass::kPanelVecs);
   const Job& job = pass.job;
   const float* const q = pass.q + size_t(panel) * pass.words * Pass::kPanel;
   const int low = keys.begin - position, high = keys.end - position;
-  const int first = low / kMicro * kMicro;
-  const int k_steps = (high - first + kMicro - 1) / kMicro, v_steps = pass.v_dim / kMicro;
-  for (int j = first; j < high; j += kMicro) {
-    ahead.prefetch_k(pass, (j - first) / kMicro, k_steps);
+  const int first = low / kMicroKeys * kMicroKeys;
+  const int k_steps = (high - first + kMicroKeys - 1) / kMicroKeys;
+  const int v_steps = pass.v_dim / kMicroDims;
+  const int steps = k_steps + v_steps;
+  int done = panel * steps;
+  for (int j = first; j < high; j += kMicroKeys) {
     score_keys<X, Pass::kPanelVecs>(
-        q, pass.k_tile + j * pass.words, pass.words, pass.scores + j * Pass::kPanel);
+        q, tile.k + j * pass.words, pass.words, pass.scores + j * Pass::kPanel);
+    next.advance(++done, pass.num_panels * steps);
   }
   bool whole = job.plain;
   for (int r = panel * Pass::kPanel; whole && r < (panel + 1) * Pass::kPanel; r++) {
@@ -302,13 +246,14 @@ void attend_panel(
       pass.most + panel * Pass::kPanel,
       pass.sums + panel * Pass::kPanel,
       shrink);
+  const int v_stride = tile_v_stride(pass.v_dim);
   const float* const weights = pass.scores + low * Pass::kPanel;
   float* const acc = pass.acc + size_t(panel) * pass.v_dim * Pass::kPanel;
-  for (int d = 0; d < pass.v_dim; d += kMicro) {
-    ahead.prefetch_v(pass, d / kMicro, v_steps);
+  for (int d = 0; d < pass.v_dim; d += kMicroDims) {
     add_values<Pass::kPanelVecs>(
-        weights, pass.v_tile + low * pass.v_dim + d, high - low, pass.v_dim, shrink,
+        weights, tile.v + low * v_stride + d, high - low, v_stride, shrink,
         acc + size_t(d) * Pass::kPanel);
+    next.advance(++done, pass.num_panels * steps);
   }
 }
 
