@@ -1,8 +1,10 @@
 """Every instruction set's kernels, on the one machine there is; any number of threads."""
 
+import emulated_isa
 import mlx.core as mx
 import numpy as np
 import pytest
+from mutants import native
 
 from paged_mlx import fast
 from paged_mlx._native import _ext
@@ -22,6 +24,12 @@ def test_the_suite_passes_on_every_instruction_set(isa, restored):
     assert _ext.set_isa(isa) and _ext.isa() == isa
     result = run_suite(small.checks(), [backends.cpu()])
     assert result.right, report.failures(result)
+
+
+@pytest.mark.skipif(bool(native.unsupported()), reason=str(native.unsupported()))
+@pytest.mark.parametrize("isa", sorted(set(emulated_isa.NAMES) - set(_ext.isa_names())))
+def test_the_suite_passes_on_an_instruction_set_that_the_machine_lacks(isa):
+    assert emulated_isa.run_small_suite(isa) == ""
 
 
 def test_an_unknown_instruction_set_changes_nothing(restored):

@@ -1,9 +1,6 @@
 // The CPU kernels of every instruction set this machine runs, against a double
-// precision reference, on plans written out by hand. Needs neither MLX nor Python:
-//
-//   c++ -std=c++20 -O2 -Icsrc -Ikernels tests/cpp/cpu_attention_test.cpp csrc/cpu/*.cpp
-//
-// where each csrc/cpu/isa_*.cpp is compiled with the flags cmake/cpu_backend.cmake gives it.
+// precision reference, on plans written out by hand. Needs neither MLX nor Python;
+// tests/test_cpu_kernels.py builds and runs it.
 #include <algorithm>
 #include <atomic>
 #include <bit>

@@ -245,6 +245,26 @@ _FAULTS = {
             "wide",
         ),
     ],
+    "wide_tiles.h": [
+        (
+            "a page gives one key too many",
+            "while (key >= end_ && page_ + 1",
+            "while (key > end_ && page_ + 1",
+            "wide",
+        ),
+        (
+            "the first KV head's keys for all",
+            "head_row_(int64_t(kv_head) * job.page_size)",
+            "head_row_(0 * int64_t(kv_head))",
+            "wide",
+        ),
+        (
+            "the last key of a tile is the tile before's",
+            "while (at_ < due) {",
+            "while (at_ < due - 1) {",
+            "two tiles of keys",
+        ),
+    ],
     "wide_panel.h": [
         (
             "a tile that ends too late for a row counts as whole",

@@ -58,7 +58,7 @@ def build(mutant: Mutant) -> Path:
     Raises:
         BuildError: The mutant, or the project, does not compile.
     """
-    base = _base()
+    base = project()
     key = hashlib.sha256("\0".join([base.identity, mutant.file, mutant.text]).encode())
     module = cache() / "modules" / f"{key.hexdigest()[:24]}.so"
     if module.exists():
@@ -77,14 +77,14 @@ def build(mutant: Mutant) -> Path:
     return module
 
 
-class _Base:
+class Project:
     """The unchanged project, built."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         ninja = [_tool("ninja"), "-C", str(directory)]
         commands = _run([*ninja, "-t", "commands", _MODULE]).splitlines()
-        self.compile = {_source(line): line for line in commands if " -c " in line}
+        self.commands = {_source(line): line for line in commands if " -c " in line}
         link = next(line for line in commands if f" -o {_MODULE}" in line)
         self.link_line = next(part for part in link.split(" && ") if f" -o {_MODULE}" in part)
         digest = hashlib.sha256(self.link_line.encode())
@@ -93,8 +93,20 @@ class _Base:
         self.identity = digest.hexdigest()
 
     def object_of(self, source: str) -> str:
-        words = shlex.split(self.compile[str(ROOT / source)])
+        words = shlex.split(self.commands[str(ROOT / source)])
         return words[words.index("-o") + 1]
+
+    def compile(self, source: str, changed: Path, output: Path, first=(), last=()) -> None:
+        """Compile ``changed`` as ``source`` is compiled, with more words before and after."""
+        words = shlex.split(self.commands[str(ROOT / source)])
+        for option in ("-MT", "-MF"):
+            if option in words:
+                at = words.index(option)
+                del words[at : at + 2]
+        words = [word for word in words if word != "-MD"]
+        words[words.index("-o") + 1] = str(output)
+        words[words.index("-c") + 1] = str(changed)
+        _run([words[0], *first, *words[1:], *last], self.directory)
 
     def link(self, objects: dict[str, Path], output: Path) -> Path:
         """Link with some sources' objects replaced."""
@@ -105,35 +117,29 @@ class _Base:
         return output
 
 
-def _compile(mutant: Mutant, base: _Base, work: Path) -> dict[str, Path]:
+def _compile(mutant: Mutant, base: Project, work: Path) -> dict[str, Path]:
     """Objects of the sources that the changed file is part of."""
     changed = work / "overlay" / Path(mutant.file).relative_to("csrc")
     changed.parent.mkdir(parents=True)
     changed.write_text(mutant.text)
     source = mutant.file if changed.suffix == ".cpp" else f"csrc/cpu/isa_{ISA}.cpp"
-    words = shlex.split(base.compile[str(ROOT / source)])
-    for option in ("-MT", "-MF"):
-        if option in words:
-            at = words.index(option)
-            del words[at : at + 2]
-    words = [word for word in words if word != "-MD"]
-    words[words.index("-o") + 1] = str(work / "changed.o")
-    words[words.index("-c") + 1] = str(changed if source == mutant.file else ROOT / source)
+    changed_source = changed if source == mutant.file else ROOT / source
     includes = [f"-I{work / 'overlay'}", f"-I{(ROOT / mutant.file).parent}"]
-    _run([words[0], *includes, *words[1:]], base.directory)
+    base.compile(source, changed_source, work / "changed.o", first=includes)
     return {source: work / "changed.o"}
 
 
 _building = threading.Lock()
 
 
-def _base() -> _Base:
+def project() -> Project:
+    """The unchanged project, built on the first call."""
     with _building:
-        return _build_base()
+        return _build_project()
 
 
 @functools.cache
-def _build_base() -> _Base:
+def _build_project() -> Project:
     directory = cache() / (
         "base-" + hashlib.sha256(f"{ROOT}\0{sys.prefix}".encode()).hexdigest()[:12]
     )
@@ -146,7 +152,7 @@ def _build_base() -> _Base:
     with _only_one(directory.with_suffix(".lock")):
         _run(configure)
         _run([_tool("cmake"), "--build", str(directory)])
-    return _Base(directory)
+    return Project(directory)
 
 
 @contextmanager
