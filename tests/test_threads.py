@@ -1,0 +1,139 @@
+"""The threads of the CPU backend: how many, on several streams at once, and after a fork."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from paged_mlx import fast
+from paged_mlx._native import _ext
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and CPU affinity")
+
+
+class Step:
+    """A decode step long enough for four threads: 12 MB of K and V."""
+
+    def __init__(self, seed=0):
+        rng = np.random.default_rng(seed)
+        shapes = [(2, 16, 64), (188, 8, 16, 64), (188, 8, 16, 64)]
+        self.arrays = [mx.array(rng.standard_normal(shape, np.float32)) for shape in shapes]
+        mx.eval(self.arrays)
+        tables = np.arange(188, dtype=np.int32).reshape(2, 94)
+        self.plan = fast.plan(
+            tables, [1500, 1490], num_q_heads=16, num_kv_heads=8, page_size=16, workers=8
+        )
+
+    def attend(self, stream=mx.cpu) -> mx.array:
+        return fast.paged_attention(*self.arrays, plan=self.plan, stream=stream)
+
+
+def own_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+IMPORTS = "from test_threads import Step, _ext, fast, mx, np, os, own_threads, signal"
+
+
+def printed_by(script: str) -> list[int]:
+    """The integers that a fresh process prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{IMPORTS}\n{script}"],
+        capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.fixture
+def size():
+    """Sets the number of threads; the number before comes back."""
+    before = _ext.num_threads()
+    yield _ext.set_num_threads
+    _ext.set_num_threads(before)
+
+
+@on_linux
+def test_there_are_no_more_threads_than_cores_that_the_process_may_use():
+    core = min(os.sched_getaffinity(0))
+    all_cores, one_core = (
+        printed_by("print(_ext.num_threads())")[0],
+        printed_by(f"os.sched_setaffinity(0, [{core}]); print(_ext.num_threads())")[0],
+    )
+    assert 1 <= all_cores <= len(os.sched_getaffinity(0))
+    assert one_core == 1
+
+
+@on_linux
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_stream_that_waits_is_one_of_the_threads(threads):
+    before, after = printed_by(f"""
+step = Step()
+mx.eval(step.arrays[0] + 1)  # starts the stream
+before = own_threads()
+_ext.set_num_threads({threads})
+for _ in range(3):
+    mx.eval(step.attend())
+print(before, own_threads())
+""")
+    assert after - before == threads - 1
+
+
+@on_linux
+def test_a_short_step_of_many_items_wakes_no_thread():
+    items, before, after = printed_by("""
+q, pages = mx.ones((8, 2, 32)), mx.ones((8, 2, 16, 32))
+plan = fast.plan(
+    np.arange(8, dtype=np.int32)[:, None], [16] * 8,
+    num_q_heads=2, num_kv_heads=2, page_size=16, workers=8,
+)
+mx.eval(q + 1, pages)
+before = own_threads()
+_ext.set_num_threads(4)
+mx.eval(fast.paged_attention(q, pages, pages, plan=plan, stream=mx.cpu))
+print(sum(plan.num_items.values()), before, own_threads())
+""")
+    assert items > 1
+    assert after == before
+
+
+def test_streams_that_attend_at_once_change_no_bit(size):
+    size(4)
+    steps = [Step(seed) for seed in range(3)]
+    streams = [mx.new_stream(mx.cpu) for _ in steps]
+    alone = [step.attend() for step in steps]
+    mx.eval(alone)
+    for _ in range(20):
+        outs = [step.attend(stream) for step, stream in zip(steps, streams)]
+        mx.async_eval(outs)
+        mx.eval(outs)
+        assert all(mx.array_equal(out, expected) for out, expected in zip(outs, alone))
+
+
+@on_linux
+def test_the_child_of_a_fork_has_threads_of_its_own():
+    same, added = printed_by("""
+_ext.set_num_threads(4)
+step = Step()
+expected = step.attend()
+mx.eval(expected)
+expected = np.array(expected)
+child = os.fork()
+if child == 0:  # only this thread came along: neither the stream's nor the pool's
+    signal.alarm(30)
+    before = own_threads()
+    out = step.attend(mx.new_stream(mx.cpu))
+    mx.eval(out)
+    same = np.array_equal(np.array(out), expected)
+    print(int(same), own_threads() - before, flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+""")
+    assert same
+    assert added == 4  # the new stream's and three of the pool's
