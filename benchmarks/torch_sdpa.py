@@ -10,19 +10,19 @@ try:
     import torch
 except ImportError:
     torch = None
-    print("torch is not installed: its rows are left out (pip install torch==2.13.0)")
+    print("torch is not installed: its rows are left out")
 
 NAME = "torch SDPA, contiguous"
 
 
 def torch_sdpa(work: Workload, threads: int = 1) -> list[Candidate]:
-    """The candidate, or none. Contexts of one length, query lengths too."""
-    if torch is None:
+    """The candidate, or none where torch is not installed or contexts differ in length."""
+    if torch is None or len(set(work.lengths)) > 1:
         return []
     torch.set_num_threads(threads)
-    layers = [[_tensor(x) for x in work.contiguous_kv(i)] for i in range(work.pool.num_layers)]
+    layers = [[tensor(x) for x in work.contiguous_kv(i)] for i in range(work.pool.num_layers)]
     batch, length, context = len(work.lengths), work.query_lens[0], work.lengths[0]
-    q = _tensor(work.q).reshape(batch, length, work.g.num_q_heads, work.g.head_dim).transpose(1, 2)
+    q = tensor(work.q).reshape(batch, length, work.g.num_q_heads, work.g.head_dim).transpose(1, 2)
     options = {"enable_gqa": work.g.num_q_heads != work.g.num_kv_heads}
     if length == context:
         options["is_causal"] = True
@@ -38,7 +38,8 @@ def torch_sdpa(work: Workload, threads: int = 1) -> list[Candidate]:
     return [Candidate(NAME, work.in_turn(attend), work.nbytes)]
 
 
-def _tensor(array: mx.array):
+def tensor(array: mx.array):
+    """The array as torch's, a copy."""
     if array.dtype == mx.bfloat16:
         return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))

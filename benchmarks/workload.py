@@ -29,6 +29,20 @@ class Geometry:
         return 2 * self.num_kv_heads * self.head_dim * DTYPES[self.dtype].size
 
 
+def shuffled_tables(lengths, page_size: int, rng, shared: int = 0) -> np.ndarray:
+    """A block table for contexts of these lengths, ``shared`` tokens in common; page ids shuffled."""
+    counts = [-(-n // page_size) for n in lengths]
+    common = shared // page_size
+    ids = rng.permutation(common + sum(c - common for c in counts)).astype(np.int32)
+    tables = np.full((len(counts), max(counts)), fast.NO_PAGE, np.int32)
+    tables[:, :common] = ids[:common]
+    at = common
+    for row, pages in zip(tables, counts):
+        row[common:pages] = ids[at : at + pages - common]
+        at += pages - common
+    return tables
+
+
 class Workload:
     """Layers of K and V for sequences that attend with their last tokens.
 
@@ -47,7 +61,7 @@ class Workload:
         self.query_lens = [1] * len(self.lengths) if query_lens is None else list(query_lens)
         rng = np.random.default_rng(seed)
         g, self.dtype = geometry, DTYPES[geometry.dtype]
-        self.tables = self._tables(rng, shared)
+        self.tables = shuffled_tables(self.lengths, g.page_size, rng, shared)
         num_pages = int(self.tables.max()) + 1
         self.pool = PagePool(layers, num_pages, g.page_size, g.num_kv_heads, g.head_dim, self.dtype)
         shape = (num_pages, g.num_kv_heads, g.page_size, g.head_dim)
@@ -68,18 +82,9 @@ class Workload:
         layers = -(-COLD_BYTES // (pages * geometry.bytes_per_token))
         return cls(lengths, geometry, query_lens, shared, layers=min(16, layers))
 
-    def _tables(self, rng, shared):
-        size = self.g.page_size
-        counts = [-(-n // size) for n in self.lengths]
-        common = shared // size
-        ids = rng.permutation(common + sum(c - common for c in counts)).astype(np.int32)
-        tables = np.full((len(counts), max(counts)), fast.NO_PAGE, np.int32)
-        tables[:, :common] = ids[:common]
-        at = common
-        for row, pages in zip(tables, counts):
-            row[common:pages] = ids[at : at + pages - common]
-            at += pages - common
-        return tables
+    @property
+    def layers(self) -> range:
+        return range(self.pool.num_layers)
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +146,15 @@ class Workload:
         mx.eval(k, v)
         return k, v
 
+    def packed_kv(self, layer=0) -> tuple[mx.array, mx.array]:
+        """K and V of one sequence after the other, ``[tokens, num_kv_heads, head_dim]``."""
+        packed = [
+            mx.concatenate([rows[:, :n].swapaxes(0, 1) for rows, n in zip(x, self.lengths)])
+            for x in self.contiguous_kv(layer)
+        ]
+        mx.eval(packed)
+        return tuple(packed)
+
     def _take(self, pages: mx.array) -> mx.array:
         g, batch = self.g, len(self.lengths)
         tables = mx.array(np.maximum(self.tables, 0))
@@ -173,10 +187,12 @@ def agree(outputs: dict, tolerance: float = 0.05) -> None:
     """
     (first_name, first), *others = outputs.items()
     for name, out in others:
-        error = np.abs(_floats(out) - _floats(first)).max()
+        error = np.abs(floats(out) - floats(first)).max()
         assert error < tolerance, f"{name} and {first_name} differ by {error}"
 
 
-def _floats(out) -> np.ndarray:
-    """An array of MLX or of torch as NumPy's."""
-    return np.array(out.astype(mx.float32)) if isinstance(out, mx.array) else out.float().numpy()
+def floats(out) -> np.ndarray:
+    """An array of MLX, of NumPy or of torch as NumPy's float32."""
+    if isinstance(out, mx.array):
+        return np.array(out.astype(mx.float32))
+    return out.astype(np.float32) if isinstance(out, np.ndarray) else out.float().numpy()
