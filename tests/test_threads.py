@@ -1,6 +1,7 @@
 """The threads of the CPU backend: how many, on several streams at once, and after a fork."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from paged_mlx import fast
 from paged_mlx._native import _ext
 
+HERE = Path(__file__).parent
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and CPU affinity")
 
 
@@ -36,14 +38,22 @@ def own_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-IMPORTS = "from test_threads import Step, _ext, fast, mx, np, os, own_threads"
+def memory_limit(room: int):
+    """Leaves this process so many bytes of memory to ask for."""
+    import resource
+
+    used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+
+
+IMPORTS = "from test_threads import Step, _ext, fast, memory_limit, mx, np, os, own_threads"
 
 
 def printed_by(script: str) -> list[int]:
     """The integers that a fresh process prints."""
     done = subprocess.run(
         [sys.executable, "-c", f"{IMPORTS}\n{script}"],
-        check=False, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60,
+        check=False, capture_output=True, text=True, cwd=HERE, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
@@ -137,3 +147,28 @@ assert status == 0, status
 """)
     assert same
     assert added == 4  # the new stream's and three of the pool's
+
+
+@on_linux
+def test_where_no_thread_is_to_be_had_the_others_do_the_work():
+    same, added = printed_by("""
+_ext.set_num_threads(1)
+step = Step()
+expected, out = step.attend(), step.attend()
+mx.eval(expected)
+before = own_threads()
+memory_limit(6 << 20)  # no room for the stack of a thread
+_ext.set_num_threads(4)
+mx.eval(out)
+print(int(np.array_equal(np.array(out), np.array(expected))), own_threads() - before)
+""")
+    assert same and added == 0
+
+
+def test_threads_preempted_at_any_step_of_the_pool_harm_no_job(tmp_path):
+    program = tmp_path / "thread_pool_test"
+    sources = [HERE / "cpp" / "thread_pool_test.cpp", HERE.parent / "csrc/cpu/machine.cpp"]
+    flags = ["-std=c++20", "-O1", "-pthread", f"-I{HERE.parent / 'csrc'}"]
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-o", program], check=True)
+    done = subprocess.run([program], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include <pthread.h>
@@ -59,9 +60,13 @@ class Pool {
   static constexpr uint64_t kInsideMask = kSeat - 1;
   static constexpr uint64_t kSeatMask = kOpen - kSeat;
 
+  // Where the system gives no more threads, those that there are do the work.
   void start_threads(int n) {
-    for (; num_threads_ < n; num_threads_++) {
-      std::thread([this] { serve(); }).detach();
+    try {
+      for (; num_threads_ < n; num_threads_++) {
+        std::thread([this] { serve(); }).detach();
+      }
+    } catch (const std::system_error&) {
     }
   }
 
@@ -120,9 +125,10 @@ class Pool {
     } while (Clock::now() < until);
     std::unique_lock<std::mutex> lock(sleep_);
     sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return joinable(state_.load(), last_job); });
+    uint64_t state;
+    wake_.wait(lock, [&] { return joinable(state = state_.load(), last_job); });
     sleepers_.fetch_sub(1);
-    return state_.load();
+    return state; // one that was joinable: when it has changed since, joining fails
   }
 
   std::mutex caller_; // held while a job runs
