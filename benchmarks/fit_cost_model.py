@@ -5,7 +5,7 @@ read from memory, is
 
     n * max(1, key_cost + R * row_cost) + item_cost + R * partial_cost
 
-where the last is for an item whose result is a partial.
+where the last is for an item whose result is a partial. Each body has costs of its own.
 
 Items of known size are timed, one thread, by its CPU time, interleaved: one item a plan gives
 the unit, key_cost and row_cost; the same rows cut into more and more partitions give the rest.
@@ -26,8 +26,9 @@ from benchmarks.workload import Geometry, Workload
 
 DTYPES = ("float32", "bfloat16", "float16")
 KEYS = 4096
-VECTOR_ROWS, TILE_ROWS, WIDE_ROWS = (1, 2), (4, 8, 12, 16, 24), (32, 48, 96, 192, 384)
-CUT_ROWS, PARTITIONS = (4, 8, 24), (4, 2, 1)  # partitions: pages of a piece
+VECTOR_ROWS, TILE_ROWS, WIDE_ROWS = (1, 2), (4, 8, 12, 16), (32, 48, 96, 192, 384)
+CUT_ROWS = {"tile": (4, 8, 16), "wide": (32, 48, 96)}
+PARTITIONS = (4, 2, 1)  # pages of a piece
 CUT_KEYS = 512  # few enough for a cache: what is fitted with them is not the reading
 
 
@@ -93,7 +94,7 @@ def medians(result: dict) -> dict[str, float]:
     return {c["name"]: c["median"] for c in result["candidates"]}
 
 
-def fit(rows_result: dict, cut_results: list[dict]) -> dict:
+def fit(rows_result: dict, cut_results: dict[str, list[dict]]) -> dict:
     """The model's constants for one dtype; times of one key of one KV head are its unit."""
     times = medians(rows_result)
     overhead = times.pop("one page")
@@ -103,7 +104,9 @@ def fit(rows_result: dict, cut_results: list[dict]) -> dict:
     for kind, rows in (("tile", TILE_ROWS), ("wide", WIDE_ROWS)):
         line = _line({r: per_key[r] / key for r in rows})
         costs["key_cost"][kind], costs["row_cost"][kind] = line
-    costs["item_cost"], costs["partial_cost"] = _cut_costs(cut_results, key)
+    costs["item_cost"], costs["partial_cost"] = {}, {}
+    for kind, results in cut_results.items():
+        costs["item_cost"][kind], costs["partial_cost"][kind] = _cut_costs(results, key)
     costs["keys_by_rows"] = {r: t / key for r, t in per_key.items()}
     return costs
 
@@ -161,8 +164,11 @@ def main(rounds: int = 24) -> None:
     record = {"question": f"cost_model_{_ext.isa()}", **environment(), "fitted": {}, "cases": []}
     for dtype in DTYPES:
         rows_result = measure(rows_case(dtype, rounds))
-        cut_results = [measure(cuts_case(dtype, rows, 2 * rounds)) for rows in CUT_ROWS]
-        record["cases"] += [rows_result, *cut_results]
+        cut_results = {
+            kind: [measure(cuts_case(dtype, rows, 2 * rounds)) for rows in several]
+            for kind, several in CUT_ROWS.items()
+        }
+        record["cases"] += [rows_result, *sum(cut_results.values(), [])]
         record["fitted"][dtype] = fit(rows_result, cut_results)
         show(dtype, record["fitted"][dtype])
     record["targets"] = {

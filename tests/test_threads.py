@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import paged_mlx
 from paged_mlx import fast
 from paged_mlx._native import _ext
 
@@ -76,6 +77,35 @@ def test_there_are_no_more_threads_than_cores_that_the_process_may_use():
     )
     assert 1 <= all_cores <= len(os.sched_getaffinity(0))
     assert one_core == 1
+
+
+@on_linux
+def test_a_quota_of_a_cgroup_above_the_process_counts():
+    folder = Path("/sys/fs/cgroup/cpu") / f"paged_mlx_{os.getpid()}"
+    try:
+        (folder / "inner").mkdir(parents=True)
+        (folder / "cpu.cfs_quota_us").write_text("100000")
+        script = f"""
+open("{folder}/inner/cgroup.procs", "w").write(str(os.getpid()))
+print(_ext.num_threads())
+"""
+        assert printed_by(script) == [1]
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    finally:
+        for path in (folder / "inner", folder):
+            if path.exists():
+                path.rmdir()
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None])
+def test_a_number_of_threads_that_is_none_changes_nothing(n, size):
+    size(3)
+    with pytest.raises(ValueError, match=r"^\[set_num_threads\] n must be a whole number of at"):
+        paged_mlx.set_num_threads(n)
+    assert paged_mlx.num_threads() == 3
+    paged_mlx.set_num_threads(2)
+    assert paged_mlx.num_threads() == 2
 
 
 @on_linux
@@ -163,6 +193,35 @@ mx.eval(out)
 print(int(np.array_equal(np.array(out), np.array(expected))), own_threads() - before)
 """)
     assert same and added == 0
+
+
+@on_linux
+def test_a_thread_without_memory_for_its_work_fails_the_step_alone():
+    failed, same = printed_by("""
+_ext.set_num_threads(2)
+step = Step()
+expected = step.attend()
+mx.eval(expected)
+shapes = [(256, 16, 512), (600, 1, 16, 512), (600, 1, 16, 512)]
+q, k, v = (mx.ones(shape) for shape in shapes)
+mx.eval(q, k, v)
+plan = fast.plan(
+    np.arange(600, dtype=np.int32)[None], [9600], num_q_heads=16, num_kv_heads=1, page_size=16,
+    cu_seqlens_q=[0, 256], workers=1,
+)
+assert plan.num_items["wide"] > 1 and plan.num_partials == 0
+wide = fast.paged_attention(q, k, v, plan=plan, stream=mx.cpu)
+again = step.attend()
+memory_limit(q.nbytes + (1 << 19))  # for the result, not for what the threads need beside it
+try:
+    mx.eval(wide)
+    print(0)
+except (MemoryError, RuntimeError):
+    print(1)
+mx.eval(again)
+print(int(np.array_equal(np.array(again), np.array(expected))))
+""")
+    assert failed and same
 
 
 def test_threads_preempted_at_any_step_of_the_pool_harm_no_job(tmp_path):

@@ -2,6 +2,7 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -97,33 +98,55 @@ double estimate_microseconds(const Job& job, int itemsize) {
   return std::max(bytes / kBytesPerMicrosecond, flops / kFlopsPerMicrosecond);
 }
 
-// One call in flight: what a unit of work needs.
+// One call in flight: what a unit of work needs. A unit never throws, so that every
+// thread comes back: what it found no memory for is told to the caller afterwards.
 struct Call {
   Job job;
   const Kernels* kernels;
   int dtype;
-  size_t scratch_bytes;
-  int wide_units; // (wide item, KV head) pairs come first, then the other items
-  int other_items;
+  size_t scratch_bytes = 0;
+  int wide_units = 0; // (wide item, KV head) pairs come first, then the other items
+  int other_items = 0;
+  std::atomic<bool> out_of_memory{false};
 
-  char* scratch() const {
+  // Of the calling thread; null when there is no memory for it.
+  char* scratch() {
     thread_local Workspace workspace;
-    return workspace.get(scratch_bytes);
-  }
-
-  void attend(int unit) const {
-    if (unit < wide_units) {
-      const int item = other_items + unit / job.num_kv_heads;
-      kernels->attend_wide[dtype](job, item, unit % job.num_kv_heads, scratch());
-    } else {
-      kernels->attend_tile[dtype](job, unit - wide_units, scratch());
+    try {
+      return workspace.get(scratch_bytes);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      return nullptr;
     }
   }
 
-  void merge(int unit) const {
+  void attend(int unit) {
+    char* const memory = scratch();
+    if (!memory) {
+      return;
+    }
+    if (unit < wide_units) {
+      const int item = other_items + unit / job.num_kv_heads;
+      kernels->attend_wide[dtype](job, item, unit % job.num_kv_heads, memory);
+    } else {
+      kernels->attend_tile[dtype](job, unit - wide_units, memory);
+    }
+  }
+
+  void merge(int unit) {
     const int begin = unit * kMergesPerUnit;
     const int end = std::min(begin + kMergesPerUnit, job.plan->num_merges);
-    kernels->merge[dtype](job, begin, end, scratch());
+    if (char* const memory = scratch()) {
+      kernels->merge[dtype](job, begin, end, memory);
+    }
+  }
+
+  // Every unit of attend or of merge, on as many threads.
+  void run(int units, int threads, void (*unit)(void* call, int i)) {
+    run_parallel(units, threads, unit, this);
+    if (out_of_memory) {
+      throw std::bad_alloc();
+    }
   }
 };
 
@@ -143,7 +166,7 @@ void place_partials(Job& job, Workspace& workspace) {
 
 void attend(const AttentionArgs& args) {
   thread_local Workspace partials;
-  Call call{make_job(args), &kernels(), int(args.dtype), 0, 0, 0};
+  Call call{make_job(args), &kernels(), int(args.dtype)};
   const PlanHeader& plan = *call.job.plan;
   call.scratch_bytes = call.kernels->scratch_bytes(call.job);
   call.wide_units = plan.num_items[kWideItem] * plan.num_kv_heads;
@@ -154,17 +177,13 @@ void attend(const AttentionArgs& args) {
   const int threads =
       std::clamp(int(std::min(time / kMicrosecondsPerThread, 1e6)), 1, num_threads());
   call.job.prefetch_next_item = threads == 1;
-  run_parallel(
-      call.wide_units + call.other_items,
-      threads,
-      [](void* context, int i) { static_cast<const Call*>(context)->attend(i); },
-      &call);
+  call.run(call.wide_units + call.other_items, threads, [](void* context, int i) {
+    static_cast<Call*>(context)->attend(i);
+  });
   const int merge_units = (plan.num_merges + kMergesPerUnit - 1) / kMergesPerUnit;
-  run_parallel(
-      merge_units,
-      threads,
-      [](void* context, int i) { static_cast<const Call*>(context)->merge(i); },
-      &call);
+  call.run(merge_units, threads, [](void* context, int i) {
+    static_cast<Call*>(context)->merge(i);
+  });
 }
 
 void set_num_threads(int n) {

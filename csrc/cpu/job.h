@@ -65,6 +65,7 @@ constexpr int kNumDTypes = 3; // indexed by DType
 // What a translation unit for one instruction set exports. `scratch` belongs to
 // the calling thread, is aligned to 64 bytes and holds scratch_bytes(job).
 struct Kernels {
+  int lanes; // floats of a vector
   size_t (*scratch_bytes)(const Job& job);
   // All KV heads of one vector or tile item.
   void (*attend_tile[kNumDTypes])(const Job& job, int item, char* scratch);

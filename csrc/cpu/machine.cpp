@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <set>
 #include <string>
@@ -38,20 +39,62 @@ int cores_in_affinity_mask() {
   return int(cores.size());
 }
 
-// Cores' worth of time that the cgroup grants, 0 when it sets no limit.
+// Cores' worth of time in a quota and its period, in microseconds; 0: no limit.
+double cores_of(const std::string& quota, double period) {
+  const double microseconds = quota == "max" ? -1 : std::strtod(quota.c_str(), nullptr);
+  return microseconds > 0 && period > 0 ? microseconds / period : 0;
+}
+
+// The least that the cgroup of this process, or one that it is in, grants. `path`
+// begins with a slash, `read` tells what the cgroup in a folder grants.
+template <typename Read>
+double least_of_cgroups(const std::string& root, std::string path, Read read) {
+  double least = 0;
+  for (;;) {
+    const double cores = read(root + path);
+    if (cores > 0 && (least == 0 || cores < least)) {
+      least = cores;
+    }
+    if (path.empty() || path == "/") {
+      return least;
+    }
+    path.erase(path.rfind('/'));
+  }
+}
+
+// Cores' worth of time that the cgroups grant, 0 when they set no limit.
 double cgroup_cores() {
-  double quota = -1, period = 0;
-  std::string text;
-  if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file >> text >> period) { // version 2
-    quota = text == "max" ? -1 : std::stod(text);
-  } else {
-    std::ifstream quota_file("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
-    std::ifstream period_file("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-    if (!(quota_file >> quota && period_file >> period)) {
-      return 0;
+  double least = 0;
+  std::ifstream groups("/proc/self/cgroup"); // hierarchy:controllers:path
+  for (std::string line; std::getline(groups, line);) {
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) {
+      continue;
+    }
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const std::string path = line.substr(second + 1);
+    double cores = 0;
+    if (controllers.empty()) { // version 2
+      cores = least_of_cgroups("/sys/fs/cgroup", path, [](const std::string& folder) {
+        std::ifstream file(folder + "/cpu.max");
+        std::string quota;
+        double period = 0;
+        return file >> quota >> period ? cores_of(quota, period) : 0;
+      });
+    } else if (("," + controllers + ",").find(",cpu,") != std::string::npos) {
+      cores = least_of_cgroups("/sys/fs/cgroup/cpu", path, [](const std::string& folder) {
+        std::ifstream quota_file(folder + "/cpu.cfs_quota_us");
+        std::ifstream period_file(folder + "/cpu.cfs_period_us");
+        std::string quota;
+        double period = 0;
+        return quota_file >> quota && period_file >> period ? cores_of(quota, period) : 0;
+      });
+    }
+    if (cores > 0 && (least == 0 || cores < least)) {
+      least = cores;
     }
   }
-  return quota > 0 && period > 0 ? quota / period : 0;
+  return least;
 }
 
 #elif defined(__APPLE__)

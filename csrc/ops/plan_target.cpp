@@ -24,7 +24,7 @@ PlanTarget kernels_target(const TargetOptions& options, int itemsize) {
 PlanTarget target_of(const TargetOptions& options) {
   const int itemsize = options.dtype == cpu::DType::float32 ? 4 : 2;
   PlanTarget target = options.kernels ? kernels_target(options, itemsize)
-                                      : cpu_target(cpu::num_threads(), itemsize);
+                                      : cpu_target(cpu::num_threads(), itemsize, cpu::kernels().lanes);
   if (options.workers > 0) {
     target.workers = options.workers;
   }

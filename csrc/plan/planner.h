@@ -66,8 +66,8 @@ struct PlanTarget {
   int items_per_worker = 4;     // more than one, so that uneven items balance
   double key_cost[kNumPlanKinds] = {0, 0, 0};          // one key, whatever the rows, by body
   double row_cost[kNumPlanKinds] = {0.05, 0.05, 0.05}; // one key for one row, by body
-  double partial_cost = 8;      // write and merge one row's partial result
-  double item_cost = 64;        // start an item
+  double item_cost[kNumPlanKinds] = {64, 64, 64}; // start an item, by body
+  double partial_cost[kNumPlanKinds] = {8, 8, 8}; // one row's partial result, by body: made, merged
 };
 
 struct PlanOptions {

@@ -163,13 +163,16 @@ class Sharing {
       const int own = in_.query_len(b) * in_.gqa_factor();
       rows += own;
       decision.cost_alone += attend_cost(own, keys, target_);
+      // A row leaves one partial of what is shared and one of what follows.
+      decision.cost_shared += own * target_.partial_cost[kind_of(own, target_)];
     }
     const int most = tile_tokens() * in_.gqa_factor();
     for (int left = rows; left > 0; left -= most) {
-      decision.cost_shared += attend_cost(std::min(left, most), keys, target_) + target_.item_cost;
+      const int together = std::min(left, most);
+      const PlanKind kind = kind_of(together, target_);
+      decision.cost_shared += attend_cost(together, keys, target_) + target_.item_cost[kind] +
+          together * target_.partial_cost[kind];
     }
-    // A row leaves one partial of what is shared and one of what follows.
-    decision.cost_shared += 2 * rows * target_.partial_cost;
     decision.shared = decision.cost_shared < kWorthwhile * decision.cost_alone;
     decisions_.push_back(decision);
     return decision.shared;

@@ -2,27 +2,48 @@
 
 namespace paged_mlx {
 
-// The costs are those of benchmarks/results/cost_model_v4_bf16.json, of the dearer
-// of the two types of 16 bits.
-PlanTarget cpu_target(int threads, int itemsize) {
+namespace {
+
+// Of benchmarks/results/cost_model_<isa>.json; of the two types of 16 bits the dearer.
+struct BodyCosts {
+  double key, row, item, partial;
+};
+struct CpuCosts {
+  int tile_rows; // more are cheaper as wide items
+  BodyCosts tile, wide;
+};
+// v4_bf16; items and partials of the wide body are those of v3.
+constexpr CpuCosts kAvx512Float32 = {24, {0.69, 0.086, 1.5, 1.3}, {1.5, 0.068, 9.5, 2.1}};
+constexpr CpuCosts kAvx512Halves = {24, {0.36, 0.23, 1.5, 2.2}, {2.8, 0.17, 1.5, 4.2}};
+// v3
+constexpr CpuCosts kNarrowFloat32 = {16, {0.55, 0.10, 0, 1.1}, {0.97, 0.051, 9.5, 2.1}};
+constexpr CpuCosts kNarrowHalves = {16, {0.56, 0.20, 0, 2.0}, {1.3, 0.117, 0, 4.2}};
+
+void set_costs(PlanTarget& target, PlanKind kind, const BodyCosts& costs) {
+  target.key_cost[kind] = costs.key;
+  target.row_cost[kind] = costs.row;
+  target.item_cost[kind] = costs.item;
+  target.partial_cost[kind] = costs.partial;
+}
+
+} // namespace
+
+PlanTarget cpu_target(int threads, int itemsize, int lanes) {
+  const bool float32 = itemsize == 4;
+  const CpuCosts& costs = lanes == 16 ? (float32 ? kAvx512Float32 : kAvx512Halves)
+                                      : (float32 ? kNarrowFloat32 : kNarrowHalves);
   PlanTarget target;
   target.workers = threads;
   target.heads_in_parallel = false;
   target.vector_rows = 2;
-  target.tile_rows = 24;
+  target.tile_rows = costs.tile_rows;
   target.wide_rows = 384;
   target.min_partition = 128;
-  target.min_item_cost = itemsize == 4 ? 2048 : 4096;
+  target.min_item_cost = float32 ? 2048 : 4096;
   target.items_per_worker = 4;
-  const bool float32 = itemsize == 4;
-  target.key_cost[kVectorItem] = 1;
-  target.row_cost[kVectorItem] = 0;
-  target.key_cost[kTileItem] = float32 ? 0.69 : 0.36;
-  target.row_cost[kTileItem] = float32 ? 0.086 : 0.23;
-  target.key_cost[kWideItem] = float32 ? 1.5 : 2.8;
-  target.row_cost[kWideItem] = float32 ? 0.068 : 0.17;
-  target.partial_cost = float32 ? 1.3 : 2.2;
-  target.item_cost = 1.5;
+  set_costs(target, kVectorItem, {1, 0, costs.tile.item, costs.tile.partial});
+  set_costs(target, kTileItem, costs.tile);
+  set_costs(target, kWideItem, costs.wide);
   return target;
 }
 
@@ -41,11 +62,9 @@ PlanTarget metal_target(int cores, int itemsize, int wide_rows) {
   target.min_item_cost = 512;
   target.items_per_worker = 1;
   const double product = itemsize == 4 ? 0.5 : 1; // beside the bytes of a key
-  target.row_cost[kVectorItem] = 0.12 * product;
-  target.row_cost[kTileItem] = 0.06 * product;
-  target.row_cost[kWideItem] = 0.06 * product;
-  target.partial_cost = 4;
-  target.item_cost = 64;
+  set_costs(target, kVectorItem, {0, 0.12 * product, 64, 4});
+  set_costs(target, kTileItem, {0, 0.06 * product, 64, 4});
+  set_costs(target, kWideItem, {0, 0.06 * product, 64, 4});
   return target;
 }
 

@@ -5,8 +5,9 @@
 
 namespace paged_mlx {
 
-// The CPU backend with `threads` threads, for elements of `itemsize` bytes.
-PlanTarget cpu_target(int threads, int itemsize);
+// The CPU backend with `threads` threads and vectors of `lanes` floats, for elements of
+// `itemsize` bytes.
+PlanTarget cpu_target(int threads, int itemsize, int lanes);
 
 // A GPU of `cores` cores. `wide_rows`: rows that a threadgroup of its widest
 // body attends.

@@ -38,6 +38,7 @@ from paged_mlx.page_table import (  # noqa: E402
 from paged_mlx.plan import AttentionPlan  # noqa: E402
 from paged_mlx.pool import PagePool  # noqa: E402
 from paged_mlx.prefix_cache import PrefixCache  # noqa: E402
+from paged_mlx.threads import num_threads, set_num_threads  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -81,8 +82,10 @@ __all__ = [
     "explain",
     "fast",
     "memory_limit",
+    "num_threads",
     "pack",
     "paged_attention",
     "pages_within",
+    "set_num_threads",
     "share_prefix",
 ]
