@@ -7,6 +7,7 @@ from itertools import count
 import mlx.core as mx
 import numpy as np
 from paged_mlx import PagePool, fast
+from paged_mlx._native import _ext
 
 PERIOD = 1_000_003  # random values are repeated, out of step with the pages
 COLD_BYTES = 160_000_000  # layers that take turns hold as much together: no cache does
@@ -68,8 +69,10 @@ class Workload:
         values = rng.standard_normal(PERIOD, np.float32)
         for i in range(2 * layers):
             filled = mx.array(np.resize(np.roll(values, 7919 * i), shape)).astype(self.dtype)
-            mx.eval(filled)
-            self.pool._base[i] = self.pool.state[i] = filled
+            # In memory as a pool takes it.
+            memory = _ext.pool_memory(filled, shape, 0.0, self.dtype, stream=mx.cpu)
+            mx.eval(memory)
+            self.pool._base[i] = self.pool.state[i] = memory
         q_shape = (sum(self.query_lens), g.num_q_heads, g.head_dim)
         self.q = mx.array(rng.standard_normal(q_shape).astype(np.float32)).astype(self.dtype)
         self.cu = np.concatenate([[0], np.cumsum(self.query_lens)]).astype(np.int32)

@@ -14,6 +14,7 @@ from paged_mlx import (
     pages_within,
     pool_arrays,
 )
+from paged_mlx._native import _ext
 from paged_mlx.allocator import LRUPageAllocator
 from paged_mlx.append import append_batch
 
@@ -181,14 +182,14 @@ def test_growth_that_fails_half_way_leaves_the_pool_as_it_was(monkeypatch, error
     pool = make_pool(layers=3, allocator=allocator)
     table = table_of(allocator, 16)
     write(pool, 1, range(16))
-    lengthen_layer = PagePool._lengthen_layer
+    resize_layer = PagePool._resize_layer
 
     def fail_at_the_last(pool, layer, num_pages):
         if layer == 2:
             raise error("no memory")
-        lengthen_layer(pool, layer, num_pages)
+        resize_layer(pool, layer, num_pages)
 
-    monkeypatch.setattr(PagePool, "_lengthen_layer", fail_at_the_last)
+    monkeypatch.setattr(PagePool, "_resize_layer", fail_at_the_last)
     with pytest.raises(OutOfPages, match=r"^\[PagePool.grow\] the machine must have memory for 8"):
         table.append_tokens(1, allocator)
     assert table.num_tokens == 16 and allocator.total_pages == pool.num_pages == 4
@@ -207,6 +208,22 @@ def test_a_pool_without_memory_for_it_is_a_typed_error(monkeypatch):
     monkeypatch.setattr(pool_arrays.mx, "eval", fail)
     with pytest.raises(OutOfPages, match=r"^\[PagePool\] the machine must have memory for 4 pages"):
         make_pool()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_memory_of_a_pool_begins_at_a_page_of_the_machines_and_keeps_what_it_must(dtype):
+    pool = make_pool(num_pages=3, layers=1, dtype=dtype, fill=2.5, stream=mx.cpu)
+    k = mx.array(np.random.default_rng(0).standard_normal(pool.state[0].shape)).astype(dtype)
+    mx.eval(k)
+    more, fewer = (
+        _ext.pool_memory(k, (n, *k.shape[1:]), -1.5, dtype, stream=mx.cpu) for n in (5, 2)
+    )
+    mx.eval(more, fewer)
+    for array in (*pool.state, more, fewer):
+        assert _ext.data_address(array) % 4096 == 0
+    assert (pool.state[0] == 2.5).all() and (pool.state[1] == 2.5).all()
+    assert mx.array_equal(more[:3], k) and (more[3:] == -1.5).all()
+    assert mx.array_equal(fewer, k[:2])
 
 
 def test_growth_holds_little_twice():

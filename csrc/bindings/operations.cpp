@@ -11,6 +11,7 @@
 #include "ops/launch.h"
 #include "ops/merge_states.h"
 #include "ops/pages.h"
+#include "ops/pool_memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -108,6 +109,22 @@ void bind_operations(nb::module_& m) {
       "alias"_a = false,
       "stream"_a = nb::none(),
       "The pools with page pairs[i, 0] copied to page pairs[i, 1].");
+  m.def(
+      "pool_memory",
+      [](const std::optional<mx::array>& kept,
+         const std::vector<int>& shape,
+         float fill,
+         mx::Dtype dtype,
+         mx::StreamOrDevice s) {
+        return pool_memory(kept, mx::Shape(shape.begin(), shape.end()), fill, dtype, s);
+      },
+      "kept"_a.none(),
+      "shape"_a,
+      "fill"_a,
+      "dtype"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "New memory for pages: those kept, and pages full of `fill`.");
   m.def(
       "gather_pages",
       &gather_pages,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from paged_mlx._native import _ext
 from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.machine_memory import memory_limit as default_memory_limit
 from paged_mlx.machine_memory import pages_within
@@ -90,17 +91,23 @@ class PoolArrays:
             v_head_dim=self.v_head_dim,
         )
 
-    def _fresh(self, num_pages: int) -> list[mx.array]:
-        """K and V of fresh pages, one layer; lazy."""
-        heads, size, stream = self.num_kv_heads, self.page_size, self.stream
+    def _memory(self, num_pages: int, kept: list[mx.array] | None = None) -> list[mx.array]:
+        """K and V of one layer in new memory: the pages kept, then fresh ones; lazy."""
+        dims = (self.head_dim, self.v_head_dim)
         return [
-            mx.full((num_pages, heads, size, head_dim), self.fill, self.dtype, stream=stream)
-            for head_dim in (self.head_dim, self.v_head_dim)
+            _ext.pool_memory(
+                None if kept is None else kept[i],
+                (num_pages, self.num_kv_heads, self.page_size, head_dim),
+                self.fill,
+                self.dtype,
+                stream=self.stream,
+            )
+            for i, head_dim in enumerate(dims)
         ]
 
     def _allocate(self, num_pages: int) -> list[mx.array]:
         """New arrays, memory in hand: running out of it shows here and nowhere later."""
-        arrays = [array for _ in range(self.num_layers) for array in self._fresh(num_pages)]
+        arrays = [array for _ in range(self.num_layers) for array in self._memory(num_pages)]
         try:
             mx.eval(arrays)
         except (MemoryError, RuntimeError) as error:
@@ -132,29 +139,23 @@ class PoolArrays:
         self._need("PagePool.grow", added + (self.nbytes + added) // self.num_layers)
         try:
             for layer in range(self.num_layers):
-                self._lengthen_layer(layer, num_pages - before)
+                self._resize_layer(layer, num_pages)
         except (MemoryError, RuntimeError) as error:
             self._shorten(before)
             raise _no_memory("PagePool.grow", num_pages) from error
 
-    def _lengthen_layer(self, layer: int, num_pages: int) -> None:
-        """Add pages to one layer; a layer at a time, so that little is held twice."""
+    def _resize_layer(self, layer: int, num_pages: int) -> None:
+        """Give one layer other memory; a layer at a time, so that little is held twice."""
         pair = slice(2 * layer, 2 * layer + 2)
-        joined = [
-            mx.concatenate([old, new], axis=0, stream=self.stream)
-            for old, new in zip(self.state[pair], self._fresh(num_pages))
-        ]
-        mx.eval(joined)
-        self._base[pair] = self.state[pair] = joined
+        resized = self._memory(num_pages, self.state[pair])
+        mx.eval(resized)
+        self._base[pair] = self.state[pair] = resized
 
     def _shorten(self, num_pages: int) -> None:
-        """Make every array ``num_pages`` long that is longer, one after the other."""
-        pages = mx.arange(num_pages)  # a slice would keep the whole buffer alive
-        for i, array in enumerate(self.state):
-            if array.shape[0] > num_pages:
-                kept = mx.take(array, pages, axis=0, stream=self.stream)
-                mx.eval(kept)
-                self._base[i] = self.state[i] = kept
+        """Make every layer ``num_pages`` long that is longer, one after the other."""
+        for layer in range(self.num_layers):
+            if self.state[2 * layer].shape[0] > num_pages:
+                self._resize_layer(layer, num_pages)
 
 
 def _no_memory(op: str, num_pages: int) -> OutOfPages:

@@ -1,0 +1,108 @@
+#include "ops/pool_memory.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+
+#include "shape_check.h"
+
+namespace paged_mlx {
+
+namespace {
+
+constexpr size_t kMemoryPage = 4096;
+constexpr size_t kHugePage = 2 << 20;
+
+size_t rounded_up(size_t x, size_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// Memory that begins at a page. Nothing has touched it yet, so that its first touch
+// takes huge pages.
+void allocate(mx::array& out) {
+  auto data = mx::allocator::malloc(out.nbytes() + kMemoryPage);
+  const auto at = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
+  const int64_t offset = rounded_up(at, kMemoryPage) - at;
+  out.set_data(std::move(data), out.size(), out.strides(), out.flags(), offset);
+#if defined(MADV_HUGEPAGE)
+  const size_t begin = rounded_up(at, kHugePage), end = at + offset + out.nbytes();
+  if (begin + kHugePage <= end) {
+    madvise(reinterpret_cast<void*>(begin), (end - begin) / kHugePage * kHugePage, MADV_HUGEPAGE);
+  }
+#endif
+}
+
+template <typename Word>
+void fill_with(char* to, size_t bytes, const char* element) {
+  Word word;
+  std::memcpy(&word, element, sizeof(word));
+  std::fill_n(reinterpret_cast<Word*>(to), bytes / sizeof(Word), word);
+}
+
+} // namespace
+
+mx::array pool_memory(
+    const std::optional<mx::array>& kept,
+    const mx::Shape& shape,
+    float fill,
+    mx::Dtype dtype,
+    mx::StreamOrDevice s_) {
+  const auto s = mx::to_stream(s_);
+  const auto element = mx::array(fill, dtype);
+  if (s.device == mx::Device::gpu) { // unified memory is Metal's own affair
+    if (!kept) {
+      return mx::full(shape, element, dtype, s);
+    }
+    const int more = shape[0] - kept->shape(0);
+    if (more <= 0) {
+      return mx::take(*kept, mx::arange(shape[0], s), 0, s); // a slice would keep all of kept
+    }
+    auto rest = shape;
+    rest[0] = more;
+    return mx::concatenate({*kept, mx::full(rest, element, dtype, s)}, 0, s);
+  }
+  std::vector<mx::array> inputs = {element};
+  if (kept) {
+    check_dtype("pool_memory", "kept", *kept, dtype, "the dtype of the new pages");
+    inputs.push_back(row_contiguous(*kept, s));
+  }
+  return mx::array(shape, dtype, std::make_shared<PoolMemory>(s), std::move(inputs));
+}
+
+void PoolMemory::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto& out = outputs[0];
+  allocate(out);
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(out);
+  const char* const element = inputs[0].data<char>();
+  const char* const kept = inputs.size() > 1 ? inputs[1].data<char>() : nullptr;
+  const size_t copied = kept ? std::min(inputs[1].nbytes(), out.nbytes()) : 0;
+  encoder.dispatch([element,
+                    kept,
+                    copied,
+                    to = out.data<char>(),
+                    rest = out.nbytes() - copied,
+                    wide = out.itemsize() == 4]() {
+    if (copied) {
+      std::memcpy(to, kept, copied);
+    }
+    wide ? fill_with<uint32_t>(to + copied, rest, element)
+         : fill_with<uint16_t>(to + copied, rest, element);
+  });
+}
+
+void PoolMemory::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+  throw std::logic_error("[pool_memory] is made of MLX's own operations on a GPU");
+}
+
+} // namespace paged_mlx
