@@ -8,6 +8,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/job.h"
+#include "cpu/machine.h"
 #include "cpu/thread_pool.h"
 
 namespace paged_mlx::cpu {
@@ -20,7 +21,8 @@ constexpr double kFlopsPerMicrosecond = 80e3;
 constexpr double kMicrosecondsPerThread = 150; // less is not worth waking a thread for
 constexpr int kMergesPerUnit = 16;
 
-// Memory that a thread keeps from call to call.
+// Memory that a thread keeps from call to call. In a huge page where there are any: then
+// what a kernel uses at a time lies in different sets of its caches.
 class Workspace {
  public:
   ~Workspace() {
@@ -29,12 +31,13 @@ class Workspace {
   char* get(size_t bytes) {
     if (bytes > size_) {
       std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+      size_ = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+      data_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_));
       if (!data_) {
         size_ = 0;
         throw std::bad_alloc();
       }
+      use_huge_pages(data_, size_);
     }
     return data_;
   }

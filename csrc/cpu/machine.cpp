@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <fstream>
 #include <set>
@@ -10,6 +11,7 @@
 
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/mman.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -131,6 +133,20 @@ int usable_cores() {
   const int cores = std::max(1, cores_in_affinity_mask());
   const double limit = cgroup_cores();
   return limit > 0 ? std::clamp(int(std::ceil(limit)), 1, cores) : cores;
+}
+
+void use_huge_pages(void* begin, size_t bytes) {
+#if defined(__linux__)
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (at + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (at + bytes) / kHugePage * kHugePage;
+  if (first < end) {
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  }
+#else
+  (void)begin;
+  (void)bytes;
+#endif
 }
 
 } // namespace paged_mlx::cpu

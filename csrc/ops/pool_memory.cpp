@@ -4,13 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
+#include "cpu/machine.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -18,25 +15,15 @@ namespace paged_mlx {
 namespace {
 
 constexpr size_t kMemoryPage = 4096;
-constexpr size_t kHugePage = 2 << 20;
-
-size_t rounded_up(size_t x, size_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
 
 // Memory that begins at a page. Nothing has touched it yet, so that its first touch
 // takes huge pages.
 void allocate(mx::array& out) {
   auto data = mx::allocator::malloc(out.nbytes() + kMemoryPage);
   const auto at = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
-  const int64_t offset = rounded_up(at, kMemoryPage) - at;
+  const int64_t offset = (kMemoryPage - at % kMemoryPage) % kMemoryPage;
   out.set_data(std::move(data), out.size(), out.strides(), out.flags(), offset);
-#if defined(MADV_HUGEPAGE)
-  const size_t begin = rounded_up(at, kHugePage), end = at + offset + out.nbytes();
-  if (begin + kHugePage <= end) {
-    madvise(reinterpret_cast<void*>(begin), (end - begin) / kHugePage * kHugePage, MADV_HUGEPAGE);
-  }
-#endif
+  cpu::use_huge_pages(out.data<char>(), out.nbytes());
 }
 
 template <typename Word>
