@@ -14,6 +14,10 @@ namespace paged_mlx {
 
 namespace {
 
+// Arrays of a pool that one node copies pages in. Outputs of a node know each other, so
+// one node for all layers would cost the square of their number.
+constexpr size_t kArraysPerNode = 8;
+
 // One token's K or V goes to its slot, head by head.
 struct TokenWriter {
   const char* tokens;
@@ -261,12 +265,22 @@ std::vector<mx::array> copy_pages(
     }
     return copied;
   }
-  std::vector<mx::array> inputs;
-  for (const auto& pool : pools) {
-    inputs.push_back(row_contiguous(pool, s));
+  std::vector<mx::array> copied;
+  for (size_t first = 0; first < pools.size(); first += kArraysPerNode) {
+    const size_t end = std::min(first + kArraysPerNode, pools.size());
+    std::vector<mx::array> inputs;
+    for (size_t i = first; i < end; i++) {
+      inputs.push_back(row_contiguous(pools[i], s));
+    }
+    inputs.push_back(pairs);
+    const auto of_node = [&](const auto& all) {
+      return std::vector(all.begin() + first, all.begin() + end);
+    };
+    const auto outputs =
+        mx::array::make_arrays(of_node(shapes), of_node(dtypes), copy, std::move(inputs));
+    copied.insert(copied.end(), outputs.begin(), outputs.end());
   }
-  inputs.push_back(pairs);
-  return mx::array::make_arrays(std::move(shapes), dtypes, copy, std::move(inputs));
+  return copied;
 }
 
 std::vector<mx::Shape> CopyPages::output_shapes(const std::vector<mx::array>& inputs) {
