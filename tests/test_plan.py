@@ -274,7 +274,8 @@ def test_a_plan_prints_what_it_decided():
     lens = [4200, 4300]
     text = str(make(distinct_tables(lens, 16, 256), lens, page_size=16, workers=1))
     assert "AttentionPlan(2 tokens" in text
-    assert "1.000x the least" in text
+    keys, key_nbytes = 4096 + 104 + 204, 2 * (128 + 128) * 2  # 2 KV heads, float16
+    assert f"{keys * key_nbytes:,} bytes of {keys:,} keys, 1.000x the least" in text
     assert "pages [0, 256) of 2 sequences: shared" in text
 
 

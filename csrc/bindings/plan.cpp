@@ -114,9 +114,10 @@ class NativePlan {
       : geometry_(geometry), words_(mx::array({0}, mx::int32)) {
     const PlanInput input = step.input(geometry_);
     validate(input);
-    thread_local std::vector<int32_t> words;
-    notes_ = make_plan(input, target, options, words);
-    words_ = to_array(words.data());
+    notes_ = make_plan(input, target, options, [this](int count) {
+      words_ = array_of(count);
+      return words_.data<int32_t>();
+    });
   }
 
   // The plan of the next step, or None when it needs one of its own.
@@ -127,7 +128,9 @@ class NativePlan {
       return std::nullopt;
     }
     NativePlan plan = *this;
-    plan.words_ = to_array(words());
+    const int count = header().num_words;
+    plan.words_ = array_of(count);
+    std::copy_n(words(), count, plan.words_.data<int32_t>());
     move_plan(plan.words_.data<int32_t>(), plan.notes_, next);
     return plan;
   }
@@ -162,11 +165,10 @@ class NativePlan {
   }
 
  private:
-  static mx::array to_array(const int32_t* words) {
-    const size_t count = reinterpret_cast<const PlanHeader*>(words)->num_words;
+  // For so many words; those behind them are 0.
+  static mx::array array_of(int count) {
     const size_t size = rounded(count);
     mx::array a(mx::allocator::malloc(size * sizeof(int32_t)), mx::Shape{int(size)}, mx::int32);
-    std::copy_n(words, count, a.data<int32_t>());
     std::fill(a.data<int32_t>() + count, a.data<int32_t>() + size, 0);
     return a;
   }

@@ -11,7 +11,7 @@ namespace {
 
 // Cost of what one worker does at a time: a whole item, or one KV head of it.
 double unit_cost(const PlanInput& input, const Segment& segment, const PlanTarget& target) {
-  const int rows = int(segment.tokens.size()) * input.gqa_factor();
+  const int rows = segment.tokens.size() * input.gqa_factor();
   const double cost = attend_cost(rows, segment.range.num_keys(), target);
   return target.heads_in_parallel ? cost : cost * input.num_kv_heads;
 }

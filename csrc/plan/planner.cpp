@@ -29,8 +29,8 @@ class Writer {
       const PlanInput& input,
       const std::vector<Segment>& segments,
       std::vector<Draft>& drafts,
-      std::vector<int32_t>& words)
-      : in_(input), segments_(segments), drafts_(drafts), words_(words) {}
+      const TakeWords& take)
+      : in_(input), segments_(segments), drafts_(drafts), take_(take) {}
 
   void write() {
     number_partials();
@@ -42,37 +42,59 @@ class Writer {
   }
 
  private:
-  const std::vector<int>& tokens(const Draft& draft) const {
+  const TokenSet& tokens(const Draft& draft) const {
     return segments_[draft.segment].tokens;
   }
 
   // An item is final when it is the only one of each of its tokens.
   bool is_final(const Draft& draft) const {
-    const auto& all = tokens(draft);
-    return std::all_of(all.begin(), all.end(), [&](int t) { return part_counts_[t] == 1; });
+    const TokenSet& all = tokens(draft);
+    for (int i = 0; i < all.size(); i++) {
+      if (part_counts_[all[i]] != 1) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  template <typename Visit>
+  void for_each_token(const Draft& draft, Visit visit) const {
+    const TokenSet& all = tokens(draft);
+    for (int i = 0; i < all.size(); i++) {
+      visit(all[i]);
+    }
   }
 
   void number_partials() {
     const int n = in_.num_tokens();
     part_counts_.assign(n, 0);
     for (const Draft& draft : drafts_) {
-      for (int t : tokens(draft)) {
-        part_counts_[t]++;
-      }
+      for_each_token(draft, [&](int t) { part_counts_[t]++; });
     }
-    parts_.resize(n);
+    part_begins_.assign(n + 1, 0);
     for (Draft& draft : drafts_) {
-      if (is_final(draft)) {
-        continue;
-      }
-      draft.partial = num_partials_;
-      for (int t : tokens(draft)) {
-        parts_[t].push_back(num_partials_++);
+      if (!is_final(draft)) {
+        draft.partial = num_parts_;
+        num_parts_ += tokens(draft).size();
+        for_each_token(draft, [&](int t) { part_begins_[t + 1]++; });
       }
     }
-    for (const auto& parts : parts_) {
-      num_merges_ += !parts.empty();
-      num_parts_ += int(parts.size());
+    for (int t = 0; t < n; t++) {
+      num_merges_ += part_begins_[t + 1] > 0;
+      part_begins_[t + 1] += part_begins_[t];
+    }
+    list_parts();
+  }
+
+  // The partials of each token, in the order of the items.
+  void list_parts() {
+    parts_.resize(num_parts_);
+    std::vector<int> next(part_begins_.begin(), part_begins_.end() - 1);
+    for (const Draft& draft : drafts_) {
+      int partial = draft.partial;
+      if (partial >= 0) {
+        for_each_token(draft, [&](int t) { parts_[next[t]++] = partial++; });
+      }
     }
   }
 
@@ -83,12 +105,14 @@ class Writer {
     std::iota(row_tokens_.begin(), row_tokens_.end(), 0);
     row_begins_.resize(segments_.size());
     for (size_t i = 0; i < segments_.size(); i++) {
-      const auto& tokens = segments_[i].tokens;
-      if (tokens.back() - tokens.front() + 1 == int(tokens.size())) {
-        row_begins_[i] = tokens.front();
-      } else {
-        row_begins_[i] = int(row_tokens_.size());
-        row_tokens_.insert(row_tokens_.end(), tokens.begin(), tokens.end());
+      const TokenSet& tokens = segments_[i].tokens;
+      if (tokens.is_run()) {
+        row_begins_[i] = tokens[0];
+        continue;
+      }
+      row_begins_[i] = int(row_tokens_.size());
+      for (int t = 0; t < tokens.size(); t++) {
+        row_tokens_.push_back(tokens[t]);
       }
     }
   }
@@ -104,7 +128,7 @@ class Writer {
     h.magic = PAGED_MLX_PLAN_MAGIC;
     h.num_tokens = in_.num_tokens();
     h.num_row_tokens = int(row_tokens_.size());
-    h.num_partials = num_partials_;
+    h.num_partials = num_parts_;
     h.num_merges = num_merges_;
     h.num_parts = num_parts_;
     for (const Draft& draft : drafts_) {
@@ -128,15 +152,13 @@ class Writer {
     h.causal = in_.causal;
     h.sliding_window = in_.sliding_window;
     h.max_page_id = -1;
-    if (words_.size() < size_t(next_)) {
-      words_.resize(next_);
-    }
-    *reinterpret_cast<PlanHeader*>(words_.data()) = h;
-    std::copy(row_tokens_.begin(), row_tokens_.end(), words_.begin() + h.row_tokens);
+    words_ = take_(next_);
+    header() = h;
+    std::copy(row_tokens_.begin(), row_tokens_.end(), words_ + h.row_tokens);
   }
 
   PlanHeader& header() {
-    return *reinterpret_cast<PlanHeader*>(words_.data());
+    return *reinterpret_cast<PlanHeader*>(words_);
   }
 
   void write_positions() {
@@ -156,13 +178,13 @@ class Writer {
 
   void write_items() {
     PlanHeader& h = header();
-    auto* item = reinterpret_cast<PlanItem*>(words_.data() + h.items);
+    auto* item = reinterpret_cast<PlanItem*>(words_ + h.items);
     int page_at = 0;
     for (const Draft& draft : drafts_) {
       const PageRange& range = draft.range;
       const int count = range.entry_end - range.entry_begin;
       item->row_begin = row_begins_[draft.segment];
-      item->row_count = int(tokens(draft).size());
+      item->row_count = tokens(draft).size();
       item->page_begin = page_at;
       item->page_count = count;
       item->first_position = count ? entry_start(in_, range.sequence, range.entry_begin) : 0;
@@ -185,35 +207,32 @@ class Writer {
       most = std::max(most, pages[i]);
     }
     h.max_page_id = most;
-    std::copy_n(pages, count, words_.data() + h.pages + page_at);
+    std::copy_n(pages, count, words_ + h.pages + page_at);
     if (in_.ragged()) {
-      std::copy_n(in_.page_starts + from, count, words_.data() + h.page_starts + page_at);
-      std::copy_n(in_.page_lens + from, count, words_.data() + h.page_lens + page_at);
+      std::copy_n(in_.page_starts + from, count, words_ + h.page_starts + page_at);
+      std::copy_n(in_.page_lens + from, count, words_ + h.page_lens + page_at);
     }
   }
 
   void write_merges() {
     const PlanHeader& h = header();
-    auto* merge = reinterpret_cast<PlanMerge*>(words_.data() + h.merges);
-    int32_t* part = words_.data() + h.parts;
-    int at = 0;
-    for (size_t t = 0; t < parts_.size(); t++) {
-      if (parts_[t].empty()) {
-        continue;
+    auto* merge = reinterpret_cast<PlanMerge*>(words_ + h.merges);
+    for (int t = 0; t < in_.num_tokens(); t++) {
+      const int begin = part_begins_[t], count = part_begins_[t + 1] - begin;
+      if (count > 0) {
+        *merge++ = {t, begin, count};
       }
-      *merge++ = {int(t), at, int(parts_[t].size())};
-      std::copy(parts_[t].begin(), parts_[t].end(), part + at);
-      at += int(parts_[t].size());
     }
+    std::copy(parts_.begin(), parts_.end(), words_ + h.parts);
   }
 
   const PlanInput& in_;
   const std::vector<Segment>& segments_;
   std::vector<Draft>& drafts_;
-  std::vector<int32_t>& words_;
-  std::vector<int> part_counts_, row_tokens_, row_begins_;
-  std::vector<std::vector<int>> parts_;
-  int num_partials_ = 0, num_merges_ = 0, num_parts_ = 0, next_ = 0;
+  const TakeWords& take_;
+  int32_t* words_ = nullptr;
+  std::vector<int> part_counts_, part_begins_, parts_, row_tokens_, row_begins_;
+  int num_merges_ = 0, num_parts_ = 0, next_ = 0;
 };
 
 // Inside a kind, longest first: the last item to start is a short one.
@@ -229,21 +248,22 @@ PlanNotes make_plan(
     const PlanInput& input,
     const PlanTarget& target,
     const PlanOptions& options,
-    std::vector<int32_t>& words) {
+    const TakeWords& take) {
   PlanNotes notes;
   const std::vector<Segment> segments = make_segments(input, target, options, notes.decisions);
   const double budget = item_budget(input, segments, target);
   std::vector<Draft> drafts;
   drafts.reserve(segments.size());
   for (size_t i = 0; i < segments.size(); i++) {
-    const int rows = int(segments[i].tokens.size()) * input.gqa_factor();
+    const int rows = segments[i].tokens.size() * input.gqa_factor();
     for (const PageRange& range : cut(input, segments[i], budget, target, options)) {
       const double cost = attend_cost(rows, range.num_keys(), target);
       drafts.push_back({int(i), range, kind_of(rows, target), cost});
     }
   }
   sort_drafts(drafts);
-  Writer(input, segments, drafts, words).write();
+  Writer(input, segments, drafts, take).write();
+  notes.entry_begins.reserve(drafts.size());
   for (const Draft& draft : drafts) {
     notes.entry_begins.push_back(draft.range.entry_begin);
   }

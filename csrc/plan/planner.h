@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -98,12 +99,15 @@ struct PlanNotes {
 // planned.
 void validate(const PlanInput& input);
 
-// Writes the plan of a valid step to `words`, whose memory is reused.
+// Gives memory for so many words of a plan.
+using TakeWords = std::function<int32_t*(int words)>;
+
+// Writes the plan of a valid step to the words that it takes, once.
 PlanNotes make_plan(
     const PlanInput& input,
     const PlanTarget& target,
     const PlanOptions& options,
-    std::vector<int32_t>& words);
+    const TakeWords& take);
 
 // Whether the valid step `next` sees the same entries of the same pages as the
 // step that `words` and `notes` were made for: then only positions differ.

@@ -20,9 +20,50 @@ struct PageRange {
   }
 };
 
+// Query tokens in rising order: a run of them, which takes no memory, or a list.
+class TokenSet {
+ public:
+  TokenSet() = default;
+  TokenSet(int begin, int count) : begin_(begin), count_(count) {}
+
+  void add(int token) {
+    if (count_ == 0) {
+      begin_ = token;
+    } else if (listed_.empty() && token != begin_ + count_) {
+      for (int i = 0; i < count_; i++) {
+        listed_.push_back(begin_ + i);
+      }
+    }
+    if (!listed_.empty()) {
+      listed_.push_back(token);
+    }
+    count_++;
+  }
+
+  void clear() {
+    count_ = 0;
+    listed_.clear();
+  }
+
+  int size() const {
+    return count_;
+  }
+  bool is_run() const {
+    return listed_.empty();
+  }
+  int operator[](int i) const {
+    return is_run() ? begin_ + i : listed_[i];
+  }
+
+ private:
+  int begin_ = 0;
+  int count_ = 0;
+  std::vector<int> listed_;
+};
+
 // A set of query tokens against one range of pages: an item before it is cut.
 struct Segment {
-  std::vector<int> tokens;
+  TokenSet tokens;
   PageRange range;
   bool shared = false; // a prefix that several sequences have
 };

@@ -36,9 +36,7 @@ class Sharing {
 
   void add_own(int b, int token_begin, int token_end, int entry_begin) {
     Segment segment;
-    for (int t = token_begin; t < token_end; t++) {
-      segment.tokens.push_back(t);
-    }
+    segment.tokens = TokenSet(token_begin, token_end - token_begin);
     segment.range = visible(b, token_begin, token_end, entry_begin);
     if (segment.range.num_keys() > 0 || in_.context_lens[b] == 0) {
       segments_.push_back(std::move(segment));
@@ -50,6 +48,8 @@ class Sharing {
   void share(std::vector<int> sequences, int first, int compared) {
     std::vector<int> alone;
     std::vector<std::pair<int32_t, int>> by_page;
+    alone.reserve(sequences.size());
+    by_page.reserve(sequences.size());
     for (int b : sequences) {
       if (compared < end_entry(b)) {
         by_page.emplace_back(page(b, compared), b);
@@ -59,15 +59,17 @@ class Sharing {
     }
     std::sort(by_page.begin(), by_page.end());
     for (size_t i = 0; i < by_page.size();) {
-      size_t j = i;
-      std::vector<int> group;
-      for (; j < by_page.size() && by_page[j].first == by_page[i].first; j++) {
-        group.push_back(by_page[j].second);
+      size_t end = i + 1;
+      while (end < by_page.size() && by_page[end].first == by_page[i].first) {
+        end++;
       }
-      i = j;
-      if (group.size() < 2) {
-        alone.push_back(group[0]);
+      if (end == i + 1) {
+        alone.push_back(by_page[i++].second);
         continue;
+      }
+      std::vector<int> group;
+      for (; i < end; i++) {
+        group.push_back(by_page[i].second);
       }
       const int run_end = common_end(group, compared);
       if (run_end == compared) { // equal ids, different raggedness
@@ -184,14 +186,14 @@ class Sharing {
     segment.shared = true;
     for (int b : group) {
       for (int t = 0; t < in_.query_len(b); t++) {
-        segment.tokens.push_back(in_.query_begin(b) + t);
-        if (int(segment.tokens.size()) == tile_tokens()) {
+        segment.tokens.add(in_.query_begin(b) + t);
+        if (segment.tokens.size() == tile_tokens()) {
           segments_.push_back(segment);
           segment.tokens.clear();
         }
       }
     }
-    if (!segment.tokens.empty()) {
+    if (segment.tokens.size() > 0) {
       segments_.push_back(std::move(segment));
     }
   }

@@ -359,25 +359,21 @@ def _own_plan(
     if tables.ndim == 2 and tokens != geometry["tokens"]:
         source = "one for each sequence" if cu is None else "as many as cu_seqlens_q ends with"
         fail(op, f"q must have {tokens} tokens, {source}", geometry["tokens"])
-    native = _native_plan(
-        op,
-        tables,
-        host_ints(op, "context_lens", context_lens),
-        cu,
-        page_starts,
-        page_lens,
-        num_pages=geometry["num_pages"],
-        num_q_heads=geometry["num_q_heads"],
-        num_kv_heads=geometry["num_kv_heads"],
-        page_size=geometry["page_size"],
-        causal=causal,
-        sliding_window=sliding_window,
-        dtype=q.dtype,
-        head_dim=q.shape[2],
-        v_head_dim=v_pages.shape[3],
-        kernels=runs_kernels(stream),
-    )
-    return AttentionPlan(native)
+    options = {
+        "num_pages": geometry["num_pages"],
+        "num_q_heads": geometry["num_q_heads"],
+        "num_kv_heads": geometry["num_kv_heads"],
+        "page_size": geometry["page_size"],
+        "causal": causal,
+        "sliding_window": sliding_window,
+        "dtype": q.dtype,
+        "head_dim": q.shape[2],
+        "v_head_dim": v_pages.shape[3],
+        "kernels": runs_kernels(stream),
+    }
+    lens = host_ints(op, "context_lens", context_lens)
+    native = _native_plan(op, tables, lens, cu, page_starts, page_lens, **options)
+    return AttentionPlan(native, options)
 
 
 def _native_plan(

@@ -49,10 +49,10 @@ class AttentionPlan:
         options: What it was made with, but for the step's tables and lengths.
     """
 
-    def __init__(self, native, options: dict | None = None):
+    def __init__(self, native, options: dict):
         self._native = native
         self._header = native.header()
-        self.options = options or {}
+        self.options = options
         self.array = native.array()
         self.decisions = [SharingDecision(*row) for row in native.decisions()]
 
@@ -115,6 +115,12 @@ class AttentionPlan:
         """Keys that must be read at the least, per KV head: each slot of a page once."""
         return self.keys_read - self._repeated_keys()
 
+    @property
+    def key_nbytes(self) -> int:
+        """Bytes of K and V of one key, all KV heads, of the dtype and dims it was planned for."""
+        o = self.options
+        return self.num_kv_heads * (o["head_dim"] + o["v_head_dim"]) * o["dtype"].size
+
     def _repeated_keys(self) -> int:
         seen, repeated = {}, 0
         if self._header["page_starts"]:  # ragged: count by page, as the items list them
@@ -165,10 +171,11 @@ class AttentionPlan:
         )
 
     def __str__(self):
-        least = max(1, self.keys_least)
+        read, least = self.keys_read, self.keys_least
         lines = [
             repr(self),
-            f"keys read per KV head: {self.keys_read}, {self.keys_read / least:.3f}x the least",
+            f"K and V read: {read * self.key_nbytes:,} bytes of {read:,} keys, "
+            f"{read / max(1, least):.3f}x the least, {least * self.key_nbytes:,}",
             f"{'item':>5} {'kind':<7} {'tokens':>7} {'rows':>6} {'pages':>6} {'keys':>17}  result",
         ]
         gqa_factor = self.num_q_heads // self.num_kv_heads
