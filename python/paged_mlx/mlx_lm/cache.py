@@ -15,6 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from paged_mlx.errors import fail
 from paged_mlx.mlx_lm.gathered import PagedMask, PagesOfLayer
+from paged_mlx.mlx_lm.model_seam import asked_by_model
 from paged_mlx.mlx_lm.sequence import SequencePages
 
 log = logging.getLogger("paged_mlx")
@@ -68,7 +69,7 @@ class PagedKVCache(stock._BaseCache):
 
     def keys_and_values(self):
         """K and V of the whole context as lazy gathers."""
-        k_pages, v_pages = self.state
+        k_pages, v_pages = self.group.state_of(self.layer)
         return self.group.gathered(self._source(), k_pages, v_pages)
 
     def _source(self) -> PagesOfLayer:
@@ -103,8 +104,11 @@ class PagedKVCache(stock._BaseCache):
 
     @property
     def state(self):
-        """The layer's arrays, whole: what must be evaluated after a step."""
-        return self.group.state_of(self.layer)
+        """The layer's arrays, whole: what must be evaluated after a step.
+
+        A model that asks, to attend to another layer's K and V, gets those.
+        """
+        return self.keys_and_values() if asked_by_model() else self.group.state_of(self.layer)
 
     @state.setter
     def state(self, state) -> None:
@@ -128,7 +132,7 @@ class PagedKVCache(stock._BaseCache):
         self._order_after(1, values)
 
     def _array(self, side: int):
-        state = self.state
+        state = self.group.state_of(self.layer)
         return state[side] if state else None
 
     def _order_after(self, side: int, array: mx.array) -> None:
