@@ -29,6 +29,7 @@ if mlx_lm.__version__.startswith("0.31."):
     READS_AHEAD, SHORT = READS_AHEAD | {"gemma3n"}, SHORT | {"gemma3n": 9}
 # It adds its mask, which may be a string: mlx-lm can read its prompts a token at a time.
 CHUNK = {"olmo": 1}
+REFUSALS = (ValueError, AttributeError, TypeError)
 # Largest difference of log-probabilities, of the largest of them, by what the model computes in.
 TOLERANCE = 1e-4
 HALF = {"muse_spark": 0.05, "prism_hadamard_qwen35": 0.01}
@@ -61,7 +62,7 @@ def answer(name: str, mode: str, model, draft=None) -> Answer:
         else:
             tokens = zoo.speculative(model, draft or model, prompt, num_draft=2, **options)
         return Answer([tokens], [logprobs])
-    except (ValueError, AttributeError, TypeError) as error:
+    except REFUSALS as error:
         return Answer(refused=f"{type(error).__name__}: {error}")
 
 
@@ -162,8 +163,11 @@ def expected(name: str, mode: str, stock: dict, model) -> Answer:
     Where stock is refused and pages are not, it is that of each prompt alone.
     """
     if stock[mode].refused:
-        tokens = alone(name, model) if mode == "batched" else stock["single"].tokens
-        return Answer(tokens, refused=stock[mode].refused)
+        right = Answer(stock["single"].tokens, refused=stock[mode].refused)
+        if mode == "batched":
+            with contextlib.suppress(*REFUSALS):
+                right.tokens = alone(name, model)
+        return right
     greedy = mode == "speculative" and name.split(":")[0] not in READS_AHEAD
     return stock["single" if greedy else mode]
 
