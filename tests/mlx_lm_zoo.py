@@ -7,6 +7,7 @@ import sys
 import types
 
 import mlx.core as mx
+import mlx_lm
 import mlx_lm.models
 import mlx_lm_zoo_on_cpu as on_cpu
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
@@ -30,7 +31,10 @@ NO_KV = {
     "mamba2": "recurrent state alone",
     "rwkv7": "recurrent state alone",
 }
-FAMILIES = [family for family in installed() if family not in NO_KV]
+# Before mlx-lm 0.32.2 it writes outside its logits, and the process crashes.
+CRASHES = set() if mlx_lm.__version__ >= "0.32.2" else {"phi3small"}
+NO_KV = {family: reason for family, reason in NO_KV.items() if family in installed()}
+FAMILIES = [family for family in installed() if family not in {*NO_KV, *CRASHES}]
 
 
 def tiny(name: str, seed: int = 0, **changes):

@@ -162,6 +162,7 @@ OWN = {
         blocksparse_num_local_blocks=2,
         blocksparse_vert_stride=2,
     ),
+    "phimoe": dict(rope_scaling=LONG | dict(short_mscale=1.0, long_mscale=1.0)),
     "prism_hadamard_qwen35": dict(
         hidden_size=128,
         schema_version=1,

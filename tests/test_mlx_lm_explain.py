@@ -19,7 +19,7 @@ def test_every_layer_of_a_window_model_is_paged():
 
 
 def test_attention_of_the_models_own_is_named():
-    found = explain(zoo.tiny("stablelm"))
+    found = explain(zoo.tiny("gemma2"))
     assert found.num_paged == 0
     assert {layer.reason for layer in found.layers} == {
         "the model computes attention itself, from gathered K and V"

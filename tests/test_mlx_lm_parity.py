@@ -22,7 +22,8 @@ def test_page_size_does_not_change_tokens(page_size):
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "phi"])  # phi attends with its q in float32
+# phi attends with its q in float32, stablelm with its q and K.
+@pytest.mark.parametrize("family", ["llama", "phi", "stablelm"])
 def test_half_precision_logits_equal_stock_to_their_rounding(family, dtype):
     model, tokens = zoo.tiny(family), mx.array([zoo.prompt(40, seed=4)])
     model.set_dtype(dtype)

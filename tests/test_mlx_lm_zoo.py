@@ -18,11 +18,8 @@ RECURRENT = "ArraysCache holds no pages of K and V"
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(request):
+def uncompiled():
     """Without ``mx.compile``: on a CPU it runs a C++ compiler for each new function."""
-    if request.node.get_closest_marker("long"):
-        yield
-        return
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -42,7 +39,7 @@ def test_single_batched_and_speculative_answers_are_stocks_and_read_pages_as_the
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [*zoo.FAMILIES, *zoo.VARIANTS])
-def test_compiled_models_and_variants_answer_as_stock(name):
+def test_models_and_variants_speculate_with_themselves_too(name):
     assert_right(compare.report(name, thorough=True))
 
 
