@@ -70,6 +70,20 @@ def test_gathered_batches_and_their_masks_are_laid_out_as_stocks(page_size):
             assert mx.array_equal(ours, theirs)
 
 
+def test_gathered_batches_leave_out_pages_that_every_row_gave_back():
+    model = zoo.tiny("gemma3_text")
+    written = kv(2, 60, seed=1)
+    with enable(model, page_size=8, retain=0):
+        rows = [stock.make_prompt_cache(model)[0] for _ in range(2)]
+        batch = rows[0].merge(rows)
+        for start in range(0, 60, 10):
+            found = batch.update_and_fetch(*written[..., start : start + 10, :])
+        first = batch.step.first_column
+        assert 0 < first <= 50 - zoo.WINDOW + 1
+        for ours, expected in zip(found, written):
+            assert mx.array_equal(ours, expected[:, :, first:])
+
+
 def test_a_mask_that_passes_the_window_is_not_taken_for_the_window():
     # plamo3 asks for a token more than its window caches keep.
     model, asked = zoo.tiny("gemma3_text"), zoo.WINDOW + 1

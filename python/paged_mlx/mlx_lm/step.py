@@ -125,7 +125,8 @@ class Step:
                 "page_starts": None if starts is None else starts[:, skipped:] - first,
                 "page_lens": None if lens is None else lens[:, skipped:],
             }
-            self._gather = {k: mx.array(a) for k, a in arrays.items() if a is not None}
+            known = {name: a for name, a in arrays.items() if a is not None}
+            self._gather = {name: mx.array(np.ascontiguousarray(a)) for name, a in known.items()}
             self._gather["length"] = self.num_columns
         return self._gather
 
