@@ -51,20 +51,25 @@ def load(*names, **options):
     return model, tokenizer
 
 
-def make_prompt_cache(model, max_kv_size=None):
-    """mlx-lm's function, for a model that is enabled."""
-    if paged_model_of(model) is None:
-        try:
-            enabled.append(paged_mlx.enable(model))
-        except (ValueError, AttributeError):  # no K and V, or no model
-            pass
-    return STOCK_MAKE_PROMPT_CACHE(model, max_kv_size)
+class MakePromptCache:
+    """mlx-lm's function, for a model that is enabled first."""
+
+    __code__ = STOCK_MAKE_PROMPT_CACHE.__code__  # by which the adapter knows its caller
+
+    def __call__(self, model, max_kv_size=None):
+        if paged_model_of(model) is None:
+            try:
+                enabled.append(paged_mlx.enable(model))
+            except (ValueError, AttributeError):  # no K and V, or no model
+                pass
+        return STOCK_MAKE_PROMPT_CACHE(model, max_kv_size)
 
 
 def use_pages() -> None:
-    """Have every module ask our ``make_prompt_cache``, that of the caches themselves apart."""
+    """Have every module enable models before it makes a prompt cache."""
+    make_prompt_cache = MakePromptCache()
     for module in list(sys.modules.values()):
-        if module is not caches and vars(module).get("make_prompt_cache") is STOCK_MAKE_PROMPT_CACHE:
+        if vars(module).get("make_prompt_cache") is STOCK_MAKE_PROMPT_CACHE:
             module.make_prompt_cache = make_prompt_cache
 
 
