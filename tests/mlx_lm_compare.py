@@ -163,7 +163,7 @@ def report(name: str, thorough: bool = False, page_size: int = 8, **options) -> 
 
 
 def expected(family: str, mode: str, stock: dict) -> Answer:
-    """The right answer: stock's, but past a window its speculation is wrong and plain greedy right."""
+    """The right answer: stock's, but past a window its speculation is wrong, and greedy right."""
     greedy = mode == "speculative" and not stock[mode].refused and family not in READS_AHEAD
     return stock["single" if greedy else mode]
 

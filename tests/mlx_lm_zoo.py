@@ -44,7 +44,8 @@ def tiny(name: str, seed: int = 0, **changes):
         sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
     module = importlib.import_module(f"mlx_lm.models.{family}")
     on_cpu.prepare(family, module)
-    config = {"model_type": family, **TINY, **OWN.get(family, {}), **VARIANTS.get(name, {}), **changes}
+    own = OWN.get(family, {}) | VARIANTS.get(name, {}) | changes
+    config = {"model_type": family, **TINY, **own}
     if "text_config" in module.ModelArgs.__dataclass_fields__:
         config["text_config"] = dict(config)
     mx.random.seed(seed)

@@ -1,4 +1,4 @@
-"""Random batches on random pages: prompts join and leave at any step, and the answers are stock's."""
+"""Random batches on pages: prompts join and leave at any step, and the answers are stock's."""
 
 import random
 
