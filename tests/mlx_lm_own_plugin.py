@@ -2,8 +2,8 @@
 
     PAGED_MLX_CACHES=stock|paged  PAGED_MLX_REPORT=FILE  pytest -p mlx_lm_own_plugin ...
 
-``mlx_lm.load`` gives a tiny random qwen2, the family that they fetch, with the tokenizer of SmolLM2, which a package carries.
-On pages, every model that is asked for a prompt cache is enabled first.
+``mlx_lm.load`` gives a tiny random qwen2, the family that they fetch, with the tokenizer of SmolLM2,
+which a package carries. On pages, every model that is asked for a prompt cache is enabled first.
 """
 
 import json
