@@ -18,7 +18,10 @@ MODES = ("single", "batched", "speculative")
 
 # mlx-lm lets the padding of a batch into their recurrent state, or adds a mask that is no number,
 # so that a padded prompt is answered otherwise than alone: rows that are not padded are compared.
-PADDING_LEAKS = {"bailing_moe_linear", "jamba", "longcat_flash_ngram", "olmo_hybrid", "phi3small"}
+PADDING_LEAKS = {
+    *("baichuan_m1", "bailing_moe_linear", "jamba", "longcat_flash_ngram", "olmo_hybrid"),
+    *("phi3small", "recurrent_gemma"),
+}
 NOT_PADDED = (1, 2)  # of LENGTHS: the longest, and one that joins later
 # Their answers depend on how many tokens are read at once: for the same mask, or because the
 # mask lets tokens that are read together see past the window. Speculation is not greedy decoding.

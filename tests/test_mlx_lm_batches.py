@@ -16,9 +16,9 @@ pytestmark = pytest.mark.long
 
 # Of every kind of cache, mask, layout and sharing between layers.
 FAMILIES = (
-    "afmoe baichuan_m1 bailing_hybrid cohere2 deepseek_v32 falcon_h1 gemma3n gemma4_text gpt_oss "
+    "afmoe bailing_hybrid cohere2 deepseek_v32 falcon_h1 gemma3n gemma4_text gpt_oss "
     "iquestloopcoder laguna llama longcat_flash mimo_v2_flash minimax_m3_vl mistral4 nanbeige "
-    "nemotron-nas openelm plamo3 qwen3_next recurrent_gemma stablelm step3p5"
+    "nemotron-nas openelm plamo3 qwen3_next stablelm step3p5"
 ).split()
 
 

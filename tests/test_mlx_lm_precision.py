@@ -19,6 +19,14 @@ ROUNDING = {mx.float16: 2**-10, mx.bfloat16: 2**-7}
 FAMILIES = [family for family in zoo.FAMILIES if family not in compare.CHUNK]
 
 
+@pytest.fixture(autouse=True)
+def uncompiled():
+    """Without ``mx.compile``: on a CPU it runs a C++ compiler for each new function."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 def logits(model) -> mx.array:
     """Of every token of one prompt, read in chunks and then one by one."""
     tokens, cache = mx.array([zoo.prompt(46, seed=2)]), make_prompt_cache(model)
