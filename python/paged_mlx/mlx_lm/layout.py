@@ -43,19 +43,27 @@ class Layout:
         return layout
 
     def _place(self, cache):
-        if isinstance(cache, stock.CacheList):
+        kind = kind_of(cache)
+        if kind == "CacheList":
             return [self._place(part) for part in cache.caches]
-        if type(cache) is stock.KVCache:
+        if kind == "KVCache":
             window = None
-        elif type(cache) is stock.RotatingKVCache and cache.keep == 0:
+        elif kind == "RotatingKVCache" and cache.keep == 0:
             window = cache.max_size
-        elif type(cache) is stock.RotatingKVCache:
+        elif kind == "RotatingKVCache":
             return "it keeps the first tokens beside its window"
         else:
             return f"{type(cache).__name__} holds no pages of K and V"
         layer = self.num_layers.get(window, 0)
         self.num_layers[window] = layer + 1
         return CachePlace(window, layer)
+
+
+def kind_of(cache) -> str | None:
+    """The class of a cache of mlx-lm, or of mlx-vlm, which has its own of the same contract."""
+    kind = type(cache)
+    known = kind.__module__ in ("mlx_lm.models.cache", "mlx_vlm.models.cache")
+    return kind.__name__ if known else None
 
 
 def reasons_of(place):
@@ -76,7 +84,7 @@ def _build(place, cache, make):
     if isinstance(place, CachePlace):
         return make(place)
     if isinstance(place, list):
-        return stock.CacheList(*build(place, cache.caches, make))
+        return type(cache)(*build(place, cache.caches, make))
     return cache
 
 

@@ -38,3 +38,14 @@ def asked_size() -> int | None:
     if frame.f_code is stock.make_prompt_cache.__code__:
         return frame.f_locals.get("max_kv_size")
     return None
+
+
+def asked_by_model() -> bool:
+    """Whether the caller of the property that asks this is code of a model.
+
+    To mlx-lm ``state`` is what it evaluates and saves. Models of mlx-lm up to 0.31.3 and of
+    mlx-vlm that share K and V between layers take them from there.
+    """
+    module = sys._getframe(2).f_globals.get("__name__", "")
+    package, _, name = module.partition(".models.")
+    return package in ("mlx_lm", "mlx_vlm") and name not in ("", "cache")

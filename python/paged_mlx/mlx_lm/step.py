@@ -4,7 +4,6 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx import fast
-from paged_mlx.fast import gather_inputs
 
 
 class Step:
@@ -20,7 +19,9 @@ class Step:
         num_tokens: Tokens of a row of the input, padding included.
         served: Layers that have written their K and V.
         packed: Page tables of the batch, ``PackedTables``.
-        first_column: Position of the first column that a gather of this step returns.
+        shifts: ``int32 [batch]``, columns by which a gather of this step moves each row to the
+            right, so that all rows' new tokens stand in the same columns, as in mlx-lm's batches.
+        first_column: Columns at the front that it leaves out: every row gave those pages back.
         num_columns: Columns that it returns.
         route: What the attention hook has decided for the layers so far.
     """
@@ -37,7 +38,8 @@ class Step:
         self.packed = packed
         self._num_freed = num_freed
         self.first_column = num_freed * page_size
-        self.num_columns = int(self.ends.max()) - self.first_column
+        self.shifts = starts.max() - starts
+        self.num_columns = int(starts.max()) + num_tokens - self.first_column
         self.padded = bool((counts != num_tokens).any())
         self._slots = slots
         self._slot_mapping = None
@@ -116,13 +118,25 @@ class Step:
         """Arguments of the native gather; pages that every row gave back are left out."""
         if self._gather is None:
             first, skipped = self.first_column, self._num_freed
-            starts, lens = self.packed.page_starts, self.packed.page_lens
-            self._gather = gather_inputs(
-                "gather",
-                pages,
-                self.packed.block_tables[:, skipped:],
-                self.ends - first,
-                None if starts is None else starts[:, skipped:] - first,
-                None if lens is None else lens[:, skipped:],
-            )
+            starts, lens = self._page_columns(pages.shape[2])
+            arrays = {
+                "block_tables": self.packed.block_tables[:, skipped:],
+                "context_lens": self.ends + self.shifts - first,
+                "page_starts": None if starts is None else starts[:, skipped:] - first,
+                "page_lens": None if lens is None else lens[:, skipped:],
+            }
+            known = {name: a for name, a in arrays.items() if a is not None}
+            self._gather = {name: mx.array(np.ascontiguousarray(a)) for name, a in known.items()}
+            self._gather["length"] = self.num_columns
         return self._gather
+
+    def _page_columns(self, page_size: int):
+        """The first column of each page and how many it fills; None where positions say it."""
+        starts, lens = self.packed.page_starts, self.packed.page_lens
+        if not self.shifts.any():
+            return starts, lens
+        if starts is None:
+            tables = self.packed.block_tables
+            starts = np.arange(tables.shape[1], dtype=np.int32) * np.int32(page_size)
+            lens = np.full(tables.shape, page_size, np.int32)
+        return starts + self.shifts[:, None], lens
