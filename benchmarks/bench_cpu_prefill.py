@@ -5,7 +5,13 @@ One thread, by its CPU time.
 
 from paged_mlx._native import _ext
 
-from benchmarks.bench_cpu_decode import AVX2, DTYPES, one_page_each, paged
+from benchmarks.bench_cpu_decode import (
+    AVX2,
+    DTYPES,
+    has_more_than_avx2,
+    one_page_each,
+    paged,
+)
 from benchmarks.harness import Case, run
 from benchmarks.limits import multiplications
 from benchmarks.torch_sdpa import torch_sdpa
@@ -28,13 +34,13 @@ def cases():
     for length in (512, 2048):
         for dtype in DTYPES:
             yield case(length, 2048, dtype)
-    if AVX2 in _ext.isa_names():
+    if has_more_than_avx2():
         for dtype in DTYPES:
             yield case(512, 2048, dtype, AVX2)
 
 
 def main():
-    run("cpu_prefill", cases())
+    run(f"cpu_prefill_{_ext.isa()}", cases())
 
 
 if __name__ == "__main__":

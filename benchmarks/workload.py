@@ -69,8 +69,7 @@ class Workload:
         values = rng.standard_normal(PERIOD, np.float32)
         for i in range(2 * layers):
             filled = mx.array(np.resize(np.roll(values, 7919 * i), shape)).astype(self.dtype)
-            # In memory as a pool takes it.
-            memory = _ext.pool_memory(filled, shape, 0.0, self.dtype, stream=mx.cpu)
+            memory = in_pool_memory(filled)
             mx.eval(memory)
             self.pool._base[i] = self.pool.state[i] = memory
         q_shape = (sum(self.query_lens), g.num_q_heads, g.head_dim)
@@ -158,6 +157,12 @@ class Workload:
         mx.eval(packed)
         return tuple(packed)
 
+    def contiguous_pages(self, layer=0) -> tuple[mx.array, mx.array]:
+        """K and V as pages, one for each sequence, in memory as a pool takes it."""
+        pages = tuple(in_pool_memory(x) for x in self.contiguous_kv(layer))
+        mx.eval(pages)
+        return pages
+
     def _take(self, pages: mx.array) -> mx.array:
         g, batch = self.g, len(self.lengths)
         tables = mx.array(np.maximum(self.tables, 0))
@@ -180,6 +185,11 @@ class Workload:
             mask = (mx.arange(max(self.lengths)) < ends[..., None])[:, None]
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=g.head_dim**-0.5, mask=mask)
         return out.swapaxes(1, 2).reshape(-1, g.num_q_heads, g.head_dim)
+
+
+def in_pool_memory(pages: mx.array) -> mx.array:
+    """A copy of pages, in memory as a pool takes it."""
+    return _ext.pool_memory(pages, pages.shape, 0.0, pages.dtype, stream=mx.cpu)
 
 
 def agree(outputs: dict, tolerance: float = 0.05) -> None:
