@@ -34,12 +34,24 @@ class Candidate:
         run: Does the work once and waits for it; returns the output.
         nbytes: Bytes of K and V that the work must read, for the bandwidth column.
         limit: It does only a part of the work, at the machine's best; not checked.
+        before, after: Called around every run, not timed.
     """
 
     name: str
     run: Callable[[], object]
     nbytes: int | None = None
     limit: bool = False
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+
+    def timed(self, clock: Callable[[], float]) -> tuple[object, float]:
+        """Run once; the output and how long that took."""
+        self.before()
+        start = clock()
+        output = self.run()
+        seconds = clock() - start
+        self.after()
+        return output, seconds
 
 
 @dataclass
@@ -66,21 +78,19 @@ class Case:
 def measure(case: Case) -> dict:
     """Check, warm up and time one case; returns its part of the record."""
     clock = time.perf_counter if case.clock == "wall" else time.process_time
-    outputs = {c.name: c.run() for c in case.candidates}
+    outputs = {c.name: c.timed(clock)[0] for c in case.candidates}
     case.check({c.name: outputs[c.name] for c in case.candidates if not c.limit})
     del outputs
     for _ in range(case.warmups - 1):
         for candidate in case.candidates:
-            candidate.run()
+            candidate.timed(clock)
     samples: dict[str, list[float]] = {c.name: [] for c in case.candidates}
     order = []
     for turn in range(case.rounds):
         turns = case.candidates if turn % 2 == 0 else case.candidates[::-1]
         for candidate in turns:
             time.sleep(case.pause)
-            start = clock()
-            candidate.run()
-            samples[candidate.name].append(clock() - start)
+            samples[candidate.name].append(candidate.timed(clock)[1])
             order.append(candidate.name)
     return {
         "name": case.name,

@@ -1,5 +1,6 @@
 #include "shape_check.h"
 
+#include <sstream>
 #include <stdexcept>
 
 namespace paged_mlx {
@@ -28,26 +29,56 @@ std::string dtype_string(mx::Dtype dtype) {
 void ShapeCheck::operator()(
     const char* name,
     const mx::array& a,
-    std::initializer_list<const char*> dims) {
+    std::initializer_list<std::string_view> dims) {
   bool ok = a.ndim() == dims.size();
-  std::string list, why;
   int axis = 0;
-  for (const std::string dim : dims) {
-    list += (axis ? ", " : "") + dim;
-    if (auto it = bound_.find(dim); it != bound_.end()) {
-      why += (why.empty() ? ", where " : " and ") + dim + " = " + std::to_string(it->second.first) +
-          " from " + it->second.second;
-      ok = ok && a.shape(axis) == it->second.first;
-    }
+  for (const std::string_view dim : dims) {
+    const Bound* bound = find(dim);
+    ok = ok && (!bound || a.shape(axis) == bound->size);
     axis++;
   }
   if (!ok) {
-    fail(op_, std::string(name) + " must have shape [" + list + "]" + why, shape_string(a));
+    refuse(name, a, dims);
   }
   axis = 0;
-  for (const std::string dim : dims) {
-    bound_.try_emplace(dim, a.shape(axis++), name);
+  for (const std::string_view dim : dims) {
+    if (!find(dim)) {
+      bound_.at(count_++) = {dim, a.shape(axis), name};
+    }
+    axis++;
   }
+}
+
+const ShapeCheck::Bound* ShapeCheck::find(std::string_view dim) const {
+  for (size_t i = 0; i < count_; i++) {
+    if (bound_[i].dim == dim) {
+      return &bound_[i];
+    }
+  }
+  return nullptr;
+}
+
+int ShapeCheck::at(std::string_view dim) const {
+  const Bound* bound = find(dim);
+  if (!bound) {
+    throw std::logic_error(std::string(op_) + " has checked no " + std::string(dim));
+  }
+  return bound->size;
+}
+
+void ShapeCheck::refuse(
+    const char* name,
+    const mx::array& a,
+    std::initializer_list<std::string_view> dims) const {
+  std::string list, why;
+  for (const std::string_view dim : dims) {
+    list += (list.empty() ? "" : ", ") + std::string(dim);
+    if (const Bound* bound = find(dim)) {
+      why += (why.empty() ? ", where " : " and ") + std::string(dim) + " = " +
+          std::to_string(bound->size) + " from " + bound->from;
+    }
+  }
+  fail(op_, std::string(name) + " must have shape [" + list + "]" + why, shape_string(a));
 }
 
 void check_dtype(

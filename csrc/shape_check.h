@@ -1,13 +1,10 @@
 // The one form of an error: what it must be, why, what it is.
 #pragma once
 
-#include <cstdint>
+#include <array>
 #include <initializer_list>
-#include <map>
-#include <sstream>
 #include <string>
-#include <utility>
-#include <vector>
+#include <string_view>
 
 #include "mlx/array.h"
 
@@ -19,24 +16,36 @@ namespace mx = mlx::core;
 [[noreturn]] void fail(const std::string& op, const std::string& must, const std::string& found);
 
 // Checks shapes by name. A name gets its value where it is first seen and must
-// have that value everywhere after:
+// have that value everywhere after. Names are literals, and a check that passes
+// makes no string.
 //
 //   ShapeCheck shape("paged_attention");
 //   shape("q", q, {"tokens", "num_q_heads", "head_dim"});
 //   shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
 class ShapeCheck {
  public:
-  explicit ShapeCheck(std::string op) : op_(std::move(op)) {}
+  explicit ShapeCheck(const char* op) : op_(op) {}
 
-  void operator()(const char* name, const mx::array& a, std::initializer_list<const char*> dims);
+  void operator()(const char* name, const mx::array& a, std::initializer_list<std::string_view> dims);
 
-  int at(const std::string& dim) const {
-    return bound_.at(dim).first;
-  }
+  int at(std::string_view dim) const;
 
  private:
-  std::string op_;
-  std::map<std::string, std::pair<int, std::string>> bound_; // dim -> (value, from)
+  struct Bound {
+    std::string_view dim;
+    int size;
+    const char* from;
+  };
+
+  const Bound* find(std::string_view dim) const;
+  [[noreturn]] void refuse(
+      const char* name,
+      const mx::array& a,
+      std::initializer_list<std::string_view> dims) const;
+
+  const char* op_;
+  std::array<Bound, 12> bound_;
+  size_t count_ = 0;
 };
 
 // `a` must have `dtype`; `why` is a clause such as "the dtype of q".

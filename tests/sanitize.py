@@ -19,6 +19,9 @@ SUITES = {
         ["-m", "paged_mlx.testing", "--run", "small", "--backend", "cpu", "--fuzz", "20000"],
         ["-m", "pytest", "-p", "no:cacheprovider", "tests/test_fast.py", "tests/test_plan.py"],
         ["-m", "pytest", "-p", "no:cacheprovider", "tests/test_pool.py", "tests/test_chapter.py"],
+        ["-m", "pytest", "-p", "no:cacheprovider", "tests/test_mlx_lm_handles_random.py"],
+        # Kernels on the host run as fibers, which the sanitizers do not follow.
+        ["-m", "pytest", "-p", "no:cacheprovider", "tests/test_write_attend.py", "-k", "not launch and not kernel"],
     ],
     "thread": [
         ["-m", "paged_mlx.testing", "--run", "small", "--backend", "cpu", "--group", "invariance"],

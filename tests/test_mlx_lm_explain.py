@@ -82,7 +82,7 @@ def test_a_q_of_the_other_half_precision_is_gathered():
 
 
 def reason_for(q, k, mask):
-    return hook.route_of(q, k.source, mask).reason
+    return hook.find_route(k.source, q, mask).reason
 
 
 def test_k_and_v_that_are_not_one_layers_are_gathered():

@@ -10,6 +10,7 @@ NB_MODULE(_ext, m) {
       std::to_string(MLX_VERSION_MINOR) + "." + std::to_string(MLX_VERSION_PATCH);
   paged_mlx::bind_plan(m);
   paged_mlx::bind_operations(m);
+  paged_mlx::bind_handles(m);
   paged_mlx::bind_diagnostics(m);
   paged_mlx::bind_limits(m);
 }

@@ -343,7 +343,10 @@ void bind_plan(nb::module_& m) {
          const mx::array& v_pages,
          const std::optional<mx::array>& mask) {
         check_plan(
-            plan.header(), plan.array().size(), attention_geometry(q, k_pages, v_pages, mask));
+            "paged_attention",
+            plan.words(),
+            plan.array().size(),
+            attention_geometry(q, k_pages, v_pages, mask));
       },
       "plan"_a,
       "q"_a,

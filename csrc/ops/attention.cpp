@@ -19,52 +19,11 @@ constexpr const char* kOp = "paged_attention";
 enum Input { kQ, kKPages, kVPages, kPlan, kFirstOption };
 enum Output { kOut, kLse, kKNext, kVNext };
 
-void check_head_dim(const char* name, int head_dim) {
-  if (head_dim % 8 != 0 || head_dim < 8 || (head_dim > 256 && head_dim != 512)) {
-    fail(
-        kOp,
-        std::string(name) + " must have a head_dim that is a multiple of 8 up to 256, or 512",
-        std::to_string(head_dim));
-  }
-}
-
-void check_number(const char* name, float value, bool positive) {
-  if (!std::isfinite(value) || (positive && value <= 0)) {
-    fail(
-        kOp,
-        std::string(name) + (positive ? " must be finite and greater than 0" : " must be finite"),
-        std::to_string(value));
-  }
-}
-
 ShapeCheck check_arrays(const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
   ShapeCheck shape(kOp);
   shape("q", q, {"tokens", "num_q_heads", "head_dim"});
-  shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
-  shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
-  check_float(kOp, "q", q);
-  check_dtype(kOp, "k_pages", k_pages, q.dtype(), "the dtype of q");
-  check_dtype(kOp, "v_pages", v_pages, q.dtype(), "the dtype of q");
-  check_head_dim("q", shape.at("head_dim"));
-  check_head_dim("v_pages", shape.at("v_head_dim"));
-  if (shape.at("num_kv_heads") == 0 || shape.at("num_q_heads") % shape.at("num_kv_heads") != 0) {
-    fail(
-        kOp,
-        "num_q_heads of q must be a multiple of num_kv_heads = " +
-            std::to_string(shape.at("num_kv_heads")) + " from k_pages",
-        std::to_string(shape.at("num_q_heads")));
-  }
-  if (shape.at("page_size") == 0) {
-    fail(kOp, "k_pages must have a page_size of at least 1", shape_string(k_pages));
-  }
+  check_pages(kOp, shape, q, k_pages, v_pages);
   return shape;
-}
-
-// One value per query head, as float32.
-mx::array per_head(const char* name, const mx::array& a, ShapeCheck& shape, mx::Stream s) {
-  shape(name, a, {"num_q_heads"});
-  check_float(kOp, name, a);
-  return mx::contiguous(mx::astype(a, mx::float32, s), false, s);
 }
 
 // [num_q_heads or 1, tokens, keys], bool as it is, anything additive as float32.
@@ -108,39 +67,6 @@ PlanGeometry attention_geometry(
       mask && mask->ndim() > 0 ? mask->shape(-1) : -1};
 }
 
-void check_plan(const PlanHeader& plan, size_t num_words, const PlanGeometry& g) {
-  auto same = [](const char* name, int planned, int actual, const char* from) {
-    if (planned != actual) {
-      fail(
-          kOp,
-          std::string("plan must be made for ") + name + " = " + std::to_string(actual) + from,
-          std::to_string(planned));
-    }
-  };
-  if (num_words < sizeof(PlanHeader) / sizeof(int32_t) || plan.magic != PAGED_MLX_PLAN_MAGIC ||
-      size_t(plan.num_words) > num_words) {
-    fail(kOp, "plan must be the array of an AttentionPlan", "other words");
-  }
-  same("tokens", plan.num_tokens, g.num_tokens, " of q");
-  same("num_q_heads", plan.num_q_heads, g.num_q_heads, " of q");
-  same("num_kv_heads", plan.num_kv_heads, g.num_kv_heads, " of k_pages");
-  same("page_size", plan.page_size, g.page_size, " of k_pages");
-  if (plan.max_page_id >= g.num_pages) {
-    fail(
-        kOp,
-        "block_tables must hold page ids in [0, " + std::to_string(g.num_pages) +
-            "), the pages of the pool",
-        std::to_string(plan.max_page_id));
-  }
-  if (g.mask_keys >= 0 && plan.max_row_end > g.mask_keys) {
-    fail(
-        kOp,
-        "mask must have a column for each key of the longest context (" +
-            std::to_string(plan.max_row_end) + ")",
-        std::to_string(g.mask_keys));
-  }
-}
-
 std::vector<mx::array> paged_attention(
     const mx::array& q,
     const mx::array& k_pages,
@@ -154,32 +80,23 @@ std::vector<mx::array> paged_attention(
     mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape = check_arrays(q, k_pages, v_pages);
-  shape("plan", plan, {"words"});
-  check_dtype(kOp, "plan", plan, mx::int32, "the array of an AttentionPlan");
-  if (!plan.is_tracer()) { // else when it is evaluated
-    mx::array words = plan;
-    words.eval();
-    check_plan(
-        *reinterpret_cast<const PlanHeader*>(words.data<int32_t>()),
-        words.size(),
-        attention_geometry(q, k_pages, v_pages, mask));
-  }
+  check_plan(kOp, plan, attention_geometry(q, k_pages, v_pages, mask));
   AttentionOptions options;
   options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
-  check_number("scale", options.scale, false);
+  check_number(kOp, "scale", options.scale, false);
   if (softcap) {
-    check_number("softcap", *softcap, true);
+    check_number(kOp, "softcap", *softcap, true);
     options.softcap = *softcap;
   }
   std::vector<mx::array> inputs = {
       mx::contiguous(q, false, s), row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};
   if (alibi_slopes) {
     options.alibi = true;
-    inputs.push_back(per_head("alibi_slopes", *alibi_slopes, shape, s));
+    inputs.push_back(per_head(kOp, "alibi_slopes", *alibi_slopes, shape, s));
   }
   if (sinks) {
     options.sinks = true;
-    inputs.push_back(per_head("sinks", *sinks, shape, s));
+    inputs.push_back(per_head(kOp, "sinks", *sinks, shape, s));
   }
   if (mask) {
     options.mask = mask->dtype() == mx::bool_ ? cpu::MaskKind::boolean : cpu::MaskKind::additive;
@@ -250,7 +167,7 @@ auto PagedAttention::launch(const std::vector<mx::array>& inputs) const {
   }
   return [call, at, geometry = geometry(inputs), words = inputs[kPlan].size()](
              metal::Encoder& encoder, auto in, auto out) mutable {
-    check_plan(*reinterpret_cast<const PlanHeader*>(call.words), words, geometry);
+    check_plan(kOp, call.words, words, geometry);
     call.q = in(kQ);
     call.k_pages = in(kKPages);
     call.v_pages = in(kVPages);
@@ -298,7 +215,7 @@ void PagedAttention::eval_cpu(
   encoder.set_output_array(outputs[kOut]);
   encoder.set_output_array(outputs[kLse]);
   encoder.dispatch([args, geometry = geometry(inputs), words = inputs[kPlan].size()]() {
-    check_plan(*reinterpret_cast<const PlanHeader*>(args.plan), words, geometry);
+    check_plan(kOp, args.plan, words, geometry);
     cpu::attend(args);
   });
 }

@@ -9,7 +9,7 @@
 #include "mlx/utils.h"
 
 #include "cpu/attention.h"
-#include "plan_format.h"
+#include "ops/attention_checks.h"
 
 namespace paged_mlx {
 
@@ -25,21 +25,12 @@ struct AttentionOptions {
   bool operator==(const AttentionOptions&) const = default;
 };
 
-// What a plan must agree with, checked where the plan's words are first read.
-struct PlanGeometry {
-  int num_tokens, num_q_heads, num_kv_heads, page_size, num_pages;
-  int mask_keys; // columns of the mask; -1: no mask
-};
-
-// Checks shapes and dtypes. All of these throw std::invalid_argument in the one
-// message form.
+// Checks shapes and dtypes. Throws std::invalid_argument in the one message form.
 PlanGeometry attention_geometry(
     const mx::array& q,
     const mx::array& k_pages,
     const mx::array& v_pages,
     const std::optional<mx::array>& mask = std::nullopt);
-
-void check_plan(const PlanHeader& plan, size_t num_words, const PlanGeometry& geometry);
 
 // Inputs: q [tokens, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads,
 // page_size, head_dim], v_pages [num_pages, num_kv_heads, page_size,

@@ -33,7 +33,8 @@ inline mx::array row_contiguous(const mx::array& pages, mx::Stream s) {
   if (!known && pages.has_primitive()) {
     const std::string_view made_by = pages.primitive().name();
     if (made_by == "PagedAttention" || made_by == "WritePages" || made_by == "CopyPages" ||
-        made_by == "GatherPages" || made_by == "PoolMemory") {
+        made_by == "GatherPages" || made_by == "PoolMemory" || made_by == "WriteAttend" ||
+        made_by == "After") {
       return pages;
     }
   }

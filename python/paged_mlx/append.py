@@ -54,13 +54,58 @@ def append_batch(
         else whole_number("append_tokens", "num_tokens", count)
         for count in num_tokens
     ]
+    slots = _one_each_in_place(tables, counts, allocator)
+    if slots is not None:
+        return AppendPlan([], slots)
     needs = _new_pages(tables, counts, allocator)
     copied = _shared_tails(tables, counts, allocator)
-    if copied and len(copied) + sum(needs) > allocator.num_available:
-        excess = len(copied) + sum(needs) - allocator.num_available
+    copies, page_ids = [], []
+    if copied or any(needs):
+        copies, page_ids = _make_room(tables, counts, copied, sum(needs), allocator)
+    runs: list[np.ndarray | int] = []
+    first = 0
+    for table, count, need in zip(tables, counts, needs):
+        if count:
+            table._allocator = allocator
+        runs.append(table._extend(count, page_ids[first : first + need] if need else []))
+        first += need
+    return AppendPlan(copies, _joined(runs))
+
+
+def _one_each_in_place(
+    tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator
+) -> np.ndarray | None:
+    """Append one token to each table where that takes no page, as most steps of decoding do.
+
+    Returns:
+        The slots. None: it is not so simple, and nothing has changed.
+    """
+    if len(counts) != len(tables) or len(set(map(id, tables))) < len(tables):
+        return None
+    for table, count in zip(tables, counts):
+        if count != 1 or table._allocator is not allocator or not table._room():
+            return None
+        if allocator.ref_count(table._pages[-1]) > 1:
+            return None
+    return np.array([table._extend(1, []) for table in tables], np.int32)
+
+
+def _make_room(
+    tables: Sequence[PageTable],
+    counts: list[int],
+    copied: list[int],
+    num_new: int,
+    allocator: PageAllocator,
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Give the rows in ``copied`` tail pages of their own; return the copies and new pages.
+
+    All or nothing.
+    """
+    if copied and len(copied) + num_new > allocator.num_available:
+        excess = len(copied) + num_new - allocator.num_available
         _own_cached_tails([tables[row]._pages[-1] for row in copied], excess, allocator)
         copied = _shared_tails(tables, counts, allocator)
-    targets, page_ids = _take_pages(len(copied), sum(needs), allocator)
+    targets, page_ids = _take_pages(len(copied), num_new, allocator)
     still = _shared_tails(tables, counts, allocator) if copied else copied
     if len(still) < len(copied):  # an eviction has made a table its tail's last holder
         allocator.free_pages(targets[len(still) :])
@@ -69,14 +114,7 @@ def append_batch(
     _announce(copies, targets + page_ids, allocator)
     for row, target in zip(still, targets):
         tables[row]._replace(-1, target)
-    slots: list[np.ndarray | int] = []
-    first = 0
-    for table, count, need in zip(tables, counts, needs):
-        if count:
-            table._allocator = allocator
-        slots.append(table._extend(count, page_ids[first : first + need] if need else []))
-        first += need
-    return AppendPlan(copies, _joined(slots))
+    return copies, page_ids
 
 
 def _new_pages(

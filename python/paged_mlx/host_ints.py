@@ -18,6 +18,8 @@ def host_ints(op: str, name: str, values: object) -> np.ndarray:
         ValueError: The values are not integers that fit in 32 bits, or stand
             for an input while ``mx.compile`` traces.
     """
+    if type(values) is np.ndarray and values.dtype == np.int32 and values.flags.c_contiguous:
+        return values
     if isinstance(values, mx.array):
         if _ext.is_tracer(values):
             fail(

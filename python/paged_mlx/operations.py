@@ -17,31 +17,69 @@ _ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last
 
 
 def paged_attention(q, k_pages, v_pages, plan, *, stream=None, **options):
-    words = plan_array(plan)
     guard = first_use.guard_of_this_machine
     if guard is not None and guard.applies(stream):
-        mask = options.get("mask")
-        flags = {
-            "softcap": options.get("softcap") is not None,
-            "alibi": options.get("alibi_slopes") is not None,
-            "sinks": options.get("sinks") is not None,
-            "mask": None if mask is None else "boolean" if mask.dtype == mx.bool_ else "additive",
-        }
-        shapes = (q.shape[1:], k_pages.shape[1:], v_pages.shape[1:])
-        work = plan.work if isinstance(plan, AttentionPlan) else None
-        key = ("paged_attention", q.dtype, *shapes, *flags.values(), work)
+        kind, attention = _attention(q, k_pages, v_pages, plan, **options)
 
         def variants():
             _ext.attention_geometry(q, k_pages, v_pages)
-            return attention_variants(q, k_pages, v_pages, work, flags)
+            return attention()
 
+        stream = guard.stream(("paged_attention", *kind), variants, stream)
+    return _ext.paged_attention(q, k_pages, v_pages, plan_array(plan), stream=stream, **options)
+
+
+def write_attend(q, k_pages, v_pages, plan, k, v, slots, scale, sinks, stream):
+    guard = first_use.guard_of_this_machine
+    if guard is not None and guard.applies(stream):
+        kind, attention = _attention(q, k_pages, v_pages, plan, sinks=sinks)
+
+        def variants():
+            _ext.write_attend(q, k_pages, v_pages, plan.array, k, v, slots, scale, sinks)
+            return [_mover("write_pages", k_pages, v_pages), *attention()]
+
+        stream = guard.stream(("write_attend", *kind), variants, stream)
+    return _ext.write_attend(q, k_pages, v_pages, plan.array, k, v, slots, scale, sinks, stream)
+
+
+def fetch_pages(fetches, layer, source, tables, k_pages, v_pages, k, v, stream):
+    guard = first_use.guard_of_this_machine
+    if guard is not None and guard.applies(stream):
+
+        def variants():
+            _ext.Fetches().fetch(layer, source, tables, k_pages, v_pages, k, v)
+            return [
+                _mover(op, pages, pages, tables.ragged and op == "gather_pages")
+                for op in ("gather_pages", "write_pages")
+                for pages in (k_pages, v_pages)
+            ]
+
+        key = ("fetch_pages", k_pages.dtype, k_pages.shape[1:], v_pages.shape[1:], tables.ragged)
         stream = guard.stream(key, variants, stream)
-    return _ext.paged_attention(q, k_pages, v_pages, words, stream=stream, **options)
+    return fetches.fetch(layer, source, tables, k_pages, v_pages, k, v, stream)
+
+
+def _attention(q, k_pages, v_pages, plan, **options):
+    """What kind of call attends, and the function that tells what such calls may launch.
+
+    q: ``[tokens, num_q_heads, head_dim]`` or ``[batch, num_q_heads, tokens, head_dim]``.
+    """
+    mask = options.get("mask")
+    flags = {
+        "softcap": options.get("softcap") is not None,
+        "alibi": options.get("alibi_slopes") is not None,
+        "sinks": options.get("sinks") is not None,
+        "mask": None if mask is None else "boolean" if mask.dtype == mx.bool_ else "additive",
+    }
+    work = plan.work if isinstance(plan, AttentionPlan) else None
+    shapes = (q.shape[1], q.shape[-1], k_pages.shape[1:], v_pages.shape[1:])
+    kind = (q.dtype, *shapes, *flags.values(), work)
+    return kind, lambda: attention_variants(q, k_pages, v_pages, work, flags)
 
 
 def attention_variants(q, k_pages, v_pages, work, flags: dict) -> list[Variant]:
     """What a plan's work may launch; a plan known only as an array may launch any body."""
-    head_dim, v_head_dim = q.shape[2], v_pages.shape[3]
+    head_dim, v_head_dim = q.shape[-1], v_pages.shape[3]
     gqa_factor = q.shape[1] // k_pages.shape[1]
     if work is None:
         tokens, kinds = _ANY_TOKENS, list(product((False, True), repeat=3))
@@ -97,12 +135,17 @@ def _proven(op, arguments, k_pages, v_pages, stream, **options):
 
     def variants():
         getattr(_ext, op)(*arguments, **options)
-        dims = (k_pages.shape[3], v_pages.shape[3], k_pages.shape[2])
-        return [Variant(op, _name(k_pages.dtype), *dims, ragged=ragged)]
+        return [_mover(op, k_pages, v_pages, ragged)]
 
     ragged = options.get("page_starts") is not None
     key = (op, k_pages.dtype, k_pages.shape[1:], v_pages.shape[1:], ragged)
     return guard.stream(key, variants, stream)
+
+
+def _mover(op, k_pages, v_pages, ragged=False) -> Variant:
+    """The variant of an operation that moves pages."""
+    dims = (k_pages.shape[3], v_pages.shape[3], k_pages.shape[2])
+    return Variant(op, _name(k_pages.dtype), *dims, ragged=ragged)
 
 
 def _name(dtype: mx.Dtype) -> str:

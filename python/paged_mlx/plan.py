@@ -51,10 +51,16 @@ class AttentionPlan:
 
     def __init__(self, native, options: dict):
         self._native = native
-        self._header = native.header()
         self.options = options
         self.array = native.array()
-        self.decisions = [SharingDecision(*row) for row in native.decisions()]
+
+    @cached_property
+    def _header(self) -> dict:
+        return self._native.header()
+
+    @cached_property
+    def decisions(self) -> list[SharingDecision]:
+        return [SharingDecision(*row) for row in self._native.decisions()]
 
     num_tokens = property(lambda self: self._header["num_tokens"])
     num_q_heads = property(lambda self: self._header["num_q_heads"])

@@ -14,7 +14,7 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import create_causal_mask
 
 from paged_mlx.errors import fail
-from paged_mlx.mlx_lm.gathered import PagedMask, PagesOfLayer
+from paged_mlx.mlx_lm.gathered import PagedMask
 from paged_mlx.mlx_lm.model_seam import asked_by_model
 from paged_mlx.mlx_lm.sequence import SequencePages
 
@@ -27,6 +27,8 @@ class PagedKVCache(stock._BaseCache):
     Made by an enabled model's ``make_cache``. It is a PagedFullCache or a PagedWindowCache, as
     the group has a window: for mlx-lm the kind that the stock cache is.
     """
+
+    batched = False  # whether K and V come back as those of mlx-lm's batch caches do
 
     def __new__(cls, group, *args, **options):
         if cls is PagedKVCache:
@@ -58,32 +60,32 @@ class PagedKVCache(stock._BaseCache):
             OutOfPages: The pool is full and may not grow; nothing has changed.
         """
         batch, _, num_tokens, _ = keys.shape
-        self._check_batch(batch)
-        step = self._step(num_tokens)
-        pool, i = self.group.pool_of(self.layer, keys, values)
-        pool.write(i, _by_token(keys, pool), _by_token(values, pool), step.slot_mapping(pool))
-        step.served.add(self.layer)
+        if batch != len(self.rows):
+            self._check_batch(batch)
+        group, layer = self.group, self.layer
+        step = group.newest
+        if step is None or not step.joins(layer, self.names, self.lens, num_tokens):
+            step = self._step(num_tokens)
+        handles = group.fetch(layer, step, keys, values)
+        step.served.add(layer)
         self.step, self.lens, self.stored = step, step.ends, False
         self._advanced(num_tokens)
-        return self.group.gathered(self._source(), keys, values)
+        return handles
 
     def keys_and_values(self):
         """K and V of the whole context as lazy gathers."""
-        k_pages, v_pages = self.group.state_of(self.layer)
-        return self.group.gathered(self._source(), k_pages, v_pages)
-
-    def _source(self) -> PagesOfLayer:
-        return PagesOfLayer(self.group, self.layer, self.step, batched=False)
+        if self.step is self.group.newest and self.lens is self.step.ends:
+            return self.group.fetch_again(self.layer, self.step)
+        k, v = self.group.contiguous(self.layer, self.rows, self.lens)
+        return k, v
 
     def _step(self, num_tokens: int):
-        return self.group.step(self.layer, self.rows, self.names, self.lens, num_tokens)
+        return self.group.step(self, num_tokens)
 
     def _advanced(self, num_tokens: int) -> None:
         """Told of the tokens of each step, padding included."""
 
     def _check_batch(self, batch: int) -> None:
-        if batch == len(self.rows):
-            return
         if self.lens.any() or len(self.rows) != 1:
             must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
             fail("update_and_fetch", must, batch)
@@ -294,6 +296,8 @@ class BatchPagedKVCache(PagedKVCache):
     Nothing is padded: sequences join, leave and grow by edits of a list.
     """
 
+    batched = True
+
     def __init__(self, group, layer, rows, lens=None):
         super().__init__(group, layer, rows, lens)
         self.remaining = None  # prompt tokens to come of each row, while rows are padded
@@ -306,19 +310,15 @@ class BatchPagedKVCache(PagedKVCache):
     def left_padding(self):
         return mx.zeros(len(self.rows), mx.int32)
 
-    def _source(self):
-        return PagesOfLayer(self.group, self.layer, self.step, batched=True)
-
     def _step(self, num_tokens):
         counts = None
         if self.remaining is not None:
             counts = np.clip(self.remaining, 0, num_tokens).astype(np.int32)
-        return self.group.step(self.layer, self.rows, self.names, self.lens, num_tokens, counts)
+        return self.group.step(self, num_tokens, counts)
 
     def _check_batch(self, batch):
-        if batch != len(self.rows):
-            must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
-            fail("update_and_fetch", must, batch)
+        must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
+        fail("update_and_fetch", must, batch)
 
     def _advanced(self, num_tokens):
         if self.remaining is not None:
@@ -330,12 +330,14 @@ class BatchPagedKVCache(PagedKVCache):
         windows = [window for window in (window_size, group.window) if window is not None]
         window = min(windows, default=None)
         step = self._step(N)
-        columns = mx.arange(step.num_columns) + step.first_column
-        first = int(step.starts.max())
-        queries = (mx.arange(N) + first)[:, None]
-        mask = (columns <= queries) & (columns >= mx.array(step.shifts)[:, None, None, None])
+        columns = mx.arange(step.first_column, step.first_column + step.num_columns)
+        mask = columns >= mx.array(step.shifts.reshape(-1, 1, 1, 1))
+        first = queries = step.first_column + step.num_columns - N
+        if N > 1:
+            queries = mx.arange(first, first + N)[:, None]
+            mask = mask & (columns <= queries)
         if N > 1 and self._passes_window(window_size):
-            return mask & (columns > queries - window_size) & (columns > first - window)
+            return mask & (columns > queries - window_size) & (columns > first - group.window)
         if window is not None:
             mask = mask & (columns > queries - window)
         return PagedMask(mask, group, window, step.starts, N)
@@ -374,15 +376,3 @@ class BatchPagedKVCache(PagedKVCache):
         copied = super().__deepcopy__(memo)
         copied.remaining = self.remaining
         return copied
-
-
-def _by_token(x: mx.array, pool) -> mx.array:
-    """``[batch, heads, tokens, dim]`` as ``[batch * tokens, heads, dim]``, the pool's dtype."""
-    batch, heads, tokens, dim = x.shape
-    if dim == 0:
-        return mx.zeros((batch * tokens, heads, 1), pool.dtype)
-    if tokens == 1:
-        x = x.reshape(batch, heads, dim)
-    else:
-        x = x.swapaxes(1, 2).reshape(batch * tokens, heads, dim)
-    return x if x.dtype == pool.dtype else x.astype(pool.dtype)

@@ -1,43 +1,49 @@
 """What our caches hand to a model: arrays that know which pages they stand for.
 
-A ``GatheredKV`` is a real array, a gather that has not run. The attention hook takes the
-pages it names and the gather never runs; anything else a model does with it runs it.
+A ``GatheredKV``, a handle, is a real array whose gather has not run. The attention hook takes
+the pages it names and the gather never runs; anything else a model does with it runs it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+
+from paged_mlx._native import _ext
+
+GatheredKV = _ext.GatheredKV
+
+
+@dataclass(eq=False, slots=True)
+class LayerPlace:
+    """Where one layer's pages are.
+
+    Attributes:
+        group: The group of layers it is one of.
+        layer: Its number there.
+        pool, index: Its pool, and its number there.
+    """
+
+    group: Any
+    layer: int
+    pool: Any
+    index: int
 
 
 @dataclass(eq=False, slots=True)
 class PagesOfLayer:
-    """Where one layer's K and V of one step lie."""
-
-    group: object
-    layer: int
-    step: object
-    batched: bool
-
-
-class GatheredKV(mx.array):
-    """K or V of one layer, contiguous, not yet gathered.
+    """Where one layer's K and V of one step lie.
 
     Attributes:
-        source: The pages it stands for.
-        is_key: Whether it is K.
+        place: The layer.
+        step: The step.
+        keys, values: The step's K and V while they wait to be written; else None.
     """
 
-    __slots__ = ("source", "is_key")
-
-    def __init__(self, lazy: mx.array, source: PagesOfLayer, is_key: bool):
-        super().__init__(lazy)
-        self.source = source
-        self.is_key = is_key
-
-    def astype(self, dtype: mx.Dtype, stream=None) -> mx.array:
-        """The same K or V: in float32 it stands for the pages still, since nothing is lost."""
-        lazy = super().astype(dtype, stream=stream)
-        return GatheredKV(lazy, self.source, self.is_key) if dtype == mx.float32 else lazy
+    place: LayerPlace
+    step: Any
+    keys: mx.array | None = None
+    values: mx.array | None = None
 
 
 class PagedMask(mx.array):

@@ -6,14 +6,13 @@ from weakref import WeakSet
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx import operations
 from paged_mlx.allocator import PageAllocator
 from paged_mlx.append import append_batch
 from paged_mlx.block_table import BlockTable, pack
 from paged_mlx.errors import OutOfPages
-from paged_mlx.mlx_lm.gathered import GatheredKV, PagesOfLayer
+from paged_mlx.mlx_lm.gathered import LayerPlace, PagesOfLayer
+from paged_mlx.mlx_lm.lazy_pool import LazyPool
 from paged_mlx.mlx_lm.step import Step
-from paged_mlx.pool import PagePool
 
 RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch
 
@@ -47,9 +46,10 @@ class LayerGroup:
         self.sequences: WeakSet = WeakSet()
         self.retired: deque = deque()  # tables of sequences that are gone
         self.peak_pages = 0
-        self._placed: dict[int, tuple[PagePool, int]] = {}
+        self.pools: list[LazyPool] = []
+        self._placed: dict[int, LayerPlace] = {}
         self._recent: list[tuple[Step, BlockTable]] = []
-        self._unread: dict[int, tuple] = {}  # gathers that nobody has taken the place of
+        self.newest: Step | None = None
         self.calls: Counter = Counter()  # (layer, why the pages were not read) -> attention calls
         self._offsets = (None, None)
 
@@ -58,80 +58,91 @@ class LayerGroup:
 
     # Pools
 
-    def pool_of(self, layer: int, keys: mx.array, values: mx.array) -> tuple[PagePool, int]:
+    def pool_of(self, layer: int, keys: mx.array, values: mx.array) -> tuple[LazyPool, int]:
         """The pool of a layer and its index there, made at the layer's first write."""
-        if layer not in self._placed:
-            found = geometry_of(keys, values)
-            peers = [
-                other
-                for other, expected in self.geometry.items()
-                if expected == found and other not in self._placed
-            ]
-            peers = sorted({layer, *peers})
-            num_kv_heads, head_dim, v_head_dim, dtype = found
-            pool = PagePool(
-                len(peers),
-                self.allocator.total_pages,
-                self.page_size,
-                num_kv_heads,
-                head_dim,
-                dtype,
-                v_head_dim,
-                allocator=self.allocator,
-            )
-            self._placed.update((peer, (pool, i)) for i, peer in enumerate(peers))
+        place = self._placed.get(layer) or self._make_pool(layer, keys, values)
+        return place.pool, place.index
+
+    def _make_pool(self, layer, keys, values) -> LayerPlace:
+        """Make the pool of a layer, and of those that are expected to write the same."""
+        found = geometry_of(keys, values)
+        peers = [
+            other
+            for other, expected in self.geometry.items()
+            if expected == found and other not in self._placed
+        ]
+        peers = sorted({layer, *peers})
+        num_kv_heads, head_dim, v_head_dim, dtype = found
+        pool = LazyPool(
+            len(peers),
+            self.allocator.total_pages,
+            self.page_size,
+            num_kv_heads,
+            head_dim,
+            dtype,
+            v_head_dim,
+            allocator=self.allocator,
+        )
+        self.pools.append(pool)
+        for i, peer in enumerate(peers):
+            self._placed[peer] = LayerPlace(self, peer, pool, i)
         return self._placed[layer]
 
-    def placed(self, layer: int) -> tuple[PagePool, int] | None:
-        return self._placed.get(layer)
-
-    @property
-    def pools(self) -> list[PagePool]:
-        return list({id(pool): pool for pool, _ in self._placed.values()}.values())
+    def placed(self, layer: int) -> tuple[LazyPool, int] | None:
+        place = self._placed.get(layer)
+        return None if place is None else (place.pool, place.index)
 
     def state_of(self, layer: int) -> list[mx.array]:
         """The newest version of a layer's arrays."""
         if layer not in self._placed:
             return []
-        pool, i = self._placed[layer]
-        return pool.state[2 * i : 2 * i + 2]
+        place = self._placed[layer]
+        return place.pool.state[2 * place.index : 2 * place.index + 2]
 
     def page_nbytes(self, layer: int) -> int:
         """Bytes of one page of one layer."""
-        return sum(array.nbytes for array in self.state_of(layer)) // self.allocator.total_pages
+        place = self._placed.get(layer)
+        return 0 if place is None else place.pool.page_nbytes // place.pool.num_layers
 
     # Steps
 
-    def step(self, layer, rows, names, starts, num_tokens, counts=None) -> Step:
-        """The pass that these sequences are in, begun by the first layer that asks."""
+    def step(self, cache, num_tokens: int, counts=None) -> Step:
+        """The pass that a cache's sequences are in, begun by the first layer that asks."""
         for step, _ in self._recent:
-            if step.joins(layer, names, starts, num_tokens):
+            if step.joins(cache.layer, cache.names, cache.lens, num_tokens):
                 return step
-        return self._begin(layer, rows, names, starts, num_tokens, counts)
+        return self._begin(cache, num_tokens, counts)
 
-    def _begin(self, layer, rows, names, starts, num_tokens, counts) -> Step:
+    def _begin(self, cache, num_tokens, counts) -> Step:
+        self._settle()
         self.reclaim()
-        self._keep_unread()
-        if counts is None:
-            counts = np.full(len(rows), num_tokens, np.int32)
+        rows, starts = cache.rows, cache.lens
         tables = [row.table for row in rows]
-        for row, start in zip(rows, starts.tolist()):
-            self._check_layers_agree(row, layer, start)
+        positions = starts.tolist()
+        for row, start in zip(rows, positions):
+            self._check_layers_agree(row, cache.layer, start)
             row.table.truncate(start)
-        self._free_behind_window(tables, starts)
-        plan = self._append(tables, counts.tolist())
-        before, packer = self._before(names)
-        packed = packer.update(tables)
-        freed = min(table.num_freed for table in tables)
-        step = Step(
-            names, starts, counts, num_tokens, plan.slots, packed, freed, self.page_size, before
+        if self.window is not None and self.retain is not None:
+            self._free_behind_window(tables, starts)
+        slots = self._append(
+            tables, [num_tokens] * len(rows) if counts is None else counts.tolist()
         )
+        before, packer = self._before(cache.names)
+        packed = packer.update(tables)
+        freed = min([table.num_freed for table in tables])
+        step = Step(cache, num_tokens, counts, slots, packed, freed, max(positions), before)
         for row in rows:
             row.last_step = step
+        self.newest = step
         self._recent.insert(0, (step, packer))
         del self._recent[RECENT_STEPS:]
         self.peak_pages = max(self.peak_pages, self.allocator.num_used)
         return step
+
+    def _settle(self) -> None:
+        """Write what waits, and order gathers that may still run before any later write."""
+        for pool in self.pools:
+            pool.settle()
 
     @staticmethod
     def _check_layers_agree(row, layer, start) -> None:
@@ -154,8 +165,6 @@ class LayerGroup:
         return {}, BlockTable()
 
     def _free_behind_window(self, tables, starts) -> None:
-        if self.window is None or self.retain is None:
-            return
         first = np.maximum(starts - (self.window - 1) - self.retain, 0)
         for table, position in zip(tables, first.tolist()):
             if position // self.page_size > table.num_freed:
@@ -168,7 +177,7 @@ class LayerGroup:
             pass
         while True:
             try:
-                return append_batch(tables, counts, self.allocator)
+                return append_batch(tables, counts, self.allocator).slots
             except OutOfPages:
                 if not self._grow(self.max_pages):
                     raise
@@ -189,49 +198,27 @@ class LayerGroup:
         while self.retired:
             self.retired.popleft().release()
 
-    # Gathers
+    # K and V
 
-    def gathered(self, source: PagesOfLayer, keys: mx.array, values: mx.array):
-        """K and V of a layer as lazy gathers; ``keys`` and ``values`` give their dtypes."""
-        pool, i = self._placed[source.layer]
-        k_pages, v_pages = pool.state[2 * i : 2 * i + 2]
-        arguments = source.step.gather_arguments(k_pages)
-        k, v, _, _ = operations.gather_pages(k_pages, v_pages, **arguments)
-        self._unread[source.layer] = (k, v)
-        if self.window is not None:
-            columns = self._stock_columns(source)
-            k, v = k[:, :, columns], v[:, :, columns]
-        if keys.dtype != pool.dtype:
-            k = k.astype(keys.dtype)
-        if values.dtype != pool.dtype:
-            v = v.astype(values.dtype)
-        if values.shape[3] == 0:
-            v = v[..., :0]
-        return GatheredKV(k, source, True), GatheredKV(v, source, False)
+    def fetch(self, layer: int, step: Step, keys: mx.array, values: mx.array):
+        """K and V of a layer as handles, those of the step included; their write waits."""
+        place = self._placed.get(layer) or self._make_pool(layer, keys, values)
+        source = PagesOfLayer(place, step)
+        if place.pool.v_head_dim == 1 and values.shape[3] == 0:
+            k, v = place.pool.fetch(source, keys, mx.zeros((*values.shape[:3], 1), values.dtype))
+            return k, v[..., :0]
+        return place.pool.fetch(source, keys, values)
 
-    def _stock_columns(self, source: PagesOfLayer) -> slice:
-        """The columns that a stock window cache returns: the window of the first new token."""
-        if source.batched:
-            return slice(None)
-        first = max(0, int(source.step.starts[0]) - self.window + 1)
-        return slice(first - source.step.first_column, None)
-
-    def taken(self, layer: int) -> None:
-        """The hook has read the pages: the layer's gather is not needed."""
-        self._unread.pop(layer, None)
-
-    def _keep_unread(self) -> None:
-        """Order gathers that something may still read before any later write."""
-        for layer, gathers in self._unread.items():
-            pool, i = self._placed[layer]
-            pool.state[2 * i : 2 * i + 2] = mx.depends(pool.state[2 * i : 2 * i + 2], list(gathers))
-        self._unread.clear()
+    def fetch_again(self, layer: int, step: Step):
+        """K and V of a layer, as ``step`` has left them, as handles."""
+        place = self._placed[layer]
+        return place.pool.fetch(PagesOfLayer(place, step))
 
     def contiguous(self, layer: int, rows, lens: np.ndarray) -> tuple[mx.array, mx.array]:
         """K and V of the tokens whose pages are held, ``[batch, heads, tokens, head_dim]``."""
         packed = pack([row.table for row in rows])
         skipped = min(row.table.num_freed for row in rows)
-        pool, i = self._placed[layer]
+        pool, i = self.placed(layer)
         return pool.gather(i, packed.block_tables[:, skipped:], lens - skipped * self.page_size)
 
     # Figures

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx._native import _ext
 from paged_mlx.mlx_lm.gathered import GatheredKV, PagedMask
+
+source_of = _ext.source_of
 
 LATENT = "K is V too, of latent attention"
 NOT_ONE_LAYERS = "K and V are not one layer's"
+PAST = "another step has begun, and may have changed the pages"
 
 _installed = 0
 _stock = None
@@ -40,14 +44,17 @@ def uninstall() -> None:
 def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, **options):
     """``mx.fast.scaled_dot_product_attention``, reading pages where K and V are ours."""
     if type(k) is GatheredKV:
-        source = k.source
-        if type(v) is GatheredKV and v.source is source and v is not k and k.is_key:
-            route = route_of(q, source, mask)
-            source.group.count(source.layer, route.reason)
+        source = source_of(k, v)
+        if source is not None:
+            place, route = source.place, source.step.route
+            if route is None or not route.answers(source, q, mask):
+                route = find_route(source, q, mask)
+            place.group.calls[place.layer, route.reason] += 1
             if route.reason is None:
                 return attend(q, source, route.plan, scale, sinks)
         else:
-            source.group.count(source.layer, LATENT if v is k else NOT_ONE_LAYERS)
+            place = k.source.place
+            place.group.calls[place.layer, LATENT if v is k else NOT_ONE_LAYERS] += 1
     return _stock(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
 
@@ -56,10 +63,15 @@ class Route:
     """What was decided for one layer's call; the layers after it mostly ask the same.
 
     Attributes:
+        step: The step. As soon as another begins in its group, the answer is another.
+        pool: Of the layer.
+        shape, dtype: Of the queries.
+        mask: The mask.
         reason: Why the pages cannot be read; None when they can.
         plan: The attention plan then.
     """
 
+    step: object
     pool: object
     shape: tuple
     dtype: mx.Dtype
@@ -67,33 +79,34 @@ class Route:
     reason: str | None
     plan: object = None
 
-    def answers(self, pool, q, mask) -> bool:
+    def answers(self, source, q, mask) -> bool:
+        place = source.place
         return (
             self.mask is mask
-            and self.pool is pool
+            and self.pool is place.pool
+            and self.step is place.group.newest
             and self.shape == q.shape
             and self.dtype == q.dtype
         )
 
 
-def route_of(q, source, mask) -> Route:
-    """Whether a call reads the pages, decided once for layers that ask the same."""
-    step = source.step
-    pool, _ = source.group.placed(source.layer)
-    route = step.route
-    if route is None or not route.answers(pool, q, mask):
-        reason = refusal(q, source, pool, mask)
-        plan = None
-        if reason is None:
-            window = mask.window if type(mask) is PagedMask else source.group.window
-            plan = step.plan(pool, q.shape[1], window)
-        route = step.route = Route(pool, q.shape, q.dtype, mask, reason, plan)
-    return route
+def find_route(source, q, mask) -> Route:
+    """Decide whether a call reads the pages, and remember it for layers that ask the same."""
+    step, pool, group = source.step, source.place.pool, source.place.group
+    reason = refusal(q, source, pool, mask)
+    plan = None
+    if reason is None:
+        window = mask.window if type(mask) is PagedMask else group.window
+        plan = step.plan(pool, q.shape[1], window)
+    step.route = Route(step, pool, q.shape, q.dtype, mask, reason, plan)
+    return step.route
 
 
 def refusal(q, source, pool, mask) -> str | None:
     """Why this call cannot read the pages; None when it can."""
     step = source.step
+    if step is not source.place.group.newest:
+        return PAST
     batch, heads, tokens, head_dim = q.shape
     if batch != step.batch or tokens != step.num_tokens:
         return "the queries are not this step's tokens"
@@ -107,13 +120,13 @@ def refusal(q, source, pool, mask) -> str | None:
 
 
 def mask_refusal(mask, source) -> str | None:
-    step = source.step
+    step, group = source.step, source.place.group
     if mask is None:
         return None if step.num_tokens == 1 else "attention is not causal"
     if isinstance(mask, str):
-        even = not source.batched or (step.ends == step.ends[0]).all()
+        even = not step.batched or (step.ends == step.ends[0]).all()
         return None if mask == "causal" and even else "the mask is of another kind"
-    if type(mask) is not PagedMask or mask.group is not source.group:
+    if type(mask) is not PagedMask or mask.group is not group:
         return "the mask is not the cache's"
     same_step = mask.starts is step.starts or np.array_equal(mask.starts, step.starts)
     if not same_step or mask.num_tokens != step.num_tokens:
@@ -132,22 +145,13 @@ def attend(q, source, plan, scale, sinks):
     Where only one of q and the pages is float32, q is rounded to the pages' dtype and the result
     is float32, as stock's: models widen a q of K's dtype, so that rounding it loses nothing.
     """
-    group, step = source.group, source.step
-    pool, i = group.placed(source.layer)
+    step, pool = source.step, source.place.pool
     if q.dtype != pool.dtype:
         return attend(q.astype(pool.dtype), source, plan, scale, sinks).astype(mx.float32)
+    if not step.padded:
+        return pool.attend_fetched(source, q, plan, scale, sinks)
+    real, back = step.packing
     batch, heads, tokens, dim = q.shape
-    if tokens == 1:
-        q = q.reshape(batch, heads, dim)
-    else:
-        q = q.swapaxes(1, 2).reshape(batch * tokens, heads, dim)
-    if step.padded:
-        real, back = step.packing()
-        q = q[real]
-    out = pool.attend(i, q, plan, scale=scale, sinks=sinks)
-    group.taken(source.layer)
-    if step.padded:
-        out = out[back]
-    if tokens == 1:
-        return out.reshape(batch, heads, 1, -1)
-    return out.reshape(batch, tokens, heads, -1).swapaxes(1, 2)
+    packed = q.swapaxes(1, 2).reshape(batch * tokens, heads, dim)[real]
+    out = pool.attend_fetched(source, packed.swapaxes(0, 1)[None], plan, scale, sinks)
+    return out[0].swapaxes(0, 1)[back].reshape(batch, tokens, heads, -1).swapaxes(1, 2)

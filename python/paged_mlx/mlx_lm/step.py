@@ -1,9 +1,13 @@
 """One forward pass of a batch: pages taken once, used by every layer of a group."""
 
+from functools import cached_property
+
 import mlx.core as mx
 import numpy as np
 
 from paged_mlx import fast
+from paged_mlx._native import _ext
+from paged_mlx.device import runs_kernels
 
 
 class Step:
@@ -14,40 +18,39 @@ class Step:
     Attributes:
         names: The sequences' names.
         starts: ``int32 [batch]``, tokens before the pass.
-        counts: ``int32 [batch]``, tokens that the pass adds, padding left out.
         ends: ``int32 [batch]``, tokens after it.
         num_tokens: Tokens of a row of the input, padding included.
-        served: Layers that have written their K and V.
-        packed: Page tables of the batch, ``PackedTables``.
-        shifts: ``int32 [batch]``, columns by which a gather of this step moves each row to the
-            right, so that all rows' new tokens stand in the same columns, as in mlx-lm's batches.
-        first_column: Columns at the front that it leaves out: every row gave those pages back.
+        padded: Whether some of them are padding.
+        batched: Whether K and V are to come back as those of mlx-lm's batch caches do.
+        served: Layers that have brought their K and V.
+        slots: ``int32 [batch * num_tokens]``, where each token goes; -1 for padding.
+        slot_array: ``slots`` as an array.
+        tables_before: Where a gather finds K and V while the step's tokens are not in pages.
+        first_column: Columns at the front that a gather of this step leaves out: every row gave
+            those pages back.
         num_columns: Columns that it returns.
         route: What the attention hook has decided for the layers so far.
+        plans: Attention plans by what they are for.
     """
 
-    def __init__(
-        self, names, starts, counts, num_tokens, slots, packed, num_freed, page_size, before
-    ):
-        self.names = names
-        self.starts = starts
-        self.counts = counts
-        self.ends = starts + counts
+    def __init__(self, cache, num_tokens, counts, slots, packed, num_freed, longest, before):
+        group = cache.group
+        self.names, self.starts, self.batched = cache.names, cache.lens, cache.batched
         self.num_tokens = num_tokens
+        self.padded = counts is not None and bool((counts != num_tokens).any())
+        self.ends = packed.context_lens
         self.served: set[int] = set()
-        self.packed = packed
-        self._num_freed = num_freed
-        self.first_column = num_freed * page_size
-        self.shifts = starts.max() - starts
-        self.num_columns = int(starts.max()) + num_tokens - self.first_column
-        self.padded = bool((counts != num_tokens).any())
-        self._slots = slots
-        self._slot_mapping = None
-        self._gather = None
-        self._plans = {}
+        self.first_column = num_freed * group.page_size
+        self.num_columns = longest + num_tokens - self.first_column
         self.route = None
+        self.plans = {}
+        self._window, self._page_size = group.window, group.page_size
+        self._packed, self._num_freed = packed, num_freed
+        self._counts = counts if self.padded else None
         self._before = before
-        self._rows_of_tokens = None
+        self.slots = self._padded(slots, -1) if self.padded else slots
+        self.slot_array = mx.array(self.slots)
+        self.tables_before = self._tables(written=False)
 
     @property
     def batch(self) -> int:
@@ -62,81 +65,103 @@ class Step:
             and (self.starts is starts or np.array_equal(self.starts, starts))
         )
 
-    def slot_mapping(self, pool):
-        """Where each token of ``[batch * num_tokens]`` goes; padding is skipped."""
-        if self._slot_mapping is None:
-            slots = self._slots
-            if self.padded:
-                slots = np.full(self.batch * self.num_tokens, -1, np.int32)
-                slots[self._real_tokens()] = self._slots
-            self._slot_mapping = pool.slots(slots)
-        return self._slot_mapping
+    def _padded(self, values: np.ndarray, filler: int) -> np.ndarray:
+        """A value for each token that is not padding, as ``[batch * num_tokens]``."""
+        padded = np.full(self.batch * self.num_tokens, filler, np.int32)
+        padded[self._real_tokens()] = values
+        return padded
 
     def _real_tokens(self) -> np.ndarray:
         """Indices of the tokens that are not padding, in ``[batch * num_tokens]``."""
         tokens = np.arange(self.num_tokens, dtype=np.int32)
-        return np.flatnonzero(tokens < self.counts[:, None]).astype(np.int32)
+        return np.flatnonzero(tokens < self._counts[:, None]).astype(np.int32)
 
+    @cached_property
     def packing(self) -> tuple[mx.array, mx.array]:
         """Indices that leave padding out, and those that put it back.
 
         A padded position gets the first token's output: finite, and read by nobody.
         """
-        if self._rows_of_tokens is None:
-            real = self._real_tokens()
-            back = np.zeros(self.batch * self.num_tokens, np.int32)
-            back[real] = np.arange(len(real), dtype=np.int32)
-            self._rows_of_tokens = (mx.array(real), mx.array(back))
-        return self._rows_of_tokens
+        real = self._real_tokens()
+        back = self._padded(np.arange(len(real), dtype=np.int32), 0)
+        return mx.array(real), mx.array(back)
 
     def plan(self, pool, num_q_heads: int, window: int | None):
         """The attention plan for layers of this shape, made once and advanced if it can be."""
-        key = (num_q_heads, pool.num_kv_heads, pool.num_pages, window, pool.dtype)
-        if key not in self._plans:
-            one_each = self.num_tokens == 1 and not self.padded
-            self._plans[key] = fast.plan(
-                self.packed.block_tables,
-                self.ends,
-                num_q_heads=num_q_heads,
-                num_kv_heads=pool.num_kv_heads,
-                page_size=pool.page_size,
-                cu_seqlens_q=None if one_each else np.append(0, np.cumsum(self.counts)),
-                sliding_window=window,
-                page_starts=self.packed.page_starts,
-                page_lens=self.packed.page_lens,
-                num_pages=pool.num_pages,
-                dtype=pool.dtype,
-                previous=self._before.get(key),
-            )
-        return self._plans[key]
+        head_dims = pool.head_dim, pool.v_head_dim
+        kernels = runs_kernels(pool.stream)
+        key = (
+            num_q_heads,
+            window,
+            pool.num_kv_heads,
+            *head_dims,
+            pool.dtype,
+            pool.num_pages,
+            kernels,
+        )
+        if key not in self.plans:
+            self.plans[key] = self._plan(pool, num_q_heads, window, self._before.get(key))
+        return self.plans[key]
 
-    @property
-    def plans(self) -> dict:
-        return self._plans
+    def _plan(self, pool, num_q_heads, window, before):
+        packed, first_tokens = self._packed, None
+        if self.num_tokens > 1 or self.padded:
+            counts = np.full(self.batch, self.num_tokens) if self._counts is None else self._counts
+            first_tokens = np.append(0, np.cumsum(counts)).astype(np.int32)
+        if before is not None and packed.page_starts is None:
+            following = before.advance(packed.block_tables, self.ends, first_tokens)
+            if following is not None:
+                return following
+        return fast.plan(
+            packed.block_tables,
+            self.ends,
+            num_q_heads=num_q_heads,
+            num_kv_heads=pool.num_kv_heads,
+            page_size=pool.page_size,
+            cu_seqlens_q=first_tokens,
+            sliding_window=window,
+            page_starts=packed.page_starts,
+            page_lens=packed.page_lens,
+            num_pages=pool.num_pages,
+            dtype=pool.dtype,
+            head_dim=pool.head_dim,
+            v_head_dim=pool.v_head_dim,
+            stream=pool.stream,
+        )
 
-    def gather_arguments(self, pages: mx.array) -> dict:
-        """Arguments of the native gather; pages that every row gave back are left out."""
-        if self._gather is None:
-            first, skipped = self.first_column, self._num_freed
-            starts, lens = self._page_columns(pages.shape[2])
-            arrays = {
-                "block_tables": self.packed.block_tables[:, skipped:],
-                "context_lens": self.ends + self.shifts - first,
-                "page_starts": None if starts is None else starts[:, skipped:] - first,
-                "page_lens": None if lens is None else lens[:, skipped:],
-            }
-            known = {name: a for name, a in arrays.items() if a is not None}
-            self._gather = {name: mx.array(np.ascontiguousarray(a)) for name, a in known.items()}
-            self._gather["length"] = self.num_columns
-        return self._gather
+    # For gathers
 
-    def _page_columns(self, page_size: int):
-        """The first column of each page and how many it fills; None where positions say it."""
-        starts, lens = self.packed.page_starts, self.packed.page_lens
-        if not self.shifts.any():
-            return starts, lens
-        if starts is None:
-            tables = self.packed.block_tables
-            starts = np.arange(tables.shape[1], dtype=np.int32) * np.int32(page_size)
-            lens = np.full(tables.shape, page_size, np.int32)
-        return starts + self.shifts[:, None], lens
+    @cached_property
+    def tables_after(self):
+        """Where a gather finds K and V when all tokens are in the pages."""
+        return self._tables(written=True)
+
+    @cached_property
+    def shifts(self) -> np.ndarray:
+        """Columns by which a gather moves each row to the right, ``int32 [batch]``.
+
+        So all rows' new tokens stand in the same columns, as in mlx-lm's batches.
+        """
+        return self.starts.max() - self.starts
+
+    def _tables(self, written: bool):
+        packed = self._packed
+        return _ext.FetchTables(
+            packed.block_tables,
+            self.starts,
+            self._counts,
+            self.num_tokens,
+            written,
+            self._num_freed,
+            self._page_size,
+            self.num_columns,
+            self._skipped_columns(),
+            packed.page_starts,
+            packed.page_lens,
+        )
+
+    def _skipped_columns(self) -> int:
+        """Columns that a stock window cache leaves out: it begins at the first token's window."""
+        if self.batched or self._window is None:
+            return 0
+        return max(0, int(self.starts[0]) - self._window + 1) - self.first_column

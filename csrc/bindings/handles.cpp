@@ -1,0 +1,232 @@
+// K and V of a layer as mlx-lm's models get them, and the node that reads the
+// pages in their place.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/variant.h>
+
+#include "mlx/allocator.h"
+#include "mlx/ops.h"
+
+#include "bindings/module.h"
+#include "ops/fetch_pages.h"
+#include "ops/write_attend.h"
+#include "shape_check.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace paged_mlx {
+
+namespace {
+
+// K or V of a layer, gathered when it is evaluated.
+struct GatheredKV : mx::array {
+  GatheredKV(mx::array lazy, nb::object source, bool is_key)
+      : mx::array(std::move(lazy)), source(std::move(source)), is_key(is_key) {}
+
+  nb::object source;
+  bool is_key;
+};
+
+using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Row = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A step's arrays from its tables. Pages that every sequence gave back, the first
+// `num_freed`, are left out. The new tokens of all rows stand in the last columns:
+// shorter rows are moved to the right, by giving each page its first column.
+std::shared_ptr<FetchTables> make_tables(
+    const Table& block_tables,
+    const Row& starts,
+    const std::optional<Row>& counts,
+    int num_tokens,
+    bool written,
+    int num_freed,
+    int page_size,
+    int length,
+    int skip,
+    const std::optional<Table>& page_starts,
+    const std::optional<Table>& page_lens) {
+  const int batch = int(block_tables.shape(0)), width = int(block_tables.shape(1));
+  const int max_pages = width - num_freed, first = num_freed * page_size;
+  const int new_column = length - num_tokens; // of every row's first new token
+  if (int(starts.size()) != batch || max_pages < 0 || skip < 0 || skip > length) {
+    fail(
+        "FetchTables",
+        "starts must have " + std::to_string(batch) + " lengths, as block_tables, and skip be at most " +
+            std::to_string(length),
+        std::to_string(starts.size()) + " lengths, and skip " + std::to_string(skip));
+  }
+  bool ragged = page_starts.has_value();
+  for (int b = 0; b < batch; b++) {
+    ragged = ragged || starts.data()[b] - first != new_column;
+  }
+  auto tables = std::make_shared<FetchTables>(FetchTables{
+      batch, max_pages, written ? 0 : num_tokens, length, skip, ragged, mx::array({0}, mx::int32)});
+  const int size = tables->num_words();
+  tables->words = mx::array(mx::allocator::malloc(size * sizeof(int32_t)), mx::Shape{size}, mx::int32);
+  int32_t* const words = tables->words.data<int32_t>();
+  for (int b = 0; b < batch; b++) {
+    const int count = counts ? counts->data()[b] : num_tokens;
+    const int shift = new_column - starts.data()[b]; // from a position to its column
+    for (int i = 0; i < max_pages; i++) {
+      const int from = b * width + num_freed + i, to = b * max_pages + i;
+      words[to] = block_tables.data()[from];
+      if (ragged) {
+        const int position = page_starts ? page_starts->data()[from] : first + i * page_size;
+        words[tables->page_starts() + to] = position + shift;
+        words[tables->page_lens() + to] = page_lens ? page_lens->data()[from] : page_size;
+      }
+    }
+    words[tables->context_lens() + b] = new_column + (written ? count : 0);
+    for (int t = 0; t < tables->num_tokens; t++) {
+      const int slot = b * length + new_column + t;
+      words[tables->slots() + b * num_tokens + t] = t < count ? slot : -1;
+    }
+  }
+  return tables;
+}
+
+// The same K or V. In float32 it stands for the pages still, since nothing is lost.
+nb::object as_type(const GatheredKV& handle, mx::Dtype dtype, mx::StreamOrDevice s) {
+  auto converted = mx::astype(handle, dtype, s);
+  if (dtype != mx::float32) {
+    return nb::cast(std::move(converted));
+  }
+  return nb::cast(GatheredKV(std::move(converted), handle.source, handle.is_key));
+}
+
+nb::tuple fetch(
+    Fetches& fetches,
+    int layer,
+    const nb::object& source,
+    const std::shared_ptr<FetchTables>& tables,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const std::optional<mx::array>& k,
+    const std::optional<mx::array>& v,
+    mx::StreamOrDevice s) {
+  auto made = fetch_pages(tables, k_pages, v_pages, k, v, s);
+  fetches.add(layer, std::move(made.fetch));
+  return nb::make_tuple(
+      GatheredKV(std::move(made.k), source, true), GatheredKV(std::move(made.v), source, false));
+}
+
+// `state`: k_pages and v_pages of every layer.
+void settle(Fetches& fetches, nb::list state) {
+  fetches.settle([&state](int layer, Fetch& fetch) {
+    auto pages = [&](int side) { return nb::cast<mx::array>(state[2 * layer + side]); };
+    auto next = fetch.settle(pages(0), pages(1));
+    state[2 * layer] = std::move(next[0]);
+    state[2 * layer + 1] = std::move(next[1]);
+  });
+}
+
+// What K and V of one layer stand for; None for any other two arrays.
+nb::object source_of(const nb::handle& k, const nb::handle& v) {
+  if (k.type().is(v.type()) && nb::isinstance<GatheredKV>(k)) {
+    const auto &keys = *nb::inst_ptr<GatheredKV>(k), &values = *nb::inst_ptr<GatheredKV>(v);
+    if (keys.is_key && !values.is_key && keys.source.is(values.source)) {
+      return keys.source;
+    }
+  }
+  return nb::none();
+}
+
+nb::tuple write_and_attend(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const mx::array& plan,
+    const std::optional<mx::array>& k,
+    const std::optional<mx::array>& v,
+    const std::optional<mx::array>& slots,
+    float scale,
+    const std::optional<mx::array>& sinks,
+    mx::StreamOrDevice s) {
+  std::optional<NewTokens> tokens;
+  if (k && v && slots) {
+    tokens = NewTokens{*k, *v, *slots};
+  } else if (k || v || slots) {
+    fail("write_attend", "k, v and slots must be given together", "some of them");
+  }
+  auto made = write_attend(q, k_pages, v_pages, plan, tokens, scale, sinks, s);
+  return nb::make_tuple(std::move(made[0]), std::move(made[1]), std::move(made[2]));
+}
+
+} // namespace
+
+void bind_handles(nb::module_& m) {
+  nb::class_<GatheredKV, mx::array>(
+      m, "GatheredKV", "K or V of one layer: a real array, a gather that has not run.")
+      .def(
+          "astype",
+          &as_type,
+          "dtype"_a,
+          "stream"_a = nb::none(),
+          "As mx.array's; in float32 the result stands for the pages still.")
+      .def_ro("source", &GatheredKV::source, "The PagesOfLayer it stands for.")
+      .def_ro("is_key", &GatheredKV::is_key, "Whether it is K.");
+  nb::class_<FetchTables>(m, "FetchTables", "Where a step's K and V lie, for all layers.")
+      .def(
+          nb::new_(&make_tables),
+          "block_tables"_a,
+          "starts"_a,
+          "counts"_a.none(),
+          "num_tokens"_a,
+          "written"_a,
+          "num_freed"_a,
+          "page_size"_a,
+          "length"_a,
+          "skip"_a,
+          "page_starts"_a.none(),
+          "page_lens"_a.none())
+      .def_ro("ragged", &FetchTables::ragged, "Whether pages have lengths of their own.");
+  nb::class_<Fetches>(m, "Fetches", "The handles of a pool's layers since its last settling.")
+      .def(nb::init<>())
+      .def(
+          "fetch",
+          &fetch,
+          "layer"_a,
+          "source"_a,
+          "tables"_a,
+          "k_pages"_a,
+          "v_pages"_a,
+          "k"_a.none() = nb::none(),
+          "v"_a.none() = nb::none(),
+          "stream"_a = nb::none(),
+          "(k, v): K and V as GatheredKV of `source`. The pages hold what they held before the "
+          "tokens k and v [batch, num_kv_heads, tokens, dim], and are not written.")
+      .def(
+          "read_pages",
+          &Fetches::read_pages,
+          "Whether a handle has read the pages, or can still be evaluated.")
+      .def(
+          "settle",
+          &settle,
+          "state"_a,
+          "Make `state`, [k_pages, v_pages] of every layer, come after every read of the handles.");
+  m.def(
+      "source_of",
+      &source_of,
+      "k"_a.none(),
+      "v"_a.none(),
+      "The source of a K and a V of one layer; None for any other two arrays.");
+  m.def(
+      "write_attend",
+      &write_and_attend,
+      "q"_a,
+      "k_pages"_a,
+      "v_pages"_a,
+      "plan"_a,
+      "k"_a.none(),
+      "v"_a.none(),
+      "slots"_a.none(),
+      "scale"_a,
+      "sinks"_a.none() = nb::none(),
+      "stream"_a = nb::none(),
+      "(out, k_pages', v_pages'): k and v go to their slots, in place, then q attends; all of "
+      "them [batch, heads, tokens, dim].");
+}
+
+} // namespace paged_mlx

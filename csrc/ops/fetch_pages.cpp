@@ -1,0 +1,283 @@
+#include "ops/fetch_pages.h"
+
+#include <algorithm>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+
+#include "metal/launch.h"
+#include "ops/gather_row.h"
+#include "ops/launch.h"
+#include "shape_check.h"
+
+namespace paged_mlx {
+
+namespace {
+
+constexpr const char* kOp = "fetch_pages";
+
+enum Input { kPages, kWords, kTokens };
+
+// K or V of all sequences, on the CPU.
+struct Gatherer {
+  std::shared_ptr<const FetchTables> tables;
+  const int32_t* words;
+  const char* pages;
+  int64_t num_kv_heads, page_size, row_bytes;
+  std::optional<TokenRows> tokens;
+  char* out;
+
+  void operator()() const {
+    const FetchTables& t = *tables;
+    for (int64_t b = 0; b < t.batch; b++) {
+      const int64_t at = b * t.max_pages;
+      const GatherRow row{
+          words + at,
+          t.ragged ? words + t.page_starts() + at : nullptr,
+          t.ragged ? words + t.page_lens() + at : nullptr,
+          t.max_pages,
+          words[t.context_lens() + b],
+          t.length,
+          num_kv_heads,
+          page_size};
+      row(pages, out + b * num_kv_heads * t.length * row_bytes, row_bytes);
+    }
+    for (int64_t i = 0; tokens && i < tokens->num_tokens(); i++) {
+      add(i, words[t.slots() + i]);
+    }
+  }
+
+  void add(int64_t token, int64_t slot) const {
+    const int64_t length = tables->length;
+    for (int64_t h = 0; slot >= 0 && h < num_kv_heads; h++) {
+      const int64_t row = (slot / length * num_kv_heads + h) * length + slot % length;
+      tokens->copy(token, h, out + row * row_bytes);
+    }
+  }
+};
+
+// A part of `words` as something to bind.
+mx::array view(const mx::array& words, int begin, int count) {
+  mx::array part({count}, words.dtype(), nullptr, {});
+  part.copy_shared_buffer(words, {1}, {true, true, true}, count, begin);
+  return part;
+}
+
+// Inputs as the Metal launch binds them: the words part by part, after the rest.
+enum Part { kTables, kLens, kSlots, kStarts, kPageLens };
+
+std::vector<mx::array> with_parts(std::vector<mx::array> inputs, const FetchTables& t) {
+  const mx::array words = inputs[kWords];
+  const int table = t.batch * t.max_pages;
+  inputs.push_back(view(words, 0, table));
+  inputs.push_back(view(words, t.context_lens(), t.batch));
+  inputs.push_back(view(words, t.slots(), t.batch * t.num_tokens));
+  if (t.ragged) {
+    inputs.push_back(view(words, t.page_starts(), table));
+    inputs.push_back(view(words, t.page_lens(), table));
+  }
+  return inputs;
+}
+
+} // namespace
+
+FetchedPages fetch_pages(
+    const std::shared_ptr<const FetchTables>& tables,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const std::optional<mx::array>& k,
+    const std::optional<mx::array>& v,
+    mx::StreamOrDevice s_) {
+  const auto s = mx::to_stream(s_);
+  ShapeCheck shape(kOp);
+  shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
+  shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
+  check_float(kOp, "k_pages", k_pages);
+  check_dtype(kOp, "v_pages", v_pages, k_pages.dtype(), "the dtype of k_pages");
+  const bool wants_tokens = tables->num_tokens > 0;
+  if (k.has_value() != wants_tokens || v.has_value() != wants_tokens) {
+    fail(kOp, "k and v must be given if the tables have new tokens, and only then", "others");
+  }
+  if (k) {
+    check_tokens(kOp, shape, *k, *v, tables->batch, tables->num_tokens);
+    check_not_traced(kOp, "k", *k, k_pages);
+  }
+  const auto has_read = std::make_shared<std::atomic<bool>>(false);
+  auto node = [&](const mx::array& pages, const std::optional<mx::array>& tokens) {
+    std::optional<mx::array> stored;
+    if (tokens) {
+      stored = for_kernels(mx::astype(*tokens, pages.dtype(), s), s);
+    }
+    return std::make_shared<GatherHandle>(s, tables, has_read, row_contiguous(pages, s), std::move(stored));
+  };
+  const auto k_node = node(k_pages, k), v_node = node(v_pages, v);
+  return {
+      mx::astype(GatherHandle::make(k_node), k ? k->dtype() : k_pages.dtype(), s),
+      mx::astype(GatherHandle::make(v_node), v ? v->dtype() : v_pages.dtype(), s),
+      {k_node, v_node, has_read, s}};
+}
+
+mx::array GatherHandle::make(const std::shared_ptr<GatherHandle>& node) {
+  const FetchTables& t = *node->tables_;
+  const mx::array& pages = node->pages_;
+  std::vector<mx::array> inputs;
+  inputs.reserve(3);
+  inputs.push_back(pages);
+  inputs.push_back(t.words);
+  if (node->tokens_) {
+    inputs.push_back(*node->tokens_);
+  }
+  return mx::array(
+      {t.batch, pages.shape(1), t.length - t.skip, pages.shape(3)}, pages.dtype(), node, std::move(inputs));
+}
+
+const mx::array& GatherHandle::replace() {
+  if (!replacement_) {
+    replacement_ =
+        make(std::make_shared<GatherHandle>(stream(), tables_, has_read_, pages_, tokens_));
+  }
+  return *replacement_;
+}
+
+bool GatherHandle::take_replacement(mx::array& out) const {
+  if (!replacement_ || replacement_->status() == mx::array::Status::unscheduled) {
+    return false;
+  }
+  out.copy_shared_buffer(*replacement_);
+  return true;
+}
+
+// Memory for all columns; `out` is those that are not skipped.
+mx::array GatherHandle::allocate(mx::array& out) const {
+  const mx::Shape shape = {out.shape(0), out.shape(1), tables_->length, out.shape(3)};
+  mx::array whole(shape, out.dtype(), nullptr, {});
+  whole.set_data(mx::allocator::malloc(whole.nbytes()));
+  if (tables_->skip == 0) {
+    out.copy_shared_buffer(whole);
+    return whole;
+  }
+  const bool one_run = shape[0] * shape[1] == 1;
+  const int64_t skipped = int64_t(tables_->skip) * shape[3];
+  out.copy_shared_buffer(
+      whole,
+      whole.strides(),
+      {/*contiguous=*/one_run, /*row_contiguous=*/one_run, /*col_contiguous=*/false},
+      whole.size() - skipped,
+      skipped);
+  return whole;
+}
+
+// The launch as a function of an encoder and of what binds inputs and outputs.
+auto GatherHandle::launch(const std::vector<mx::array>& inputs) const {
+  const mx::array& pages = inputs[kPages];
+  metal::GatherPagesCall gather{};
+  gather.batch = tables_->batch;
+  gather.max_pages = tables_->max_pages;
+  gather.length = tables_->length;
+  gather.num_kv_heads = pages.shape(1);
+  gather.page_size = pages.shape(2);
+  gather.row = {row_bytes(pages), 0};
+  metal::WritePagesCall write{};
+  write.tokens = tables_->batch * tables_->num_tokens;
+  write.num_kv_heads = gather.num_kv_heads;
+  write.page_size = tables_->length;
+  write.row = gather.row;
+  const int parts = int(inputs.size());
+  return [gather, write, parts, ragged = tables_->ragged](
+             metal::Encoder& encoder, auto in, auto out) mutable {
+    gather.k_pages = gather.v_pages = in(kPages);
+    gather.tables = in(parts + kTables);
+    gather.context_lens = in(parts + kLens);
+    gather.page_starts = ragged ? in(parts + kStarts) : nullptr;
+    gather.page_lens = ragged ? in(parts + kPageLens) : nullptr;
+    gather.k_out = gather.v_out = write.k_pages = out(0);
+    metal::gather_pages(encoder, gather);
+    if (write.tokens > 0) {
+      write.k = in(kTokens);
+      write.slots = in(parts + kSlots);
+      metal::write_pages(encoder, write);
+    }
+  };
+}
+
+void GatherHandle::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  if (take_replacement(outputs[0])) {
+    return;
+  }
+  *has_read_ = true;
+  std::vector<mx::array> whole = {allocate(outputs[0])};
+  if (host_launch(stream())) {
+    auto bound = inputs;
+    if (tokens_) {
+      bound[kTokens] = token_major(inputs[kTokens], stream());
+    }
+    return dispatch_on_host(stream(), with_parts(bound, *tables_), whole, launch(inputs));
+  }
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(outputs[0]);
+  const mx::array& pages = inputs[kPages];
+  std::optional<TokenRows> tokens;
+  if (tokens_) {
+    tokens.emplace(inputs[kTokens]);
+  }
+  encoder.dispatch(Gatherer{
+      tables_,
+      inputs[kWords].data<int32_t>(),
+      pages.data<char>(),
+      pages.shape(1),
+      pages.shape(2),
+      row_bytes(pages),
+      tokens,
+      whole[0].data<char>()});
+}
+
+void GatherHandle::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  if (take_replacement(outputs[0])) {
+    return;
+  }
+  *has_read_ = true;
+  std::vector<mx::array> whole = {allocate(outputs[0])};
+  dispatch_on_gpu(kOp, stream(), with_parts(inputs, *tables_), whole, launch(inputs));
+}
+
+bool Fetch::reads_pages() const {
+  return *has_read || !k.expired() || !v.expired();
+}
+
+std::vector<mx::array> Fetch::settle(const mx::array& k_pages, const mx::array& v_pages) {
+  std::vector<mx::array> inputs = {k_pages, v_pages};
+  for (const auto& handle : {k, v}) {
+    if (const auto node = handle.lock()) {
+      inputs.push_back(node->replace());
+    }
+  }
+  return mx::array::make_arrays(
+      {k_pages.shape(), v_pages.shape()},
+      {k_pages.dtype(), v_pages.dtype()},
+      std::make_shared<After>(stream),
+      std::move(inputs));
+}
+
+void Fetches::add(int layer, Fetch fetch) {
+  if (fetches_.size() >= limit_) {
+    std::erase_if(fetches_, [](const auto& entry) { return !entry.second.reads_pages(); });
+    limit_ = 64 + 2 * fetches_.size();
+  }
+  fetches_.emplace_back(layer, std::move(fetch));
+}
+
+bool Fetches::read_pages() const {
+  return std::any_of(
+      fetches_.begin(), fetches_.end(), [](const auto& entry) { return entry.second.reads_pages(); });
+}
+
+void After::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  outputs[0].copy_shared_buffer(inputs[0]);
+  outputs[1].copy_shared_buffer(inputs[1]);
+}
+
+} // namespace paged_mlx

@@ -1,0 +1,109 @@
+"""A pool whose newest K and V wait for the attention that follows them."""
+
+import mlx.core as mx
+
+from paged_mlx import operations
+from paged_mlx._native import _ext
+from paged_mlx.mlx_lm.gathered import GatheredKV, PagesOfLayer
+from paged_mlx.pool import PagePool
+
+
+class LazyPool(PagePool):
+    """A PagePool that writes a layer's tokens and attends in one node of the graph.
+
+    ``fetch`` hands a step's K and V to a model as handles, and their write waits;
+    ``attend_fetched`` takes it along. Whoever asks for ``state`` instead, to write, copy, grow,
+    evaluate or save, gets versions that come after every write that waits and after every read
+    of the handles, begun or still to come. A step begins by settling: so no write is lost or
+    done twice, and no page changes before its readers (docs/design.md, "Handles").
+    """
+
+    def __init__(self, *sizes, **options):
+        self._waiting: dict[int, PagesOfLayer] = {}  # layer -> whose tokens are not written
+        self._fetches = _ext.Fetches()  # what the handles that models have got may still read
+        super().__init__(*sizes, **options)
+
+    @property
+    def state(self) -> list[mx.array]:
+        self.settle()
+        return self._state
+
+    @state.setter
+    def state(self, arrays: list[mx.array]) -> None:
+        self._state = arrays
+
+    @property
+    def num_pages(self) -> int:
+        return self._state[0].shape[0]
+
+    def fetch(self, source: PagesOfLayer, keys=None, values=None) -> tuple[GatheredKV, GatheredKV]:
+        """K and V of the whole context as handles; ``keys`` and ``values`` wait to be written.
+
+        Args:
+            source: The layer and the step.
+            keys, values: The step's tokens ``[batch, num_kv_heads, tokens, head_dim]``. None:
+                the pages hold them.
+        """
+        i, step, state = source.place.index, source.step, self._state
+        if i in self._waiting:
+            self._write(self._waiting[i])
+        tables = step.tables_before if keys is not None else step.tables_after
+        k_pages, v_pages = state[2 * i], state[2 * i + 1]
+        handles = operations.fetch_pages(
+            self._fetches, i, source, tables, k_pages, v_pages, keys, values, self.stream
+        )
+        if keys is not None:
+            source.keys, source.values = keys, values
+            self._waiting[i] = source
+            if i == 0:
+                self._remember(step.slots)
+        return handles
+
+    def attend_fetched(self, source: PagesOfLayer, q: mx.array, plan, scale, sinks) -> mx.array:
+        """Write what waits of ``source``, and attend.
+
+        Args:
+            q: ``[batch, num_q_heads, tokens, head_dim]``, the tokens of ``plan``.
+            plan: An AttentionPlan of the group's newest step.
+        """
+        i, state = source.place.index, self._state
+        k_pages, v_pages = state[2 * i], state[2 * i + 1]
+        if source.keys is None:
+            tokens = (None, None, None)
+        else:
+            tokens = (source.keys, source.values, source.step.slot_array)
+        out, state[2 * i], state[2 * i + 1] = operations.write_attend(
+            q, k_pages, v_pages, plan, *tokens, scale, sinks, self.stream
+        )
+        if source.keys is not None:
+            source.keys = source.values = None
+            del self._waiting[i]
+        return out
+
+    def _write(self, source: PagesOfLayer) -> None:
+        """Write what waits of a layer that nobody has attended to."""
+        i = source.place.index
+        pair = slice(2 * i, 2 * i + 2)
+        self._state[pair] = operations.write_pages(
+            _by_token(source.keys, self),
+            _by_token(source.values, self),
+            *self._state[pair],
+            source.step.slot_array,
+            alias=True,
+            stream=self.stream,
+        )
+        source.keys = source.values = None
+        del self._waiting[i]
+
+    def settle(self) -> None:
+        """Write what waits, and come after every gather that has read or may still read."""
+        if self._waiting:
+            for source in list(self._waiting.values()):
+                self._write(source)
+        self._fetches.settle(self._state)
+
+
+def _by_token(x: mx.array, pool: PagePool) -> mx.array:
+    """``[batch, heads, tokens, dim]`` as ``[batch * tokens, heads, dim]``, the pool's dtype."""
+    batch, heads, tokens, dim = x.shape
+    return x.swapaxes(1, 2).reshape(batch * tokens, heads, dim).astype(pool.dtype)
