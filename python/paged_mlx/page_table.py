@@ -170,11 +170,17 @@ class PageTable:
             offset = positions - starts[index]
         return np.array(self._pages, np.int32)[index] * np.int32(self._page_size) + offset
 
-    def full_pages(self, num_tokens: int) -> list[int]:
+    def leading_pages(self, num_tokens: int, tail: bool = False) -> list[int]:
         """Return the pages of entries i = 0, 1, ... that are full of ``[0, num_tokens)``, as
-        long as entry i covers ``[i * page_size, (i + 1) * page_size)``; NO_PAGE if given back."""
-        count = min(num_tokens, self._num_tokens) // self._page_size
-        if self._starts is not None:
+        long as entry i covers ``[i * page_size, (i + 1) * page_size)``; NO_PAGE if given back.
+
+        ``tail``: the page too that the rest of the tokens begins, unless the table is ragged.
+        """
+        num_tokens = min(num_tokens, self._num_tokens)
+        count = num_tokens // self._page_size
+        if self._starts is None:
+            count += tail and num_tokens % self._page_size > 0
+        else:
             uniform = (
                 start == i * self._page_size
                 for i, start in enumerate(self._starts[1 : count + 1], 1)
@@ -373,11 +379,16 @@ class PageTable:
         self._allocator.free_page(old)
 
     def _adopt(self, page_ids: Sequence[int], num_tokens: int, allocator: PageAllocator) -> None:
-        """Fill an empty table with pages that somebody holds, sharing them."""
-        allocator.share_pages(page_ids)
+        """Fill an empty table with pages that somebody holds, sharing them.
+
+        The first of ``page_ids`` may be NO_PAGE: those behind a window.
+        """
+        num_freed = sum(itertools.takewhile(bool, (page_id == NO_PAGE for page_id in page_ids)))
+        allocator.share_pages(page_ids[num_freed:])
         self._clear()
         self._allocator = allocator
         self._pages.extend(page_ids)
+        self._num_freed = num_freed
         self._num_tokens = num_tokens
 
     def _extend(self, num_tokens: int, page_ids: list[int]) -> np.ndarray | int:
