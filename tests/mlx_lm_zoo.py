@@ -193,13 +193,20 @@ def speculative(model, draft, tokens, max_tokens: int, num_draft: int = 3, chunk
 
 
 def batched(
-    model, prompts, max_tokens, late: dict[int, int] | None = None, chunk: int = 16, caches=None
+    model,
+    prompts,
+    max_tokens,
+    late: dict[int, int] | None = None,
+    chunk: int = 16,
+    caches=None,
+    all_tokens=None,
 ):
     """Greedy tokens of each prompt through ``BatchGenerator``.
 
     Args:
         max_tokens: Of each prompt: they leave at different steps.
         late: Prompts that join only after so many steps.
+        caches, all_tokens: Of each prompt, as ``insert`` takes them.
     """
     late = late or {}
     generator = BatchGenerator(
@@ -211,8 +218,12 @@ def batched(
 
     def insert(which):
         given = [caches[i] for i in which] if caches else None
+        told = [all_tokens[i] for i in which] if all_tokens else None
         uids = generator.insert(
-            [prompts[i] for i in which], max_tokens=[max_tokens[i] for i in which], caches=given
+            [prompts[i] for i in which],
+            max_tokens=[max_tokens[i] for i in which],
+            caches=given,
+            all_tokens=told,
         )
         index.update(zip(uids, which))
 

@@ -9,7 +9,7 @@ from paged_mlx.errors import fail
 from paged_mlx.mlx_lm import hook, prompt_files, prompt_hooks
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
-from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, reasons_of
+from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes
 from paged_mlx.mlx_lm.sequence import SequencePages
@@ -39,8 +39,8 @@ def enable(
         retain: Tokens that a sliding-window layer keeps behind its window, so that as many
             can be taken back; None: all of them.
         prefix_cache: Let prompts that begin alike share pages, in a batch and across calls.
-            Windows then keep all their pages, and pages outlive their sequences until
-            the pool needs them.
+            Pages outlive their sequences until the pool needs them; recurrent states are
+            kept at some positions.
 
     Returns:
         A PagedModel: a context manager, and the way to look at the pages.
@@ -80,8 +80,7 @@ class PagedModel:
         if not self.layout.num_layers:
             fail("enable", "model must have a cache of K and V that can be paged", caches[:1])
         if prefix_cache:
-            retain = None
-            self._check_all_paged()
+            self._check_prefixes_can_be_shared(caches)
         first, most = (num_pages, num_pages) if num_pages else (FIRST_PAGES, NO_LIMIT // page_size)
         unhurried = most if prefix_cache and num_pages is None else first
         self.groups = {
@@ -101,8 +100,12 @@ class PagedModel:
         self.prefixes = PromptPrefixes(self) if prefix_cache else None
         self.enable()
 
-    def _check_all_paged(self) -> None:
-        others = [reason for place in self.layout.places for reason in reasons_of(place)]
+    def _check_prefixes_can_be_shared(self, caches) -> None:
+        others = [
+            reason
+            for cache, reason in unpaged(caches, self.layout.places)
+            if type(cache) is not stock.ArraysCache
+        ]
         if others:
             must = (
                 "prefix_cache must be False, because not all that the model remembers is in pages"
@@ -117,8 +120,7 @@ class PagedModel:
             return
         self.model.make_cache = MakeCache(self)
         hook.install()
-        if self.prefixes is not None:
-            prompt_hooks.install()
+        prompt_hooks.install()
         self._enabled = True
 
     def disable(self) -> None:
@@ -127,8 +129,7 @@ class PagedModel:
             return
         self._enabled = False
         hook.uninstall()
-        if self.prefixes is not None:
-            prompt_hooks.uninstall()
+        prompt_hooks.uninstall()
         del self.model.make_cache
         if self._own_make_cache is not None:
             self.model.make_cache = self._own_make_cache

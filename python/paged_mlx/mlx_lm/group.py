@@ -117,7 +117,7 @@ class LayerGroup:
         tables = [row.table for row in rows]
         for row, start in zip(rows, starts.tolist()):
             self._check_layers_agree(row, layer, start)
-            row.table.truncate(start)
+            row.truncate(start)
         self._free_behind_window(tables, starts)
         plan = self._append(tables, counts.tolist())
         before, packer = self._before(names)
