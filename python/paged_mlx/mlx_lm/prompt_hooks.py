@@ -321,8 +321,25 @@ def _answered(extracted: list, batch, idx: int) -> list[int] | None:
 
 def _insert_cache(before):
     def insert_cache(self, model, tokens, prompt_cache, **options):
-        for layer in layers_of(prompt_cache):
+        layers = list(layers_of(prompt_cache))
+        if layers:
+            tokens = _agree(tokens, prompt_cache)
+        for layer in layers:
             layer.stored = True
         return before(self, model, tokens, prompt_cache, **options)
 
     return insert_cache
+
+
+def _agree(tokens: list[int], prompt_cache: list) -> list[int]:
+    """Have all caches hold the same tokens, and return those.
+
+    mlx-lm's server puts a speculative answer aside with its last token, which is in no cache
+    if it was not the draft's; a draft's cache may lack one more.
+    """
+    counting = [cache for cache in prompt_cache if isinstance(getattr(cache, "offset", None), int)]
+    length = min([len(tokens), *(cache.offset for cache in counting)])
+    for cache in counting:
+        if cache.offset > length and cache.is_trimmable():
+            cache.trim(cache.offset - length)
+    return tokens[:length]
