@@ -296,6 +296,21 @@ class PageTable:
         child.trail = None if self.trail is None else self.trail.fork()
         return child
 
+    def skip(self, num_tokens: int, allocator: PageAllocator) -> None:
+        """Begin an empty table with ``num_tokens`` positions behind a window, without pages.
+
+        Raises:
+            ValueError: The table is not empty, or ``num_tokens`` is not of full pages.
+        """
+        num_tokens = whole_number("skip", "num_tokens", num_tokens)
+        if self._num_tokens:
+            fail("skip", "table must be empty", f"{self._num_tokens} tokens")
+        if num_tokens % self._page_size:
+            fail("skip", f"num_tokens must be a multiple of {self._page_size}", num_tokens)
+        self._check_allocator("skip", allocator)
+        if num_tokens:
+            self._adopt([NO_PAGE] * (num_tokens // self._page_size), num_tokens, allocator)
+
     def release(self) -> None:
         """Give back every page; the table is empty and belongs to no allocator."""
         self._drop_all()

@@ -12,7 +12,9 @@ from paged_mlx.mlx_lm.group import LayerGroup
 from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes
+from paged_mlx.mlx_lm.prompt_run import tokens_in
 from paged_mlx.mlx_lm.sequence import SequencePages
+from paged_mlx.page_hash import pack_tokens, unpack_tokens
 
 FIRST_PAGES = 64
 PAGES_BEFORE_EVICTION = 4096  # a pool with a prefix cache grows to, then it evicts
@@ -176,11 +178,18 @@ class PagedModel:
 
     def save(self, path: str, prompt_cache: list, metadata: dict | None = None) -> None:
         """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool."""
-        prompt_files.save(path, prompt_cache, metadata)
+        tokens = tokens_in(self, prompt_cache) if self.prefixes is not None else None
+        prompt_files.save(path, prompt_cache, metadata, pack_tokens(tokens or []))
 
     def load(self, path: str, return_metadata: bool = False):
-        """Read a prompt cache from a file of ``save`` or of mlx-lm into pages."""
-        return prompt_files.load(self, path, return_metadata)
+        """Read a prompt cache from a file of ``save`` or of mlx-lm into pages.
+
+        With ``prefix_cache=True``, other prompts begin with one that was saved so too.
+        """
+        prompt_cache, metadata, told = prompt_files.load(self, path)
+        if self.prefixes is not None:
+            self.prefixes.remember(list(unpack_tokens(told)), prompt_cache, finished=True)
+        return (prompt_cache, metadata) if return_metadata else prompt_cache
 
     # Figures
 

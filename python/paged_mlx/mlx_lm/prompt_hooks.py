@@ -5,17 +5,20 @@ Each passes through unless the model is enabled.
 
 import contextlib
 import inspect
+import logging
 import sys
 
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
-from paged_mlx.mlx_lm import seams
+from paged_mlx.mlx_lm import prompt_files, seams
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import layers_of, rows_of
 from paged_mlx.mlx_lm.prompt_run import PromptRun, prefixes_of, tokens_in
 from paged_mlx.page_hash import TOKEN_BYTES
+
+log = logging.getLogger("paged_mlx")
 
 _installed = 0
 
@@ -32,6 +35,8 @@ def install() -> None:
         module = sys.modules["mlx_lm.generate"]
         seams.replace_body(module, "generate_step", _generate_step)
         seams.replace_body(module, "speculative_generate_step", _speculative_generate_step)
+        seams.replace_body(stock, "save_prompt_cache", _save_prompt_cache)
+        seams.replace(module.BatchGenerator, "insert_segments", _insert_segments)
         seams.replace(module.BatchGenerator, "_make_batch", _make_batch)
         seams.replace(module.PromptProcessingBatch, "prompt", _prompt)
         seams.replace(module.GenerationBatch, "extract_cache", _extract_cache)
@@ -54,6 +59,7 @@ def uninstall() -> None:
 def _generate_step(before):
     def generate_step(*args, **options):
         given = _arguments(before, args, options)
+        _tell_of_stock_caches(given)
         run = _run_of(given)
         if run is None:
             yield from before(**given)
@@ -75,6 +81,13 @@ def _generate_step(before):
         yield from _steps(before(**given), [run])
 
     return generate_step
+
+
+def _tell_of_stock_caches(given) -> None:
+    prompt_cache = given["prompt_cache"]
+    ours = prompt_cache is None or any(True for _ in layers_of(prompt_cache))
+    if paged_model_of(given["model"]) is not None and not ours:
+        log.info("a prompt cache of mlx-lm's own is used as it is; from_stock puts it on pages")
 
 
 def _run_of(given) -> PromptRun | None:
@@ -143,7 +156,7 @@ def _speculative_runs(given) -> list[PromptRun] | None:
 def _before(model, prompt_cache) -> list[int] | None:
     """The tokens that a cache holds, [] for one that is not known and empty."""
     if prefixes_of(model) is not None:
-        return tokens_in(model, prompt_cache)
+        return tokens_in(paged_model_of(model), prompt_cache)
     return [] if all(cache.empty() for cache in prompt_cache) else None
 
 
@@ -180,7 +193,40 @@ def _listed(prompt) -> list[int]:
     return prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
 
 
+def _save_prompt_cache(before):
+    def save_prompt_cache(*args, **options):
+        given = _arguments(before, args, options)
+        if any(True for _ in layers_of(given["cache"])):
+            given["cache"] = prompt_files.to_stock(given["cache"])
+        return before(**given)
+
+    return save_prompt_cache
+
+
 # Batches
+
+
+def _insert_segments(before):
+    def insert_segments(self, *args, **options):
+        paged = paged_model_of(self.model)
+        if paged is None or self.max_kv_size is not None:
+            return before(self, *args, **options)
+        given = _arguments(before, (self, *args), options)
+        if given["caches"]:
+            given["caches"] = [cache and _on_pages(paged, cache) for cache in given["caches"]]
+        return before(**given)
+
+    return insert_segments
+
+
+def _on_pages(paged, prompt_cache: list) -> list:
+    """A prompt cache that can be in a batch with those of an enabled model."""
+    groups = {id(layer.group) for layer in layers_of(prompt_cache)}
+    if not groups:
+        return paged.from_stock(prompt_cache)
+    if not groups <= {id(group) for group in paged.groups.values()}:
+        fail("insert", "caches must be of this model", prompt_cache[:1])
+    return prompt_cache
 
 
 def _make_batch(before):
@@ -204,7 +250,7 @@ def _begin_waiting(generator, prefixes, count: int) -> None:
     waiting = [generator._unprocessed_sequences[i] for i in range(count)]
     prompts = {}
     for i, (_, segments, _, prompt_cache, *_) in enumerate(waiting):
-        before = tokens_in(generator.model, prompt_cache)
+        before = tokens_in(paged_model_of(generator.model), prompt_cache)
         if before is not None:
             prompts[i] = [*before, *(token for part in segments for token in part)]
     _read_common(generator, list(prompts.values()))

@@ -38,7 +38,7 @@ class PromptRun:
         """The run of a prompt; None if nobody knows what the cache holds already."""
         if prompt_cache is None:
             return cls(model, make_prompt_cache(model), [], prompt)
-        before = tokens_in(model, prompt_cache)
+        before = tokens_in(paged_model_of(model), prompt_cache)
         return None if before is None else cls(model, prompt_cache, before, prompt)
 
     def count(self) -> None:
@@ -89,9 +89,9 @@ class PromptRun:
             self.remember(self.tokens[: held.pop()], finished=True)
 
 
-def tokens_in(model, prompt_cache: list) -> list[int] | None:
-    """The tokens that a prompt cache of one sequence holds; None if they are not known."""
-    paged = paged_model_of(model)
+def tokens_in(paged, prompt_cache: list) -> list[int] | None:
+    """The tokens that a prompt cache of one sequence, of this PagedModel, holds; None if they
+    are not known."""
     layers = list(layers_of(prompt_cache))
     ours = bool(layers) and all(
         layer.group is paged.groups.get(layer.group.window) and len(layer.rows) == 1

@@ -58,7 +58,14 @@ def _speculative_generate_step(*args, **options):
     return bodies["speculative_generate_step"](*args, **options)
 
 
+def _save_prompt_cache(*args, **options):
+    from paged_mlx.mlx_lm.seams import bodies
+
+    return bodies["save_prompt_cache"](*args, **options)
+
+
 _BODIES = {
     "generate_step": _generate_step,
+    "save_prompt_cache": _save_prompt_cache,
     "speculative_generate_step": _speculative_generate_step,
 }
