@@ -1,6 +1,7 @@
 """``enable``: paged K and V for a model of mlx-lm, by one call, undone completely."""
 
 import copy
+import types
 from collections import Counter
 
 from mlx_lm.models import cache as stock
@@ -10,7 +11,7 @@ from paged_mlx.mlx_lm import hook, prompt_files, prompt_hooks
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
 from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, unpaged
-from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
+from paged_mlx.mlx_lm.model_seam import DefaultMakeCache, MakeCache, paged_model_of
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes
 from paged_mlx.mlx_lm.prompt_run import tokens_in
 from paged_mlx.mlx_lm.sequence import SequencePages
@@ -153,7 +154,18 @@ class PagedModel:
     @property
     def has_default_cache(self) -> bool:
         """Whether mlx-lm, not the model, decides on the kind of cache."""
-        return self._stock_make_cache is None
+        return self._stock_make_cache is None or isinstance(
+            self._stock_make_cache, DefaultMakeCache
+        )
+
+    def make_cache_of_copy(self, memo: dict):
+        """What ``make_cache`` is on a deep copy of the model that is being made."""
+        if self._own_make_cache is not None:
+            return copy.deepcopy(self._own_make_cache, memo)
+        model = memo.get(id(self.model), self.model)
+        if self._stock_make_cache is None:
+            return DefaultMakeCache(model)
+        return types.MethodType(type(model).make_cache, model)
 
     def make_cache(self) -> list:
         """A prompt cache on pages."""
