@@ -132,13 +132,14 @@ def test_a_full_pool_says_so_and_changes_nothing():
         paged.check()
 
 
-def test_pools_double_on_demand_and_then_stay():
+def test_pools_grow_on_demand_to_little_more_than_is_needed_and_then_stay():
     model, prompt = zoo.tiny("llama"), zoo.prompt(600, seed=1)
     expected = zoo.single(model, prompt, max_tokens=6, chunk=128)
     with enable(model, page_size=4) as paged:
         assert zoo.single(model, prompt, max_tokens=6, chunk=128) == expected
         grown = paged.nbytes
-        assert paged.groups[None].allocator.total_pages == 256
+        group = paged.groups[None]
+        assert group.peak_pages == 152 and group.allocator.total_pages <= 152 + 19
         zoo.single(model, prompt, max_tokens=6, chunk=128)
         assert paged.nbytes == grown
         paged.check()

@@ -38,7 +38,7 @@ def enable(
     Args:
         model: A model of mlx-lm.
         page_size: Tokens in a page; powers of two from 8 to 256 are fast.
-        num_pages: Pages for each kind of layer. None: the pools double on demand.
+        num_pages: Pages for each kind of layer. None: the pools grow on demand.
         retain: Tokens that a sliding-window layer keeps behind its window, so that as many
             can be taken back; None: all of them.
         prefix_cache: Let prompts that begin alike share pages, in a batch and across calls.

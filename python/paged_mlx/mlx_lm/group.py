@@ -28,7 +28,7 @@ class LayerGroup:
         num_layers: Layers of the group.
         page_size: Tokens in a page.
         num_pages: Pages at first.
-        max_pages: Pages at most; more than ``num_pages`` lets the pools double on demand.
+        max_pages: Pages at most; more than ``num_pages`` lets the pools grow on demand.
         grow_first: Pages up to which the pools grow before cached pages are evicted.
         window: Keys a token may see, its own included; None: all.
         retain: Tokens kept behind the window, so that a rewind of as many stays possible;
@@ -162,24 +162,25 @@ class LayerGroup:
                 table.free_before(position)
 
     def _append(self, tables, counts):
-        """Append to all tables or to none; pools double when they must and may."""
+        """Append to all tables or to none; pools grow when they must and may."""
         most = sum(count // self.page_size + 2 for count in counts)
-        while self.allocator.num_free < most and self._grow(self.grow_first):
-            pass
+        self._grow(most, self.grow_first)
         while True:
             try:
                 return append_batch(tables, counts, self.allocator)
             except OutOfPages:
-                if not self._grow(self.max_pages):
+                if not self._grow(most, self.max_pages):
                     raise
 
-    def _grow(self, limit: int) -> bool:
-        """Double the pools, up to ``limit`` pages; False when they have as many, or cannot."""
+    def _grow(self, wanted: int, limit: int) -> bool:
+        """Grow until ``wanted`` pages are free, by an eighth at least, up to ``limit`` pages;
+        False when they are, or when the pools have as many or cannot grow."""
         total = self.allocator.total_pages
-        if total >= limit:
+        missing = wanted - self.allocator.num_free
+        if missing <= 0 or total >= limit:
             return False
         try:
-            self.allocator.grow(min(total, limit - total))
+            self.allocator.grow(min(max(missing, -(-total // 8)), limit - total))
         except OutOfPages:
             return False
         return True
