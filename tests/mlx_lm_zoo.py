@@ -200,6 +200,7 @@ def batched(
     chunk: int = 16,
     caches=None,
     all_tokens=None,
+    watch=None,
 ):
     """Greedy tokens of each prompt through ``BatchGenerator``.
 
@@ -207,6 +208,7 @@ def batched(
         max_tokens: Of each prompt: they leave at different steps.
         late: Prompts that join only after so many steps.
         caches, all_tokens: Of each prompt, as ``insert`` takes them.
+        watch: Called after each step.
     """
     late = late or {}
     generator = BatchGenerator(
@@ -234,6 +236,8 @@ def batched(
         while waiting and late[waiting[0]] <= steps:
             insert([waiting.pop(0)])
         responses = generator.next_generated()
+        if watch is not None:
+            watch()
         if not responses and not waiting:
             return answers
         for response in responses:

@@ -75,6 +75,22 @@ def test_pages_of_a_waiting_prompt_are_not_held_while_it_waits():
         assert zoo.batched(model, prompts, [4] * 6) == expected
 
 
+def test_attention_reads_what_a_batch_begins_with_once():
+    model = zoo.tiny("llama")
+    prompts = [SYSTEM + zoo.prompt(3, seed=n) for n in range(8)]
+    expected = zoo.batched(model, prompts, [4] * 8)
+    decisions = []
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+
+        def watch():
+            for plan in paged.groups[None].plans:
+                decisions.append([(d.num_sequences, d.num_pages, d.shared) for d in plan.decisions])
+
+        assert zoo.batched(model, prompts, [4] * 8, watch=watch) == expected
+        assert paged.gathered_calls == {}
+    assert [(8, 4, True)] in decisions
+
+
 def test_batch_generate_shares_prefixes_in_a_batch_and_across_calls(computed):
     model, tokenizer = zoo.tiny("llama"), mlx_lm_prompts.tokenizer()
     prompts = [SYSTEM + [n, n + 1] for n in range(3)]

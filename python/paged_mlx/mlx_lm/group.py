@@ -248,6 +248,11 @@ class LayerGroup:
         return self._offsets[1]
 
     @property
+    def plans(self) -> list:
+        """The attention plans of the newest pass."""
+        return list(self._recent[0][0].plans.values()) if self._recent else []
+
+    @property
     def pages_used(self) -> int:
         self.reclaim()
         return self.allocator.num_used
