@@ -12,6 +12,7 @@ from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
 from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import DefaultMakeCache, MakeCache, paged_model_of
+from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes
 from paged_mlx.mlx_lm.prompt_run import tokens_in
 from paged_mlx.mlx_lm.sequence import SequencePages
@@ -98,6 +99,9 @@ class PagedModel:
             )
             for window, num_layers in self.layout.num_layers.items()
         }
+        passes = Passes(list(self.groups.values()))
+        for group in self.groups.values():
+            group.passes = passes
         for (window, layer), geometry in probe_geometry(model, caches, self.layout.places).items():
             self.groups[window].geometry[layer] = geometry
         self.prefixes = PromptPrefixes(self) if prefix_cache else None

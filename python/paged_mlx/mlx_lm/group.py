@@ -7,11 +7,13 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx import operations
+from paged_mlx._native import _ext
 from paged_mlx.allocator import PageAllocator
 from paged_mlx.append import append_batch
 from paged_mlx.block_table import BlockTable, pack
-from paged_mlx.errors import OutOfPages
+from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.mlx_lm.gathered import GatheredKV, PagesOfLayer
+from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.step import Step
 from paged_mlx.pool import PagePool
 
@@ -52,6 +54,7 @@ class LayerGroup:
         self._unread: dict[int, tuple] = {}  # gathers that nobody has taken the place of
         self.calls: Counter = Counter()  # (layer, why the pages were not read) -> attention calls
         self._offsets = (None, None)
+        self.passes = Passes([self])  # of the model, with its other groups
 
     def __deepcopy__(self, memo):
         return self
@@ -107,7 +110,16 @@ class LayerGroup:
         for step, _ in self._recent:
             if step.joins(layer, names, starts, num_tokens):
                 return step
-        return self._begin(layer, rows, names, starts, num_tokens, counts)
+        self.passes.enter()
+        try:
+            step = self._begin(layer, rows, names, starts, num_tokens, counts)
+            self.passes.begun(self, step)
+            return step
+        except OutOfPages:
+            self.passes.take_back(self)
+            raise
+        finally:
+            self.passes.leave()
 
     def _begin(self, layer, rows, names, starts, num_tokens, counts) -> Step:
         self.reclaim()
@@ -136,14 +148,22 @@ class LayerGroup:
     @staticmethod
     def _check_layers_agree(row, layer, start) -> None:
         """A new step begins where every layer is, or goes back as every layer has."""
+        if row.broken is not None:
+            must = (
+                "the sequence must have all its tokens, because a pass over them failed: "
+                "begin it anew"
+            )
+            fail("update_and_fetch", must, row.broken)
         last = row.last_step
         if last is None or not last.served or layer in last.served:
             return
         end = int(last.ends[last.names.index(row.name)])
-        assert end <= start, (
-            f"layer {layer} writes position {start} of a sequence that other layers have "
-            f"written up to {end} in another pass"
-        )
+        if end > start:
+            must = (
+                f"layer {layer} must hold as many tokens of the sequence as other layers, {end}, "
+                "because a pass that was interrupted reached only some: begin it anew"
+            )
+            fail("update_and_fetch", must, start)
 
     def _before(self, names) -> tuple[dict, BlockTable]:
         """Plans and packed tables of these rows' last pass, to be advanced."""
@@ -187,8 +207,9 @@ class LayerGroup:
 
     def reclaim(self) -> None:
         """Free the pages of sequences that are gone."""
-        while self.retired:
-            self.retired.popleft().release()
+        with self.passes.lock:
+            while self.retired:
+                self.retired.popleft().release()
 
     # Gathers
 
@@ -221,6 +242,22 @@ class LayerGroup:
         """The hook has read the pages: the layer's gather is not needed."""
         self._unread.pop(layer, None)
 
+    def undo_newest(self) -> None:
+        """Take the newest pass back in the caches that have taken part: it has added nothing."""
+        step, _ = self._recent.pop(0)
+        step.ends[:] = step.starts
+        self._offsets = (None, None)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether something was built that nobody has asked for."""
+        return any(_ext.is_pending(array) for pool in self.pools for array in pool.state)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether all that was built has been computed."""
+        return all(_ext.is_available(array) for pool in self.pools for array in pool.state)
+
     def _keep_unread(self) -> None:
         """Order gathers that something may still read before any later write."""
         for layer, gathers in self._unread.items():
@@ -243,9 +280,10 @@ class LayerGroup:
 
     def offsets(self, lens: np.ndarray) -> mx.array:
         """``lens`` as an array, one for all layers of a step."""
-        if self._offsets[0] is not lens:
-            self._offsets = (lens, mx.array(lens))
-        return self._offsets[1]
+        offsets = self._offsets
+        if offsets[0] is not lens:
+            offsets = self._offsets = (lens, mx.array(lens))
+        return offsets[1]
 
     @property
     def plans(self) -> list:

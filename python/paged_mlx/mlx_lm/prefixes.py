@@ -33,6 +33,7 @@ class PromptPrefixes:
 
     def __init__(self, paged):
         self._paged = paged
+        self._lock = next(iter(paged.groups.values())).passes.lock
         self.caches = {
             window: PrefixCache(group.allocator, window=window)
             for window, group in paged.groups.items()
@@ -53,6 +54,10 @@ class PromptPrefixes:
         Returns:
             How many tokens it holds then: less than all.
         """
+        with self._lock:
+            return self._begin(tokens, prompt_cache)
+
+    def _begin(self, tokens: list[int], prompt_cache: list) -> int:
         known = self.known(tokens)
         layers = list(layers_of(prompt_cache))
         for row in rows_of(layers, 0):
@@ -73,12 +78,14 @@ class PromptPrefixes:
 
     def known(self, tokens: list[int]) -> int:
         """Length of the longest beginning, less than all, that nothing need be computed of."""
-        self._forget_other_weights()
-        return self._longest(tokens, self.checkpoints)
+        with self._lock:
+            self._forget_other_weights()
+            return self._longest(tokens, self.checkpoints)
 
     def parting(self, tokens: list[int]) -> int:
         """Where ``tokens`` part from those whose pages are known: a good place for a checkpoint."""
-        return self._longest(tokens, None)
+        with self._lock:
+            return self._longest(tokens, None)
 
     def _longest(self, tokens: list[int], checkpoints: Checkpoints | None) -> int:
         length = max(0, len(tokens) - 1)
@@ -105,6 +112,10 @@ class PromptPrefixes:
         Args:
             finished: Nothing will be appended: remember the last page too, part-filled.
         """
+        with self._lock:
+            self._remember(tokens, prompt_cache, row, finished)
+
+    def _remember(self, tokens: list[int], prompt_cache: list, row: int, finished: bool) -> None:
         layers = list(layers_of(prompt_cache))
         lens = {int(layer.lens[row]) for layer in layers}
         rows = rows_of(layers, row)
@@ -135,10 +146,11 @@ class PromptPrefixes:
 
     def reset(self) -> None:
         """Forget every page, and what sequences that are there began with."""
-        for window, cache in self.caches.items():
-            cache.reset()
-            for sequence in self._paged.groups[window].sequences:
-                sequence.told = b""
+        with self._lock:
+            for window, cache in self.caches.items():
+                cache.reset()
+                for sequence in self._paged.groups[window].sequences:
+                    sequence.told = b""
 
     def _forget_other_weights(self) -> None:
         if self._weights.have_changed():

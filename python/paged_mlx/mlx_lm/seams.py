@@ -31,6 +31,13 @@ def replace_body(owner, name: str, make) -> None:
     _set(function, "__code__", _BODIES[name].__code__)
 
 
+def arguments(function, args, options) -> dict:
+    """All arguments of a call by their names, defaults too."""
+    call = inspect.signature(function).bind(*args, **options)
+    call.apply_defaults()
+    return call.arguments
+
+
 def put_back() -> None:
     """Undo everything."""
     while _replaced:

@@ -41,7 +41,8 @@ class SequencePages:
 
     def fork(self) -> "SequencePages":
         """Another sequence of the same tokens on the same pages; no bytes move."""
-        fork = SequencePages(self.group, self.table.fork())
+        with self.group.passes.lock:
+            fork = SequencePages(self.group, self.table.fork())
         fork.first_token, fork.told, fork.broken = self.first_token, self.told, self.broken
         return fork
 
@@ -66,6 +67,10 @@ class SequencePages:
         mlx-lm copies, merges and extracts a prompt cache layer by layer: the first layer
         that asks makes the fork, the others get the same one.
         """
+        with self.group.passes.lock:
+            return self._fork_for(layer)
+
+    def _fork_for(self, layer: int) -> "SequencePages":
         content = (self.table._version, self.table.num_tokens)
         alive = []
         found = None
