@@ -42,7 +42,7 @@ def _left_out(record: dict) -> Counter:
 
 
 def _table(cases: list[dict]) -> str:
-    """A row for each case: the first candidate's time, and how the others compare with it."""
+    """A row for each case: the first candidate's time or figure, and how the others compare."""
     first = cases[0]["candidates"][0]["name"]
     others = {c["name"]: c for case in cases for c in case["candidates"][1:]}
     heads = [f"share of {name}" if c.get("limit") else name for name, c in others.items()]
@@ -52,10 +52,26 @@ def _table(cases: list[dict]) -> str:
     ]
     for case in cases:
         found = {c["name"]: c for c in case["candidates"]}
-        cells = [_compared(found.get(name), found[first]) for name in others]
-        time = _time(found[first]["median"], case["about"])
-        rows.append("| " + " | ".join([case["name"], time, *cells]) + " |")
+        if "figure" in case["about"]:
+            cells = [_multiple(found.get(name), found[first]) for name in others]
+            own = _figure(found[first]["median"], case["about"]["figure"])
+        else:
+            cells = [_compared(found.get(name), found[first]) for name in others]
+            own = _time(found[first]["median"], case["about"])
+        rows.append("| " + " | ".join([case["name"], own, *cells]) + " |")
     return "\n".join(rows)
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{value / 1e6:.1f} MB" if unit == "MB" else f"{value} {unit}"
+
+
+def _multiple(candidate: dict | None, first: dict) -> str:
+    """Of the first candidate's figure; the figure itself where that is 0."""
+    if candidate is None:
+        return ""
+    value, base = candidate["median"], first["median"]
+    return f"{value / base:.2f}x" if base else str(value)
 
 
 def _compared(candidate: dict | None, first: dict) -> str:

@@ -208,13 +208,14 @@ def share_paged(paged, writes: Counter) -> float:
 
 def left_to_stock(paged) -> list[str]:
     """Why caches of K and V are mlx-lm's own, one reason for each that is."""
-    reasons = [reason for place in paged.layout.places for reason in layout.reasons_of(place)]
+    reasons = (reason for _, reason in layout.unpaged(paged.stock_cache(), paged.layout.places))
     return [reason for reason in reasons if not reason.startswith("ArraysCache")]
 
 
 def reasons_of(paged, writes: Counter) -> list[str]:
     """Why layers did not read pages."""
-    reasons = {reason for place in paged.layout.places for reason in layout.reasons_of(place)}
+    left = layout.unpaged(paged.stock_cache(), paged.layout.places)
+    reasons = {reason for _, reason in left}
     reasons |= set(paged.gathered_calls)
     if writes.keys() - calls_of(paged).keys():
         reasons.add(OWN_ATTENTION)

@@ -113,6 +113,8 @@ def batched(
     late: dict[int, int] | None = None,
     chunk: int = 16,
     caches=None,
+    all_tokens=None,
+    watch=None,
     logprobs=None,
 ):
     """Greedy tokens of each prompt through ``BatchGenerator``.
@@ -120,6 +122,8 @@ def batched(
     Args:
         max_tokens: Of each prompt: they leave at different steps.
         late: Prompts that join only after so many steps.
+        caches, all_tokens: Of each prompt, as ``insert`` takes them.
+        watch: Called after each step.
         logprobs: A list that takes, for each prompt, the log-probabilities of each token.
     """
     late = late or {}
@@ -132,8 +136,12 @@ def batched(
 
     def insert(which):
         given = [caches[i] for i in which] if caches else None
+        told = [all_tokens[i] for i in which] if all_tokens else None
         uids = generator.insert(
-            [prompts[i] for i in which], max_tokens=[max_tokens[i] for i in which], caches=given
+            [prompts[i] for i in which],
+            max_tokens=[max_tokens[i] for i in which],
+            caches=given,
+            all_tokens=told,
         )
         index.update(zip(uids, which))
 
@@ -146,6 +154,8 @@ def batched(
         while waiting and late[waiting[0]] <= steps:
             insert([waiting.pop(0)])
         responses = generator.next_generated()
+        if watch is not None:
+            watch()
         if not responses and not waiting:
             return answers
         for response in responses:

@@ -55,7 +55,7 @@ def test_an_index_that_follows_the_events_knows_what_is_cached():
                 assert len(event.tokens) == 4 * len(event.page_hashes)
             else:
                 index.discard(event.page_hash)
-        assert index == set(cache._by_hash)
+        assert index == set(cache._tree.by_hash)
         if start == 8:
             cache.reset()
             assert [type(event) for event in cache.take_events()] == [CacheCleared]

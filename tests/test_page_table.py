@@ -393,3 +393,17 @@ def test_share_prefix_refuses_what_it_cannot_do(allocator):
         with pytest.raises(ValueError, match=must):
             share_prefix(*arguments)
     assert snapshot(allocator, source, target, windowed) == before
+
+
+def test_a_table_can_begin_behind_a_window(allocator):
+    table = PageTable(4)
+    table.skip(12, allocator)
+    assert table.num_tokens == 12 and table.num_freed == 3 and table.num_pages == 0
+    assert table.append_tokens(5, allocator).slots.tolist() == [0, 1, 2, 3, 4]
+    assert [entry.logical_start for entry in table.entries] == [12, 16]
+    with pytest.raises(ValueError, match="logical_pos must be at least 12"):
+        table.logical_to_physical(11)
+    allocator.check([table])
+    for tokens, used, must in [(4, table, "table must be empty"), (5, PageTable(4), "a multiple")]:
+        with pytest.raises(ValueError, match=must):
+            used.skip(tokens, allocator)

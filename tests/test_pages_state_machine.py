@@ -20,8 +20,8 @@ from paged_mlx.append import append_batch
 from paged_mlx.block_table import BlockTable, pack
 from paged_mlx.cache_events import CacheCleared, PagesStored
 from paged_mlx.errors import DoubleFree, OutOfPages, UnknownPage, UseAfterFree
-from paged_mlx.page_hash import ExtraKey
-from paged_mlx.page_table import PageTable, copy_on_write, share_prefix
+from paged_mlx.page_hash import TOKEN_BYTES, ExtraKey
+from paged_mlx.page_table import NO_PAGE, PageTable, copy_on_write, share_prefix
 from paged_mlx.prefix_cache import PrefixCache
 
 WIPED = -7
@@ -90,13 +90,17 @@ class PageMachine(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         growth=st.sampled_from([0, 5]),
         cache_pages=st.sampled_from([None, None, 5]),
+        window=st.sampled_from([None, None, 1, 5]),
         lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     )
-    def begin(self, kind, total_pages, page_size, growth, cache_pages, lengths):
+    def begin(self, kind, total_pages, page_size, growth, cache_pages, window, lengths):
         self.allocator = kind(total_pages, page_size, max_pages=total_pages + growth, slab_pages=2)
         self.pool = SlotPool(page_size)
         self.allocator.attach(self.pool)
-        self.cache = PrefixCache(self.allocator, max_pages=cache_pages, max_events=10000)
+        self.window = window
+        self.cache = PrefixCache(
+            self.allocator, window=window, max_pages=cache_pages, max_events=10000
+        )
         self.index = set()  # what the events say is cached
         self.live = []
         self.block_table = BlockTable()
@@ -244,13 +248,13 @@ class PageMachine(RuleBasedStateMachine):
 
     # The prefix cache.
 
-    @rule(pick=pick, left_out=st.sampled_from([0, 0, 1, 5]))
-    def cache_it(self, pick, left_out):
+    @rule(pick=pick, left_out=st.sampled_from([0, 0, 1, 5]), tail=st.booleans())
+    def cache_it(self, pick, left_out, tail):
         sequence = self.one(pick)
         length = max(0, len(sequence.tokens) - left_out)
         pages, cached = [s.table.page_ids for s in self.live], self.cache.page_ids
         try:
-            self.cache.insert(sequence.tokens[:length], sequence.table, sequence.keys)
+            self.cache.insert(sequence.tokens[:length], sequence.table, sequence.keys, tail=tail)
         except ValueError:
             assert self.edited and self.cache.page_ids == cached
         assert [s.table.page_ids for s in self.live] == pages
@@ -262,7 +266,11 @@ class PageMachine(RuleBasedStateMachine):
         used, match = self.allocator.num_used, self.cache.match(tokens, sequence.keys)
         saved = self.cache.reuse(tokens, sequence.table, sequence.keys)
         assert match.num_tokens == saved <= max(0, len(tokens) - 1)
-        assert match.page_ids == sequence.table.page_ids and self.allocator.num_used == used
+        behind = sequence.table.num_freed
+        assert match.page_ids == [NO_PAGE] * behind + sequence.table.page_ids
+        assert self.allocator.num_used == used
+        sequence.kept = behind * self.allocator.page_size
+        assert sequence.kept <= (0 if self.window is None else max(0, saved - self.window + 1))
         sequence.tokens = tokens[:saved]
         self.append(self.add(sequence), tokens[saved:])
 
@@ -367,8 +375,9 @@ class PageMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         size = self.allocator.page_size
-        for page in self.cache._by_page.values():
-            slots = range(page.page_id * size, (page.page_id + 1) * size)
+        for page in self.cache._tree.by_page.values():
+            first = page.page_id * size
+            slots = range(first, first + len(page.tokens) // TOKEN_BYTES)
             assert [self.pool.tokens[slot] for slot in slots] == np.frombuffer(
                 page.tokens, "<i4"
             ).tolist()
@@ -384,7 +393,8 @@ class PageMachine(RuleBasedStateMachine):
                 self.index.clear()
             else:
                 self.index.remove(event.page_hash)
-        assert self.index == set(self.cache._by_hash)
+        held = self.cache._tree.by_page.values()
+        assert self.index == {page.page_hash for page in held}
 
     @invariant()
     def the_packed_batch_is_that_of_fresh_tables(self):

@@ -87,7 +87,7 @@ def test_a_second_prompt_takes_pages_only_for_what_differs():
     second.append_tokens(2, allocator)
     assert second.page_ids == [0, 1, 2, 4]
     assert [allocator.ref_count(page_id) for page_id in range(5)] == [3, 3, 3, 1, 1]
-    assert page_hashes(range(55), 16)[-1] in cache._by_hash and len(page_hashes(range(55), 16)) == 3
+    assert page_hashes(range(55), 16)[-1] in cache._tree.by_hash and len(page_hashes(range(55), 16)) == 3
 
 
 def test_a_hit_whose_append_fails_leaves_the_cache_as_it_was():
@@ -401,7 +401,7 @@ def test_check_sees_a_cache_that_disagrees_with_itself(allocator, cache, broken)
     table, _ = run(cache, list(range(8)))
     table.release()
     cache.check()
-    page = cache._by_page[1]
+    page = cache._tree.by_page[1]
     if broken == "hash":
         page.tokens = page.tokens[::-1]
     elif broken == "idle":

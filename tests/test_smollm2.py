@@ -83,6 +83,79 @@ def test_a_batch_of_8_with_a_shared_system_prompt_equals_stock(smol):
         paged.check()
 
 
+LONG_SYSTEM = (
+    "You are a friendly guide in a science museum for children. Visitors ask short questions and "
+    "you answer each of them in two or three plain sentences. You never use difficult words "
+    "without explaining them, and you stay kind and cheerful."
+)
+
+
+def chats(tokenizer, count: int) -> list[list[int]]:
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "system", "content": LONG_SYSTEM}, {"role": "user", "content": question}],
+            add_generation_prompt=True,
+        )
+        for question in QUESTIONS[:count]
+    ]
+
+
+@pytest.mark.long
+def test_real_text_single_equals_stock_and_the_next_chat_begins_with_the_system_prompt(smol):
+    model, tokenizer = smol
+    asked = chats(tokenizer, 2)
+    expected = [zoo.single(model, prompt, max_tokens=24, chunk=512) for prompt in asked]
+    with paged_mlx.enable(model, prefix_cache=True) as paged:
+        for _ in range(2):
+            assert [zoo.single(model, p, max_tokens=24, chunk=512) for p in asked] == expected
+        common = sum(1 for a, b in zip(*asked) if a == b)
+        assert paged.prefixes.tokens_reused >= common + sum(len(p) - 1 for p in asked)
+        assert paged.gathered_calls == {}
+        paged.check()
+
+
+@pytest.mark.long
+def test_real_text_of_8_chats_shares_the_system_prompts_pages_and_reads_them_once(smol):
+    model, tokenizer = smol
+    asked = chats(tokenizer, 8)
+    expected = zoo.batched(model, asked, [10] * 8, chunk=512)
+    system = 0
+    while len({prompt[system] for prompt in asked}) == 1:
+        system += 1
+    seen = []
+    with paged_mlx.enable(model, prefix_cache=True) as paged:
+        (group,) = paged.groups.values()
+
+        def watch():
+            shared = {tuple(ids[: system // 16]) for ids in group.page_map()}
+            decisions = [d for plan in group.plans for d in plan.decisions]
+            seen.append((len(shared), [d for d in decisions if d.shared]))
+
+        assert zoo.batched(model, asked, [10] * 8, chunk=512, watch=watch) == expected
+        assert system >= 48 and paged.prefixes.tokens_reused == 7 * (system // 16 * 16)
+        # From the first answer on: one copy of the pages, read once for all.
+        pages, decisions = seen[3]
+        assert pages == 1
+        (decision,) = [d for d in decisions if d.first_page == 0]
+        assert decision.num_sequences == 8 and decision.num_pages == system // 16
+        assert paged.gathered_calls == {}
+        paged.check()
+
+
+@pytest.mark.long
+def test_real_text_with_the_model_as_its_own_draft_equals_stock(smol):
+    model, tokenizer = smol
+    asked = chats(tokenizer, 2)
+    expected = [zoo.single(model, prompt, max_tokens=24, chunk=512) for prompt in asked]
+    stock = [zoo.speculative(model, model, p, max_tokens=24, chunk=512) for p in asked]
+    with paged_mlx.enable(model, prefix_cache=True) as paged:
+        found = [zoo.speculative(model, model, p, max_tokens=24, chunk=512) for p in asked]
+        assert found == stock == expected
+        assert paged.prefixes.tokens_reused > 0
+        assert paged.gathered_calls == {}
+        paged.check()
+
+
 # The conversion, on a file of a few kilobytes
 
 

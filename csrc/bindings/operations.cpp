@@ -171,6 +171,18 @@ void bind_diagnostics(nb::module_& m) {
       "a"_a,
       "Whether the array stood for an input of a trace that is over.");
   m.def(
+      "is_pending",
+      [](const mx::array& a) {
+        return a.has_primitive() && a.status() == mx::array::Status::unscheduled;
+      },
+      "a"_a,
+      "Whether nobody has asked for the array's values yet.");
+  m.def(
+      "is_available",
+      [](const mx::array& a) { return a.is_available(); },
+      "a"_a,
+      "Whether the array's values have been computed.");
+  m.def(
       "set_host_launch",
       [](std::optional<nb::callable> launch, std::optional<mx::Stream> spared) {
         set_host_launch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, KeysView, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paged_mlx.errors import PageError, fail
@@ -117,14 +117,19 @@ def lowest_priority(page: CachedPage) -> Any:
 
 
 class EvictionQueue:
-    """The cached pages without children that no table holds, in the order of a policy.
+    """The cached pages that could be evicted, in the order of a policy.
 
-    A page that was pushed and is in use again, or has a child again, is passed over when
-    its turn comes. Push and pop are O(log), amortised.
+    A page that was pushed and is no longer ready is passed over when its turn comes. Push
+    and pop are O(log), amortised.
+
+    Args:
+        policy: Which page goes first.
+        is_ready: Whether a page could be evicted now.
     """
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self, policy: EvictionPolicy, is_ready: Callable[[CachedPage], bool]) -> None:
         self.policy = policy
+        self.is_ready = is_ready
         self._heap: list[tuple[Any, int, CachedPage]] = []
         self._stamps = 0
 
@@ -138,20 +143,20 @@ class EvictionQueue:
         """Remove and return the page to evict next; None when there is none."""
         while self._heap:
             _, stamp, page = heapq.heappop(self._heap)
-            if _is_ready(page, stamp):
+            if self._counts(page, stamp):
                 return page
         return None
 
     def compact(self, num_pages: int) -> None:
         """Forget outdated places once they outnumber ``num_pages``, the pages in the cache."""
         if len(self._heap) > 2 * num_pages + 64:
-            self._heap = [place for place in self._heap if _is_ready(place[2], place[1])]
+            self._heap = [place for place in self._heap if self._counts(place[2], place[1])]
             heapq.heapify(self._heap)
 
     def ready(self) -> set[int]:
         """The ids of the pages that ``pop`` would return, one after the other."""
-        return {page.page_id for _, stamp, page in self._heap if _is_ready(page, stamp)}
+        return {page.page_id for _, stamp, page in self._heap if self._counts(page, stamp)}
 
-
-def _is_ready(page: CachedPage, stamp: int) -> bool:
-    return page.stamp == stamp and page.idle and not page.children and page.parent is not None
+    def _counts(self, page: CachedPage, stamp: int) -> bool:
+        """Whether a place in the queue is the page's newest, and the page is ready."""
+        return page.stamp == stamp and self.is_ready(page)

@@ -170,11 +170,17 @@ class PageTable:
             offset = positions - starts[index]
         return np.array(self._pages, np.int32)[index] * np.int32(self._page_size) + offset
 
-    def full_pages(self, num_tokens: int) -> list[int]:
+    def leading_pages(self, num_tokens: int, tail: bool = False) -> list[int]:
         """Return the pages of entries i = 0, 1, ... that are full of ``[0, num_tokens)``, as
-        long as entry i covers ``[i * page_size, (i + 1) * page_size)``; NO_PAGE if given back."""
-        count = min(num_tokens, self._num_tokens) // self._page_size
-        if self._starts is not None:
+        long as entry i covers ``[i * page_size, (i + 1) * page_size)``; NO_PAGE if given back.
+
+        ``tail``: the page too that the rest of the tokens begins, unless the table is ragged.
+        """
+        num_tokens = min(num_tokens, self._num_tokens)
+        count = num_tokens // self._page_size
+        if self._starts is None:
+            count += tail and num_tokens % self._page_size > 0
+        else:
             uniform = (
                 start == i * self._page_size
                 for i, start in enumerate(self._starts[1 : count + 1], 1)
@@ -290,6 +296,21 @@ class PageTable:
         child.trail = None if self.trail is None else self.trail.fork()
         return child
 
+    def skip(self, num_tokens: int, allocator: PageAllocator) -> None:
+        """Begin an empty table with ``num_tokens`` positions behind a window, without pages.
+
+        Raises:
+            ValueError: The table is not empty, or ``num_tokens`` is not of full pages.
+        """
+        num_tokens = whole_number("skip", "num_tokens", num_tokens)
+        if self._num_tokens:
+            fail("skip", "table must be empty", f"{self._num_tokens} tokens")
+        if num_tokens % self._page_size:
+            fail("skip", f"num_tokens must be a multiple of {self._page_size}", num_tokens)
+        self._check_allocator("skip", allocator)
+        if num_tokens:
+            self._adopt([NO_PAGE] * (num_tokens // self._page_size), num_tokens, allocator)
+
     def release(self) -> None:
         """Give back every page; the table is empty and belongs to no allocator."""
         self._drop_all()
@@ -373,11 +394,16 @@ class PageTable:
         self._allocator.free_page(old)
 
     def _adopt(self, page_ids: Sequence[int], num_tokens: int, allocator: PageAllocator) -> None:
-        """Fill an empty table with pages that somebody holds, sharing them."""
-        allocator.share_pages(page_ids)
+        """Fill an empty table with pages that somebody holds, sharing them.
+
+        The first of ``page_ids`` may be NO_PAGE: those behind a window.
+        """
+        num_freed = sum(itertools.takewhile(bool, (page_id == NO_PAGE for page_id in page_ids)))
+        allocator.share_pages(page_ids[num_freed:])
         self._clear()
         self._allocator = allocator
         self._pages.extend(page_ids)
+        self._num_freed = num_freed
         self._num_tokens = num_tokens
 
     def _extend(self, num_tokens: int, page_ids: list[int]) -> np.ndarray | int:

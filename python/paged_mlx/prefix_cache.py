@@ -2,7 +2,8 @@
 
 The cache holds one reference to each of its pages, like any sequence: there is no page
 that is free and cached. Pages that only the cache holds are given back when the allocator
-runs out, children before parents.
+runs out: children before parents, since a beginning is of use without what continues it.
+Behind a window it is the other way round, and pages go in any order.
 
 A hash finds a page; its tokens, keys and parent are then compared, so that a collision
 can cost a hit and never serve K and V of other tokens.
@@ -34,10 +35,10 @@ from paged_mlx.page_hash import (
     hash_page,
     pack_keys,
     pack_tokens,
-    root_hash,
     unpack_tokens,
 )
 from paged_mlx.page_table import NO_PAGE, PageTable
+from paged_mlx.prefix_tree import PrefixTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class PrefixMatch:
 
     Attributes:
         num_tokens: Its length; at most all tokens but one, which is left to compute.
-        page_ids: Its pages; the last may be used in part, copy-on-write.
+        page_ids: Its pages, NO_PAGE for those behind the window; the last may be used in
+            part, copy-on-write.
     """
 
     num_tokens: int
@@ -58,6 +60,8 @@ class PrefixCache:
 
     Args:
         allocator: Whose pages; the cache becomes one of its evictors.
+        window: Keys a token may see, its own included; default all. With a window, pages
+            behind it need not be there for a hit, nor in a table that is inserted.
         policy: Which page to give up first; see ``eviction``.
         max_pages: Pages to hold at most; default no limit but the pool.
         max_events: Events to keep for ``take_events``; default none.
@@ -69,6 +73,7 @@ class PrefixCache:
         self,
         allocator: PageAllocator,
         *,
+        window: int | None = None,
         policy: EvictionPolicy = least_recently_used,
         max_pages: int | None = None,
         max_events: int = 0,
@@ -77,20 +82,17 @@ class PrefixCache:
     ) -> None:
         self._allocator = allocator
         self._page_size = allocator.page_size
-        self._width = self._page_size * TOKEN_BYTES
+        self._window = None if window is None else whole_number("PrefixCache", "window", window, 1)
         self._max_pages = (
             None if max_pages is None else whole_number("PrefixCache", "max_pages", max_pages, 1)
         )
         self._events = EventLog(whole_number("PrefixCache", "max_events", max_events))
-        self._hash_page = hash_page
         self._clock = clock
-        self._queue = EvictionQueue(policy)
-        self._root = CachedPage(NO_PAGE, root_hash(self._page_size))
-        self._by_hash: dict[bytes, CachedPage] = {}
-        self._by_page: dict[int, CachedPage] = {}
+        self._queue = EvictionQueue(policy, self._is_ready)
+        self.stats = CacheStats()
+        self._tree = PrefixTree(self._page_size, self._window, hash_page, self.stats)
         self._num_idle = 0
         self._time = 0
-        self.stats = CacheStats()
         allocator.add_evictor(self)
 
     # Figures.
@@ -98,12 +100,12 @@ class PrefixCache:
     @property
     def page_ids(self) -> list[int]:
         """The pages that the cache holds."""
-        return list(self._by_page)
+        return list(self._tree.by_page)
 
     @property
     def num_pages(self) -> int:
         """How many pages the cache holds."""
-        return len(self._by_page)
+        return len(self._tree.by_page)
 
     @property
     def num_evictable(self) -> int:
@@ -117,8 +119,9 @@ class PrefixCache:
 
     def match(self, tokens: Tokens, keys: Iterable[ExtraKey] = ()) -> PrefixMatch:
         """Return what ``reuse`` would share; nothing changes, and no query is counted."""
-        pages, num_tokens = self._find(pack_tokens(tokens), pack_keys(keys, self._page_size))
-        return PrefixMatch(num_tokens, [page.page_id for page in pages])
+        packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
+        pages, behind, num_tokens = self._tree.find(packed[:-TOKEN_BYTES], packed_keys)
+        return PrefixMatch(num_tokens, [NO_PAGE] * behind + [page.page_id for page in pages])
 
     def reuse(self, tokens: Tokens, table: PageTable, keys: Iterable[ExtraKey] = ()) -> int:
         """Let an empty table begin with the longest cached beginning of ``tokens``.
@@ -140,54 +143,31 @@ class PrefixCache:
         if table.num_tokens:
             fail("reuse", "table must be empty", f"{table.num_tokens} tokens")
         table._check_allocator("reuse", self._allocator)
-        pages, num_tokens = self._find(packed, packed_keys)
+        pages, behind, num_tokens = self._tree.find(packed[:-TOKEN_BYTES], packed_keys)
         self.stats.add_query(len(packed) // TOKEN_BYTES, num_tokens, self._page_size)
         if num_tokens:
             self._touch(pages)
             for page in pages:
                 page.hits += 1
-            table._adopt([page.page_id for page in pages], num_tokens, self._allocator)
+            page_ids = [NO_PAGE] * behind + [page.page_id for page in pages]
+            table._adopt(page_ids, num_tokens, self._allocator)
         return num_tokens
-
-    def _find(self, tokens: bytes, keys: dict[int, bytes]) -> tuple[list[CachedPage], int]:
-        wanted = max(0, len(tokens) // TOKEN_BYTES - 1)
-        pages = self._chain(tokens[: wanted * TOKEN_BYTES], keys)
-        found = len(pages)
-        rest = tokens[found * self._width : min((found + 1) * self._width, wanted * TOKEN_BYTES)]
-        parent = pages[-1] if pages else self._root
-        partial, length = parent.closest_child(rest, keys.get(found, b"")) if rest else (None, 0)
-        if partial is not None:
-            pages.append(partial)
-        return pages, found * self._page_size + length
-
-    def _chain(self, tokens: bytes, keys: dict[int, bytes]) -> list[CachedPage]:
-        """Return the cached pages that ``tokens`` begins with, as far as they go."""
-        pages: list[CachedPage] = []
-        parent = self._root
-        for index in range(len(tokens) // self._width):
-            chunk = tokens[index * self._width : (index + 1) * self._width]
-            page_keys = keys.get(index, b"")
-            page = self._by_hash.get(self._hash_page(parent.page_hash, chunk, page_keys))
-            if page is None:
-                break
-            if not page.is_page(parent, chunk, page_keys):
-                self.stats.collisions += 1
-                break
-            pages.append(page)
-            parent = page
-        return pages
 
     def _touch(self, pages: Iterable[CachedPage]) -> None:
         self._time += 1
         for page in pages:
             page.last_used = self._time
-            if page.idle and not page.children:
-                self._queue.push(page)
+            self._offer(page)
 
     # Storing.
 
     def insert(
-        self, tokens: Tokens, table: PageTable, keys: Iterable[ExtraKey] = (), priority: int = 0
+        self,
+        tokens: Tokens,
+        table: PageTable,
+        keys: Iterable[ExtraKey] = (),
+        priority: int = 0,
+        tail: bool = False,
     ) -> int:
         """Remember the full pages of a table by their tokens.
 
@@ -199,6 +179,8 @@ class PrefixCache:
             table: Who holds the pages; nothing about it changes.
             keys: What else K and V depend on.
             priority: For policies that heed it.
+            tail: Remember the part-filled page in which the tokens end too. A table that
+                goes on from there copies it first.
 
         Returns:
             Pages that are new to the cache.
@@ -208,96 +190,111 @@ class PrefixCache:
                 page of it is cached with other tokens.
         """
         packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
-        if len(packed) // TOKEN_BYTES > table.num_tokens:
-            fail(
-                "insert",
-                f"table must hold all tokens, {len(packed) // TOKEN_BYTES}",
-                table.num_tokens,
-            )
+        num_tokens = len(packed) // TOKEN_BYTES
+        if num_tokens > table.num_tokens:
+            fail("insert", f"table must hold all tokens, {num_tokens}", table.num_tokens)
         table._check_allocator("insert", self._allocator)
-        known = self._chain(packed, packed_keys)
-        fresh = self._continue(known, packed, packed_keys, table)
+        page_ids = table.leading_pages(num_tokens, tail)
+        known, fresh = self._tree.compare(packed, packed_keys, page_ids)
+        for place, page_id in fresh:
+            self._check_new(place, page_id)
+        if self._make_room(len(fresh), known):
+            known, fresh = self._tree.compare(packed, packed_keys, page_ids)
         self._touch(known)
-        stored = fresh[: self._room_for(len(fresh), known)]
-        for page in stored:
-            self._store(page, priority)
-        if stored:
-            self._events.add(
-                PagesStored,
-                stored[0].parent.page_hash,
-                tuple(page.page_hash for page in stored),
-                unpack_tokens(b"".join(page.tokens for page in stored)),
-                self._page_size,
-                tuple(page.keys for page in stored),
-            )
+        room = None if self._max_pages is None else self._max_pages - self.num_pages
+        stored = [self._store(place, page_id, priority) for place, page_id in fresh[:room]]
+        self._tell_stored(stored)
         return len(stored)
 
-    def _continue(
-        self, known: list[CachedPage], tokens: bytes, keys: dict[int, bytes], table: PageTable
-    ) -> list[CachedPage]:
-        """Return pages, not stored yet, for the full pages of ``table`` after the known ones."""
-        fresh: list[CachedPage] = []
-        parent = known[-1] if known else self._root
-        page_ids, names = table.full_pages(len(tokens) // TOKEN_BYTES), set()
-        for index in range(len(known), len(page_ids)):
-            chunk = tokens[index * self._width : (index + 1) * self._width]
-            page_keys = keys.get(index, b"")
-            name = self._hash_page(parent.page_hash, chunk, page_keys)
-            if name in self._by_hash or name in names:
-                self.stats.collisions += 1
-                break
-            if page_ids[index] == NO_PAGE:
-                break
-            if page_ids[index] in self._by_page:
-                fail(
-                    "insert",
-                    "tokens must be those that the table's pages hold",
-                    f"others for page {page_ids[index]}, at position {index * self._page_size}",
-                )
-            if self._allocator.is_watched(page_ids[index]):
-                fail(
-                    "insert",
-                    "table must hold pages that nobody else caches",
-                    f"page {page_ids[index]}",
-                    PageError,
-                )
-            parent = CachedPage(page_ids[index], name, chunk, page_keys, parent)
-            fresh.append(parent)
-            names.add(name)
-        return fresh
+    def _check_new(self, place: CachedPage, page_id: int) -> None:
+        cached = self._tree.by_page.get(page_id)
+        if cached is not None and not cached.is_part_of(place):
+            fail(
+                "insert",
+                "tokens must be those that the table's pages hold",
+                f"others for page {page_id}, at position {place.depth * self._page_size}",
+            )
+        if cached is None and self._allocator.is_watched(page_id):
+            fail(
+                "insert",
+                "table must hold pages that nobody else caches",
+                f"page {page_id}",
+                PageError,
+            )
 
-    def _room_for(self, num_pages: int, known: list[CachedPage]) -> int:
-        """Return how many pages may be stored, after evicting others than ``known`` for them."""
-        if self._max_pages is None:
-            return num_pages
-        excess = self.num_pages + num_pages - self._max_pages
+    def _make_room(self, num_pages: int, known: list[CachedPage]) -> bool:
+        """Evict others than ``known`` until so many pages fit; return whether it was tried."""
+        excess = 0 if self._max_pages is None else self.num_pages + num_pages - self._max_pages
         if excess > 0:
-            held = [page.page_id for page in known]
+            held = [place.page_id for place in known if place.held]
             self._allocator.share_pages(held)
             self.evict(excess)
             self._allocator.free_pages(held)
-        return min(num_pages, self._max_pages - self.num_pages)
+        return excess > 0
 
-    def _store(self, page: CachedPage, priority: int) -> None:
-        """Take a reference to a page whose parent is stored, and make it findable."""
-        self._allocator.share_page(page.page_id)
-        self._allocator.watch(page.page_id, self)
-        self._by_hash[page.page_hash] = self._by_page[page.page_id] = page
-        page.parent.add_child(page)
-        page.created = page.last_used = self._time
-        page.priority = priority
-        page.stored_at = page.idle_at = self._clock()
+    def _store(self, place: CachedPage, page_id: int, priority: int) -> CachedPage:
+        """Take a reference to a page, and make it findable where it belongs."""
+        if page_id in self._tree.by_page:
+            self._forget([self._tree.by_page[page_id]])
+        self._allocator.share_page(page_id)
+        self._allocator.watch(page_id, self)
+        self._tree.hold(place, page_id)
+        place.created = place.last_used = self._time
+        place.priority = priority
+        place.stored_at = place.idle_at = self._clock()
         self.stats.stored += 1
+        for page in place.outgrown():
+            if page.idle:
+                self._forget([page])
+        return place
+
+    def _tell_stored(self, stored: list[CachedPage]) -> None:
+        """Note one event for each run of pages that follow one another."""
+        runs: list[list[CachedPage]] = []
+        for place in stored:
+            if runs and place.parent is runs[-1][-1]:
+                runs[-1].append(place)
+            else:
+                runs.append([place])
+        for run in runs:
+            self._events.add(
+                PagesStored,
+                run[0].parent.page_hash,
+                tuple(place.page_hash for place in run),
+                unpack_tokens(b"".join(place.tokens for place in run)),
+                self._page_size,
+                tuple(place.keys for place in run),
+            )
+
+    # Values beside pages.
+
+    def keep(self, tokens: Tokens, value: object, keys: Iterable[ExtraKey] = ()) -> bool:
+        """Keep a value with the tokens that it belongs to, for ``kept`` to find.
+
+        It is dropped with the last full page of ``tokens``; False if that is not cached.
+        """
+        return self._tree.keep(pack_tokens(tokens), pack_keys(keys, self._page_size), value)
+
+    def kept(self, tokens: Tokens, keys: Iterable[ExtraKey] = ()) -> list[tuple[int, object]]:
+        """Return ``(number of tokens, value)`` for the beginnings of ``tokens``, all of them
+        included, that a value is kept with; the shortest first."""
+        return self._tree.kept(pack_tokens(tokens), pack_keys(keys, self._page_size))
 
     # Giving up.
+
+    def _is_ready(self, page: CachedPage) -> bool:
+        """Whether a page could be evicted now."""
+        return page.idle and (self._window is not None or not page.children)
+
+    def _offer(self, page: CachedPage) -> None:
+        if self._is_ready(page):
+            self._queue.push(page)
 
     def evict(self, num_pages: int) -> int:
         """Give back up to ``num_pages`` pages that nobody else holds; return how many."""
         evicted = 0
         while evicted < num_pages and self._num_idle:
-            page = self._queue.pop() or self._uncover()
-            self._remove(page)
-            self._events.add(PageRemoved, page.page_hash)
+            self._let_go(self._queue.pop() or self._uncover())
             evicted += 1
         self.stats.evicted += evicted
         return evicted
@@ -308,7 +305,7 @@ class PrefixCache:
         This happens when sequences have given back pages behind a window and hold later ones.
         """
         uncoverable, above_idle = [], set()
-        for page in self._root.descendants():
+        for page in self._tree.root.descendants():
             if page.idle and page not in above_idle:
                 uncoverable.append(page)
             if page.idle or page in above_idle:
@@ -325,25 +322,26 @@ class PrefixCache:
         """
         before = self.num_pages
         for page_id in page_ids:
-            page = self._by_page.get(page_id)
+            page = self._tree.by_page.get(page_id)
             if page is not None:
                 self._forget([*page.descendants(), page])
         return before - self.num_pages
 
-    def _forget(self, pages: Iterable[CachedPage]) -> None:
-        for page in pages:
-            self._remove(page)
-            self._events.add(PageRemoved, page.page_hash)
-            self.stats.forgotten += 1
+    def _forget(self, places: Iterable[CachedPage]) -> None:
+        for place in places:
+            if place.held:
+                self._let_go(place)
+                self.stats.forgotten += 1
 
     def reset(self) -> int:
         """Drop every page; tables keep theirs. Return how many were dropped.
 
         Nothing is refused while sequences run: their references are their own.
         """
-        pages = self._root.descendants()
+        pages = [place for place in self._tree.root.descendants() if place.held]
         for page in pages:
-            self._remove(page)
+            self._let_go(page, tell=False)
+        self._tree.root.kept.clear()
         self.stats.forgotten += len(pages)
         self._events.add(CacheCleared)
         return len(pages)
@@ -353,20 +351,21 @@ class PrefixCache:
         self.reset()
         self._allocator.remove_evictor(self)
 
-    def _remove(self, page: CachedPage) -> None:
-        """Drop a page that nothing continues."""
-        parent, now = page.parent, self._clock()
-        parent.remove_child(page)
-        page.parent = None
-        del self._by_hash[page.page_hash], self._by_page[page.page_id]
+    def _let_go(self, page: CachedPage, tell: bool = True) -> None:
+        """Give up a page; a gap stays in its place while later pages follow."""
+        now, page_id = self._clock(), page.page_id
         self.stats.lifetime += now - page.stored_at
-        self._allocator.unwatch(page.page_id)
         if page.idle:
             self.stats.idle_time += now - page.idle_at
             self._num_idle -= 1
-        self._allocator.free_page(page.page_id)
-        if parent.idle and not parent.children:
-            self._queue.push(parent)
+            page.idle = False
+        before = self._tree.drop(page)
+        if before is not None:
+            self._offer(before)
+        self._allocator.unwatch(page_id)
+        self._allocator.free_page(page_id)
+        if tell:
+            self._events.add(PageRemoved, page.page_hash)
 
     # Told by the allocator.
 
@@ -375,16 +374,15 @@ class PrefixCache:
         self._time += 1
         self._num_idle += len(page_ids)
         for page_id in page_ids:
-            page = self._by_page[page_id]
+            page = self._tree.by_page[page_id]
             page.idle, page.idle_at, page.last_used = True, now, self._time
-            if not page.children:
-                self._queue.push(page)
+            self._offer(page)
         self._queue.compact(self.num_pages)
 
     def pages_busy(self, page_ids: Sequence[int]) -> None:
         self._num_idle -= len(page_ids)
         for page_id in page_ids:
-            self._by_page[page_id].idle = False
+            self._tree.by_page[page_id].idle = False
 
     def take_events(self) -> list[CacheEvent]:
         """Return the events since the last call, oldest first, and forget them."""
@@ -396,28 +394,15 @@ class PrefixCache:
         Raises:
             AssertionError: With what disagrees.
         """
-        pages = self._root.descendants()
-        assert {page.page_id for page in pages} == set(self._by_page), (
-            "the tree and the index hold different pages"
-        )
-        assert len(pages) == len(self._by_page) == len(self._by_hash), (
-            "a page is in the cache twice"
-        )
+        self._tree.check()
+        pages = list(self._tree.by_page.values())
         for page in pages:
-            name = f"cached page {page.page_id}"
-            siblings = page.parent.children[page.keys]
-            assert siblings == sorted(siblings, key=lambda sibling: sibling.tokens), (
-                f"{name} is out of order"
-            )
-            assert self._by_hash.get(page.page_hash) is page, f"{name} is not found by its hash"
-            expected = self._hash_page(page.parent.page_hash, page.tokens, page.keys)
-            assert page.page_hash == expected, f"{name} has another hash than its tokens"
             count = self._allocator.ref_count(page.page_id)
             assert page.idle == (count == 1), (
-                f"{name} is {'idle' if page.idle else 'busy'} with ref_count {count}"
+                f"cached page {page.page_id} is {'idle' if page.idle else 'busy'} "
+                f"with ref_count {count}"
             )
-        leaves = {page.page_id for page in pages if page.idle and not page.children}
-        assert leaves == self._queue.ready(), (
+        assert {page.page_id for page in pages if self._is_ready(page)} == self._queue.ready(), (
             "the eviction queue is not the idle pages that nothing continues"
         )
         assert self._num_idle == sum(page.idle for page in pages), (

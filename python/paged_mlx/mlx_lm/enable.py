@@ -1,6 +1,7 @@
 """``enable``: paged K and V for a model of mlx-lm, by one call, undone completely."""
 
 import copy
+import types
 from collections import Counter
 
 from mlx_lm.models import cache as stock
@@ -9,10 +10,13 @@ from paged_mlx.errors import fail
 from paged_mlx.mlx_lm import hook, prompt_files, prompt_hooks
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
-from paged_mlx.mlx_lm.layout import Layout, build, probe_geometry, reasons_of
-from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
+from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
+from paged_mlx.mlx_lm.model_seam import DefaultMakeCache, MakeCache, paged_model_of
+from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes
+from paged_mlx.mlx_lm.prompt_run import tokens_in
 from paged_mlx.mlx_lm.sequence import SequencePages
+from paged_mlx.page_hash import pack_tokens, unpack_tokens
 
 FIRST_PAGES = 64
 PAGES_BEFORE_EVICTION = 4096  # a pool with a prefix cache grows to, then it evicts
@@ -35,12 +39,12 @@ def enable(
     Args:
         model: A model of mlx-lm.
         page_size: Tokens in a page; powers of two from 8 to 256 are fast.
-        num_pages: Pages for each kind of layer. None: the pools double on demand.
+        num_pages: Pages for each kind of layer. None: the pools grow on demand.
         retain: Tokens that a sliding-window layer keeps behind its window, so that as many
             can be taken back; None: all of them.
         prefix_cache: Let prompts that begin alike share pages, in a batch and across calls.
-            Windows then keep all their pages, and pages outlive their sequences until
-            the pool needs them.
+            Pages outlive their sequences until the pool needs them; recurrent states are
+            kept at some positions.
 
     Returns:
         A PagedModel: a context manager, and the way to look at the pages.
@@ -80,8 +84,7 @@ class PagedModel:
         if not self.layout.num_layers:
             fail("enable", "model must have a cache of K and V that can be paged", caches[:1])
         if prefix_cache:
-            retain = None
-            self._check_all_paged()
+            self._check_prefixes_can_be_shared(caches)
         first, most = (num_pages, num_pages) if num_pages else (FIRST_PAGES, NO_LIMIT // page_size)
         unhurried = most if prefix_cache and num_pages is None else first
         self.groups = {
@@ -96,13 +99,20 @@ class PagedModel:
             )
             for window, num_layers in self.layout.num_layers.items()
         }
+        passes = Passes(list(self.groups.values()))
+        for group in self.groups.values():
+            group.passes = passes
         for (window, layer), geometry in probe_geometry(model, caches, self.layout.places).items():
             self.groups[window].geometry[layer] = geometry
         self.prefixes = PromptPrefixes(self) if prefix_cache else None
         self.enable()
 
-    def _check_all_paged(self) -> None:
-        others = [reason for place in self.layout.places for reason in reasons_of(place)]
+    def _check_prefixes_can_be_shared(self, caches) -> None:
+        others = [
+            reason
+            for cache, reason in unpaged(caches, self.layout.places)
+            if kind_of(cache) != "ArraysCache"
+        ]
         if others:
             must = (
                 "prefix_cache must be False, because not all that the model remembers is in pages"
@@ -117,8 +127,7 @@ class PagedModel:
             return
         self.model.make_cache = MakeCache(self)
         hook.install()
-        if self.prefixes is not None:
-            prompt_hooks.install()
+        prompt_hooks.install()
         self._enabled = True
 
     def disable(self) -> None:
@@ -127,8 +136,7 @@ class PagedModel:
             return
         self._enabled = False
         hook.uninstall()
-        if self.prefixes is not None:
-            prompt_hooks.uninstall()
+        prompt_hooks.uninstall()
         del self.model.make_cache
         if self._own_make_cache is not None:
             self.model.make_cache = self._own_make_cache
@@ -150,7 +158,18 @@ class PagedModel:
     @property
     def has_default_cache(self) -> bool:
         """Whether mlx-lm, not the model, decides on the kind of cache."""
-        return self._stock_make_cache is None
+        return self._stock_make_cache is None or isinstance(
+            self._stock_make_cache, DefaultMakeCache
+        )
+
+    def make_cache_of_copy(self, memo: dict):
+        """What ``make_cache`` is on a deep copy of the model that is being made."""
+        if self._own_make_cache is not None:
+            return copy.deepcopy(self._own_make_cache, memo)
+        model = memo.get(id(self.model), self.model)
+        if self._stock_make_cache is None:
+            return DefaultMakeCache(model)
+        return types.MethodType(type(model).make_cache, model)
 
     def make_cache(self) -> list:
         """A prompt cache on pages."""
@@ -175,11 +194,18 @@ class PagedModel:
 
     def save(self, path: str, prompt_cache: list, metadata: dict | None = None) -> None:
         """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool."""
-        prompt_files.save(path, prompt_cache, metadata)
+        tokens = tokens_in(self, prompt_cache) if self.prefixes is not None else None
+        prompt_files.save(path, prompt_cache, metadata, pack_tokens(tokens or []))
 
     def load(self, path: str, return_metadata: bool = False):
-        """Read a prompt cache from a file of ``save`` or of mlx-lm into pages."""
-        return prompt_files.load(self, path, return_metadata)
+        """Read a prompt cache from a file of ``save`` or of mlx-lm into pages.
+
+        With ``prefix_cache=True``, other prompts begin with one that was saved so too.
+        """
+        prompt_cache, metadata, told = prompt_files.load(self, path)
+        if self.prefixes is not None:
+            self.prefixes.remember(list(unpack_tokens(told)), prompt_cache, finished=True)
+        return (prompt_cache, metadata) if return_metadata else prompt_cache
 
     # Figures
 

@@ -6,12 +6,14 @@ from weakref import WeakSet
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx._native import _ext
 from paged_mlx.allocator import PageAllocator
 from paged_mlx.append import append_batch
 from paged_mlx.block_table import BlockTable, pack
-from paged_mlx.errors import OutOfPages
+from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.mlx_lm.gathered import LayerPlace, PagesOfLayer
 from paged_mlx.mlx_lm.lazy_pool import LazyPool
+from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.step import Step
 
 RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch
@@ -27,7 +29,7 @@ class LayerGroup:
         num_layers: Layers of the group.
         page_size: Tokens in a page.
         num_pages: Pages at first.
-        max_pages: Pages at most; more than ``num_pages`` lets the pools double on demand.
+        max_pages: Pages at most; more than ``num_pages`` lets the pools grow on demand.
         grow_first: Pages up to which the pools grow before cached pages are evicted.
         window: Keys a token may see, its own included; None: all.
         retain: Tokens kept behind the window, so that a rewind of as many stays possible;
@@ -52,6 +54,7 @@ class LayerGroup:
         self.newest: Step | None = None
         self.calls: Counter = Counter()  # (layer, why the pages were not read) -> attention calls
         self._offsets = (None, None)
+        self.passes = Passes([self])  # of the model, with its other groups
 
     def __deepcopy__(self, memo):
         return self
@@ -111,7 +114,16 @@ class LayerGroup:
         for step, _ in self._recent:
             if step.joins(cache.layer, cache.names, cache.lens, num_tokens):
                 return step
-        return self._begin(cache, num_tokens, counts)
+        self.passes.enter()
+        try:
+            step = self._begin(cache, num_tokens, counts)
+            self.passes.begun(self, step)
+            return step
+        except OutOfPages:
+            self.passes.take_back(self)
+            raise
+        finally:
+            self.passes.leave()
 
     def _begin(self, cache, num_tokens, counts) -> Step:
         self._settle()
@@ -121,7 +133,7 @@ class LayerGroup:
         positions = starts.tolist()
         for row, start in zip(rows, positions):
             self._check_layers_agree(row, cache.layer, start)
-            row.table.truncate(start)
+            row.truncate(start)
         if self.window is not None and self.retain is not None:
             self._free_behind_window(tables, starts)
         slots = self._append(
@@ -147,14 +159,22 @@ class LayerGroup:
     @staticmethod
     def _check_layers_agree(row, layer, start) -> None:
         """A new step begins where every layer is, or goes back as every layer has."""
+        if row.broken is not None:
+            must = (
+                "the sequence must have all its tokens, because a pass over them failed: "
+                "begin it anew"
+            )
+            fail("update_and_fetch", must, row.broken)
         last = row.last_step
         if last is None or not last.served or layer in last.served:
             return
         end = int(last.ends[last.names.index(row.name)])
-        assert end <= start, (
-            f"layer {layer} writes position {start} of a sequence that other layers have "
-            f"written up to {end} in another pass"
-        )
+        if end > start:
+            must = (
+                f"layer {layer} must hold as many tokens of the sequence as other layers, {end}, "
+                "because a pass that was interrupted reached only some: begin it anew"
+            )
+            fail("update_and_fetch", must, start)
 
     def _before(self, names) -> tuple[dict, BlockTable]:
         """Plans and packed tables of these rows' last pass, to be advanced."""
@@ -171,32 +191,34 @@ class LayerGroup:
                 table.free_before(position)
 
     def _append(self, tables, counts):
-        """Append to all tables or to none; pools double when they must and may."""
+        """Append to all tables or to none; pools grow when they must and may."""
         most = sum(count // self.page_size + 2 for count in counts)
-        while self.allocator.num_free < most and self._grow(self.grow_first):
-            pass
+        self._grow(most, self.grow_first)
         while True:
             try:
                 return append_batch(tables, counts, self.allocator).slots
             except OutOfPages:
-                if not self._grow(self.max_pages):
+                if not self._grow(most, self.max_pages):
                     raise
 
-    def _grow(self, limit: int) -> bool:
-        """Double the pools, up to ``limit`` pages; False when they have as many, or cannot."""
+    def _grow(self, wanted: int, limit: int) -> bool:
+        """Grow until ``wanted`` pages are free, by an eighth at least, up to ``limit`` pages;
+        False when they are, or when the pools have as many or cannot grow."""
         total = self.allocator.total_pages
-        if total >= limit:
+        missing = wanted - self.allocator.num_free
+        if missing <= 0 or total >= limit:
             return False
         try:
-            self.allocator.grow(min(total, limit - total))
+            self.allocator.grow(min(max(missing, -(-total // 8)), limit - total))
         except OutOfPages:
             return False
         return True
 
     def reclaim(self) -> None:
         """Free the pages of sequences that are gone."""
-        while self.retired:
-            self.retired.popleft().release()
+        with self.passes.lock:
+            while self.retired:
+                self.retired.popleft().release()
 
     # K and V
 
@@ -214,6 +236,27 @@ class LayerGroup:
         place = self._placed[layer]
         return place.pool.fetch(PagesOfLayer(place, step))
 
+    def undo_newest(self) -> None:
+        """Take the newest pass back in the caches that have taken part: it has added nothing."""
+        step, _ = self._recent.pop(0)
+        step.ends[:] = step.starts
+        self.newest = None
+        self._offsets = (None, None)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether something was built that nobody has asked for."""
+        return any(map(_ext.is_pending, self._built()))
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether all that was built has been computed."""
+        return all(map(_ext.is_available, self._built()))
+
+    def _built(self):
+        for pool in self.pools:
+            yield from pool.built
+
     def contiguous(self, layer: int, rows, lens: np.ndarray) -> tuple[mx.array, mx.array]:
         """K and V of the tokens whose pages are held, ``[batch, heads, tokens, head_dim]``."""
         packed = pack([row.table for row in rows])
@@ -229,9 +272,15 @@ class LayerGroup:
 
     def offsets(self, lens: np.ndarray) -> mx.array:
         """``lens`` as an array, one for all layers of a step."""
-        if self._offsets[0] is not lens:
-            self._offsets = (lens, mx.array(lens))
-        return self._offsets[1]
+        offsets = self._offsets
+        if offsets[0] is not lens:
+            offsets = self._offsets = (lens, mx.array(lens))
+        return offsets[1]
+
+    @property
+    def plans(self) -> list:
+        """The attention plans of the newest pass."""
+        return list(self._recent[0][0].plans.values()) if self._recent else []
 
     @property
     def pages_used(self) -> int:

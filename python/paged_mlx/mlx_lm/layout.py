@@ -66,13 +66,13 @@ def kind_of(cache) -> str | None:
     return kind.__name__ if known else None
 
 
-def reasons_of(place):
-    """Why caches stay as they are, one reason for each that does."""
-    if isinstance(place, list):
-        for part in place:
-            yield from reasons_of(part)
-    elif not isinstance(place, CachePlace):
-        yield place
+def unpaged(caches, places):
+    """(cache, why) for each cache that stays as it is."""
+    for cache, place in zip(caches, places):
+        if isinstance(place, list):
+            yield from unpaged(cache.caches, place)
+        elif not isinstance(place, CachePlace):
+            yield cache, place
 
 
 def build(places, caches, make) -> list:

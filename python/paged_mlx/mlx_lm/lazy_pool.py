@@ -33,6 +33,12 @@ class LazyPool(PagePool):
         self._state = arrays
 
     @property
+    def built(self) -> list[mx.array]:
+        """The newest versions and the tokens that wait, with nothing settled."""
+        waiting = self._waiting.values()
+        return [*self._state, *(x for source in waiting for x in (source.keys, source.values))]
+
+    @property
     def num_pages(self) -> int:
         return self._state[0].shape[0]
 

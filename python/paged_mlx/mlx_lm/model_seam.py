@@ -11,7 +11,8 @@ log = logging.getLogger("paged_mlx")
 def paged_model_of(model):
     """What ``enable`` returned for this model, while it is enabled."""
     make_cache = getattr(model, "make_cache", None)
-    return make_cache.paged if isinstance(make_cache, MakeCache) else None
+    ours = isinstance(make_cache, MakeCache) and make_cache.paged.model is model
+    return make_cache.paged if ours else None
 
 
 class MakeCache:
@@ -26,6 +27,23 @@ class MakeCache:
             log.warning("max_kv_size=%d: mlx-lm's rotating cache is used, which is not paged", size)
             return [stock.RotatingKVCache(size, keep=4) for _ in self.paged.model.layers]
         return self.paged.make_cache()
+
+    def __deepcopy__(self, memo):
+        """A copy of the model is another model, with weights of its own: not enabled."""
+        return self.paged.make_cache_of_copy(memo)
+
+
+class DefaultMakeCache:
+    """``make_cache`` of a copy of an enabled model whose caches mlx-lm decides on."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self) -> list:
+        size = asked_size()
+        if size is not None:
+            return [stock.RotatingKVCache(size, keep=4) for _ in self.model.layers]
+        return [stock.KVCache() for _ in self.model.layers]
 
 
 def asked_size() -> int | None:

@@ -5,6 +5,7 @@ A file holds the tokens of one sequence, not the pool: ``mlx_lm.models.cache`` r
 """
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
@@ -35,11 +36,38 @@ def from_stock(paged, prompt_cache: list) -> list:
     pairs = list(_pairs(paged.layout.places, ours, prompt_cache))
     for cache, plain in pairs:
         _check_fits(cache, plain)
+    _check_same_length([plain for _, plain in pairs])
+    _skip_what_is_not_there(pairs)
     for cache, plain in pairs:
         _fill(cache, plain)
-    for row in {id(cache.rows[0]): cache.rows[0] for cache, _ in pairs}.values():
-        row.table.free_before(row.first_token)
+    # Here and now: the thread that goes on may be another, which cannot compute it.
+    mx.eval([cache.state for cache, _ in pairs])
     return _with_the_rest(paged.layout.places, ours, prompt_cache)
+
+
+def _check_same_length(plains: list) -> None:
+    lengths = {int(plain.offset) for plain in plains}
+    if len(lengths) > 1:
+        must = "prompt_cache must hold equally many tokens in all layers"
+        fail("from_stock", must, sorted(lengths))
+
+
+def _skip_what_is_not_there(pairs) -> None:
+    """Begin tables of windows with pages that are behind the window."""
+    lens: dict = {}
+    for cache, plain in pairs:
+        row = cache.rows[0]
+        if row.name not in lens:
+            size = row.table.page_size
+            row.first_token = int(plain.offset) - _num_held(plain)
+            row.table.skip(row.first_token // size * size, cache.group.allocator)
+            lens[row.name] = np.array([row.table.num_tokens], np.int32)
+        cache.lens = lens[row.name]
+
+
+def _num_held(plain) -> int:
+    """Tokens whose K and V a stock cache holds."""
+    return 0 if plain.keys is None else min(int(plain.offset), _in_order(plain)[0].shape[2])
 
 
 def _pairs(places, ours, theirs):
@@ -92,11 +120,9 @@ def _fill(cache, plain) -> None:
         return
     k, v = _in_order(plain)
     row = cache.rows[0]
-    step = cache._step(length)
+    step = cache._step(length - cache.offset)
     pool, i = cache.group.pool_of(cache.layer, k, v)
-    held = k.shape[2]
-    row.first_token = length - held
-    slots = row.table.slots(length - held, length)
+    slots = row.table.slots(row.first_token, length)
     pool.write(i, _one_sequence(k, pool), _one_sequence(v, pool), slots)
     step.served.add(cache.layer)
     cache.step, cache.lens = step, step.ends
@@ -114,21 +140,46 @@ def _one_sequence(x: mx.array, pool) -> mx.array:
     return x[0].swapaxes(0, 1).astype(pool.dtype)
 
 
-def save(path: str, prompt_cache: list, metadata: dict[str, str] | None = None) -> None:
+TOLD = "paged_mlx_tokens"  # metadata: the tokens of the file, if they are known
+
+
+def save(
+    path: str, prompt_cache: list, metadata: dict[str, str] | None = None, told: bytes = b""
+) -> None:
     """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does: its tokens, not the pool.
+
+    Args:
+        told: The tokens themselves, packed, if they are known.
 
     Raises:
         ValueError: It holds more than one sequence.
     """
-    stock.save_prompt_cache(path, to_stock(prompt_cache), metadata or {})
+    metadata = dict(metadata or {})
+    if told:
+        metadata[TOLD] = told.hex()
+    stock.save_prompt_cache(path, to_stock(prompt_cache), metadata)
 
 
-def load(paged, path: str, return_metadata: bool = False):
+def load(paged, path: str) -> tuple[list, dict, bytes]:
     """Read a file of ``save``, or of mlx-lm's ``save_prompt_cache``, into pages.
 
+    Returns:
+        The prompt cache, its metadata, and its tokens, packed, as far as they are known.
+
     Raises:
-        ValueError: The file is of another model.
+        ValueError: The file is of another model, or of another kind.
     """
-    prompt_cache, metadata = stock.load_prompt_cache(path, return_metadata=True)
-    prompt_cache = from_stock(paged, prompt_cache)
-    return (prompt_cache, metadata) if return_metadata else prompt_cache
+    prompt_cache, metadata = _read(path)
+    told = metadata.pop(TOLD, "")
+    return from_stock(paged, prompt_cache), metadata, bytes.fromhex(told)
+
+
+def _read(path: str):
+    must = "path must be a file that this mlx-lm's save_prompt_cache has written"
+    try:
+        return stock.load_prompt_cache(path, return_metadata=True)
+    except RuntimeError as error:
+        fail("load", f"{must}, and {error}", repr(path))
+    except Exception as error:
+        # Older versions wrote other metadata, and classes have come and gone.
+        fail("load", f"{must}, not an older one's or another file", f"{path!r}: {error!r}")

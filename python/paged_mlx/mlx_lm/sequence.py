@@ -3,6 +3,9 @@
 import itertools
 import weakref
 
+import numpy as np
+
+from paged_mlx.page_hash import TOKEN_BYTES, pack_tokens
 from paged_mlx.page_table import PageTable
 
 _names = itertools.count()
@@ -19,6 +22,8 @@ class SequencePages:
         name: An int that no other sequence has.
         last_step: The last step that it took part in.
         first_token: Position of the first token that its pages hold, unless they begin later.
+        told: Its first tokens, packed, as far as they are known.
+        broken: Why its tokens are not all there, after a pass that failed; else None.
     """
 
     def __init__(self, group, table: PageTable | None = None):
@@ -27,6 +32,8 @@ class SequencePages:
         self.table = PageTable(group.page_size) if table is None else table
         self.last_step = None
         self.first_token = 0
+        self.told = b""
+        self.broken = None
         self._forks = []  # (weak reference, content when forked, layers that have it)
         self._siblings: list[SequencePages] = []
         group.sequences.add(self)
@@ -34,9 +41,25 @@ class SequencePages:
 
     def fork(self) -> "SequencePages":
         """Another sequence of the same tokens on the same pages; no bytes move."""
-        fork = SequencePages(self.group, self.table.fork())
-        fork.first_token = self.first_token
+        with self.group.passes.lock:
+            fork = SequencePages(self.group, self.table.fork())
+        fork.first_token, fork.told, fork.broken = self.first_token, self.told, self.broken
         return fork
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from ``length`` on."""
+        self.table.truncate(length)
+        if len(self.told) > length * TOKEN_BYTES:
+            self.told = self.told[: length * TOKEN_BYTES]
+
+    def all_told(self, length: int) -> list[int] | None:
+        """The first ``length`` tokens; None if they are not all known."""
+        told = self.told[: length * TOKEN_BYTES]
+        return np.frombuffer(told, "<i4").tolist() if len(told) == length * TOKEN_BYTES else None
+
+    def tell(self, tokens: list[int]) -> None:
+        """Note that the sequence begins with these tokens."""
+        self.told = pack_tokens(tokens)
 
     def fork_for(self, layer: int) -> "SequencePages":
         """A fork that all layers share.
@@ -44,6 +67,10 @@ class SequencePages:
         mlx-lm copies, merges and extracts a prompt cache layer by layer: the first layer
         that asks makes the fork, the others get the same one.
         """
+        with self.group.passes.lock:
+            return self._fork_for(layer)
+
+    def _fork_for(self, layer: int) -> "SequencePages":
         content = (self.table._version, self.table.num_tokens)
         alive = []
         found = None

@@ -1,0 +1,151 @@
+"""What recurrent layers remember at known positions of prompts, kept beside cached pages.
+
+Pages can be shared up to any token; a recurrent state is that of one position. A checkpoint
+is the states of all recurrent layers after the first tokens of a sequence. It lives in the
+prefix cache, beside the last page of those tokens, and leaves with it.
+"""
+
+import itertools
+from weakref import WeakSet
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import cache as stock
+
+from paged_mlx.prefix_cache import PrefixCache
+
+_times = itertools.count(1)
+
+
+class Checkpoint:
+    """The states of a model's recurrent layers, one list of arrays for each.
+
+    Attributes:
+        states: The arrays; None once they were given up.
+        nbytes: Their bytes.
+        hits: How often a prompt began from here.
+        last_used: Logical time; larger is later.
+    """
+
+    def __init__(self, states: list[list[mx.array | None]]):
+        self.states = states
+        self.nbytes = sum(x.nbytes for arrays in states for x in arrays if x is not None)
+        self.hits = 0
+        self.last_used = next(_times)
+
+
+class Checkpoints:
+    """The checkpoints of a model, those never used given up first, then the oldest.
+
+    Args:
+        cache: The prefix cache beside whose pages they are kept.
+        most_bytes: Bytes that they may take together.
+    """
+
+    def __init__(self, cache: PrefixCache, most_bytes: int):
+        self._cache = cache
+        self._most_bytes = most_bytes
+        self._all: WeakSet[Checkpoint] = WeakSet()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(checkpoint.nbytes for checkpoint in self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def longest(self, tokens: list[int]) -> int:
+        """Tokens of the longest beginning of ``tokens``, or all of them, with a checkpoint."""
+        return self._find(tokens)[0]
+
+    def _find(self, tokens: list[int]) -> tuple[int, Checkpoint | None]:
+        usable = [found for found in self._cache.kept(tokens) if found[1].states is not None]
+        return usable[-1] if usable else (0, None)
+
+    def restore(self, tokens: list[int], prompt_cache: list) -> None:
+        """Put the states after exactly ``tokens`` into a prompt cache."""
+        length, checkpoint = self._find(tokens)
+        assert length == len(tokens), f"no checkpoint at {len(tokens)}, but at {length}"
+        checkpoint.hits += 1
+        checkpoint.last_used = next(_times)
+        for cache, arrays in zip(states_of(prompt_cache), checkpoint.states):
+            cache.cache = [_handle(array) for array in arrays]
+
+    def take(self, tokens: list[int], prompt_cache: list, row: int) -> None:
+        """Keep the states after ``tokens``, which one row of a prompt cache holds."""
+        if self.longest(tokens) == len(tokens):
+            return
+        states = [
+            [None if array is None else _row(array, row) for array in cache.cache]
+            for cache in states_of(prompt_cache)
+        ]
+        checkpoint = Checkpoint(states)
+        if checkpoint.nbytes <= self._most_bytes and self._cache.keep(tokens, checkpoint):
+            self._all.add(checkpoint)
+            self._give_up_the_least_useful()
+        # A later pass may run in another thread, which cannot compute what is pending here.
+        mx.async_eval([x for arrays in states for x in arrays if x is not None])
+
+    def _give_up_the_least_useful(self) -> None:
+        order = sorted(
+            self._all, key=lambda checkpoint: (checkpoint.hits > 0, checkpoint.last_used)
+        )
+        for checkpoint in order:
+            if self.nbytes <= self._most_bytes:
+                return
+            checkpoint.states = None
+            self._all.discard(checkpoint)
+
+
+def states_of(prompt_cache):
+    """The recurrent states in a prompt cache, those inside a CacheList too."""
+    for cache in prompt_cache:
+        if isinstance(cache, stock.CacheList):
+            yield from states_of(cache.caches)
+        elif isinstance(cache, stock.ArraysCache):
+            yield cache
+
+
+def _handle(array: mx.array | None) -> mx.array | None:
+    """The same values under a name of its own: a model may assign to parts of an array."""
+    return None if array is None else mx.array(array)
+
+
+def _row(array: mx.array, row: int) -> mx.array:
+    """One row of a batch, in memory of its own."""
+    return mx.array(array) if array.shape[0] == 1 else mx.take(array, mx.array([row]), axis=0)
+
+
+# Padding
+
+
+def padding_is_seen(model, make_cache) -> bool:
+    """Whether padding after a short prompt of a batch changes the model's recurrent states.
+
+    mlx-lm pads on the right; some models then go on into the padding. One pass of two short
+    prompts tells.
+    """
+    alone, batch = make_cache(), _merged([make_cache(), make_cache()])
+    model(mx.array([[1, 2]]), cache=alone)
+    for cache in batch:
+        cache.prepare(lengths=[2, 4], right_padding=[2, 0])
+    model(mx.array([[1, 2, 0, 0], [1, 2, 3, 4]]), cache=batch)
+    for cache in batch:
+        cache.finalize()
+    pairs = [
+        (expected, found[:1])
+        for ours, theirs in zip(states_of(alone), states_of(batch))
+        for expected, found in zip(ours.cache, theirs.cache)
+        if expected is not None
+    ]
+    return not all(_close(expected, found) for expected, found in pairs)
+
+
+def _merged(caches: list[list]) -> list:
+    return [layer[0].merge(list(layer)) for layer in zip(*caches)]
+
+
+def _close(expected: mx.array, found: mx.array) -> bool:
+    """Equal but for rounding, of a batch against a single row in the model's precision."""
+    expected, found = (np.array(x.astype(mx.float32)) for x in (expected, found))
+    return np.abs(expected - found).max() <= 0.03 * np.abs(expected).max() + 1e-6
