@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
 
 import mlx.core as mx  # noqa: E402
-import mlx_lm_prompts as prompts  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.generate import BatchGenerator, generate_step  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
@@ -16,10 +15,6 @@ from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx.mlx_lm import enable  # noqa: E402
 
 PROMPTS = [zoo.prompt(14, seed=seed) for seed in range(3)]
-
-
-def model_of(family):
-    return prompts.hybrid(family) if family in prompts.HYBRIDS else zoo.tiny(family)
 
 
 def collect(generator, answers: dict) -> None:
@@ -51,7 +46,7 @@ def test_a_pass_that_one_window_cannot_begin_is_taken_back_in_the_others(first, 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "falcon_h1"])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_a_batch_that_runs_out_of_pages_goes_on_when_one_has_left(family, prefix_cache):
-    model = model_of(family)
+    model = zoo.tiny(family)
     expected = zoo.batched(model, PROMPTS, [10] * 3)
     with enable(model, page_size=8, num_pages=7, prefix_cache=prefix_cache) as paged:
         generator = BatchGenerator(model, max_tokens=10, prefill_step_size=16)

@@ -17,10 +17,6 @@ CHATS = [[SYSTEM, {"role": "user", "content": question}] for question in QUESTIO
 END = zoo.VOCABULARY - 1
 
 
-def model_of(family):
-    return prompts.hybrid(family) if family in prompts.HYBRIDS else zoo.tiny(family)
-
-
 def tokens_of(tokenizer, messages) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
@@ -39,7 +35,7 @@ def computed(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
 def test_chats_with_one_system_prompt_compute_it_once(family, computed):
-    model, tokenizer = model_of(family), prompts.tokenizer()
+    model, tokenizer = zoo.tiny(family), prompts.tokenizer()
     expected = [answer_of(model, tokenizer, chat) for chat in CHATS]
     lengths = [len(tokens_of(tokenizer, chat)) for chat in CHATS]
     assert len(set(expected)) > 1
@@ -62,7 +58,7 @@ def test_chats_with_one_system_prompt_compute_it_once(family, computed):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
 def test_a_conversation_of_several_turns_goes_on(family, computed):
-    model, tokenizer = model_of(family), prompts.tokenizer()
+    model, tokenizer = zoo.tiny(family), prompts.tokenizer()
     with enable(model, page_size=8, prefix_cache=True) as paged:
         with serving(model, tokenizer, prompt_cache_size=1) as client:
             chat, answers, chats = list(CHATS[0]), [], []

@@ -32,7 +32,7 @@ def ask(model, tokens, max_tokens=6, chunk=512, cache=None):
 
 @pytest.mark.parametrize("family", GOOD + PADDED)
 def test_a_prompt_begins_at_the_last_position_that_has_pages_and_states(family, computed):
-    model = prompts.hybrid(family)
+    model = zoo.tiny(family)
     asked = [SYSTEM + tail for tail in ([3, 4, 5], [6, 7], [8, 9, 10, 11])]
     expected = [ask(model, prompt) for prompt in asked]
     with enable(model, page_size=8, prefix_cache=True) as paged:
@@ -57,7 +57,7 @@ def test_a_prompt_begins_at_the_last_position_that_has_pages_and_states(family, 
 
 
 def test_chunks_of_a_long_prompt_leave_states_where_they_end(computed):
-    model = prompts.hybrid("qwen3_next")
+    model = zoo.tiny("qwen3_next")
     document = zoo.prompt(200, seed=3)
     expected = ask(model, document[:150] + [1])
     with enable(model, page_size=8, prefix_cache=True):
@@ -69,7 +69,7 @@ def test_chunks_of_a_long_prompt_leave_states_where_they_end(computed):
 
 @pytest.mark.parametrize("family", GOOD)
 def test_batches_share_pages_and_states(family, computed):
-    model = prompts.hybrid(family)
+    model = zoo.tiny(family)
     asked = [SYSTEM + zoo.prompt(n, seed=n) for n in (3, 9, 1, 14)] + [zoo.prompt(12, seed=5)]
     max_tokens = [6, 3, 9, 5, 4]
     expected = [ask(model, prompt, n) for prompt, n in zip(asked, max_tokens)]
@@ -88,7 +88,7 @@ def test_batches_share_pages_and_states(family, computed):
 
 
 def test_a_batch_reads_on_to_where_a_prompt_parts_from_a_known_one(computed):
-    model = prompts.hybrid("qwen3_next")
+    model = zoo.tiny("qwen3_next")
     expected = [ask(model, SYSTEM + [n] * 4) for n in range(4)]
     with enable(model, page_size=8, prefix_cache=True) as paged:
         assert ask(model, SYSTEM + [0] * 4) == expected[0]
@@ -101,9 +101,10 @@ def test_a_batch_reads_on_to_where_a_prompt_parts_from_a_known_one(computed):
 
 @pytest.mark.parametrize("family", PADDED)
 def test_a_model_that_sees_padding_shares_nothing_in_batches_and_says_so(family, caplog):
-    model = prompts.hybrid(family)
+    model = zoo.tiny(family)
     asked = [SYSTEM + zoo.prompt(n, seed=n) for n in (3, 9, 1)]
-    expected = zoo.batched(model, asked, [6] * 3)
+    with enable(model, page_size=8):
+        expected = zoo.batched(model, asked, [6] * 3)
     with enable(model, page_size=8, prefix_cache=True) as paged:
         for _ in range(2):
             assert zoo.batched(model, asked, [6] * 3) == expected
@@ -116,13 +117,13 @@ def test_a_model_that_sees_padding_shares_nothing_in_batches_and_says_so(family,
 
 def test_padding_is_seen_where_it_is():
     for family in GOOD + PADDED:
-        model = prompts.hybrid(family)
+        model = zoo.tiny(family)
         seen = padding_is_seen(model, lambda: make_prompt_cache(model))
         assert seen == (family in PADDED), family
 
 
 def test_a_stored_state_is_not_changed_by_a_model_that_assigns_to_parts_of_it():
-    model = prompts.hybrid("qwen3_next")
+    model = zoo.tiny("qwen3_next")
     expected = ask(model, SYSTEM + [1])
     with enable(model, page_size=8, prefix_cache=True) as paged:
         ask(model, SYSTEM, max_tokens=1)
@@ -135,7 +136,7 @@ def test_a_stored_state_is_not_changed_by_a_model_that_assigns_to_parts_of_it():
 
 
 def test_states_take_no_more_bytes_than_they_may_and_the_least_useful_go():
-    model = prompts.hybrid("qwen3_next")
+    model = zoo.tiny("qwen3_next")
     with enable(model, page_size=8, prefix_cache=True) as paged:
         checkpoints = paged.prefixes.checkpoints
         ask(model, SYSTEM, 1)
@@ -156,7 +157,7 @@ def test_states_take_no_more_bytes_than_they_may_and_the_least_useful_go():
 
 
 def test_states_leave_with_the_pages_they_belong_to():
-    model = prompts.hybrid("qwen3_next")
+    model = zoo.tiny("qwen3_next")
     asked = [zoo.prompt(60, seed=seed) for seed in range(5)]
     expected = [ask(model, prompt) for prompt in asked]
     with enable(model, page_size=8, num_pages=20, prefix_cache=True) as paged:
@@ -171,7 +172,7 @@ def test_states_leave_with_the_pages_they_belong_to():
 
 
 def test_an_interrupted_pass_keeps_no_states(monkeypatch):
-    model = prompts.hybrid("qwen3_next")
+    model = zoo.tiny("qwen3_next")
     expected = ask(model, SYSTEM, 8)
     with enable(model, page_size=8, prefix_cache=True) as paged:
         last = model.model.layers[-1]
@@ -193,7 +194,7 @@ def test_an_interrupted_pass_keeps_no_states(monkeypatch):
 
 
 def test_forks_of_a_hybrid_share_pages_and_keep_states_apart():
-    model = prompts.hybrid("falcon_h1")
+    model = zoo.tiny("falcon_h1")
     tails = [[3], [9], [27]]
     expected = [ask(model, SYSTEM + tail) for tail in tails]
     with enable(model, page_size=8) as paged:
@@ -209,7 +210,7 @@ def test_forks_of_a_hybrid_share_pages_and_keep_states_apart():
 
 
 def test_a_given_cache_with_states_and_no_tokens_is_not_begun_anew():
-    model = prompts.hybrid("qwen3_next")
+    model = zoo.tiny("qwen3_next")
     with enable(model, page_size=8, prefix_cache=True) as paged:
         ask(model, SYSTEM, 1)
         cache = make_prompt_cache(model)

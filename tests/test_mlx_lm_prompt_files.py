@@ -26,10 +26,6 @@ FAMILIES = ["llama", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "fal
 PROMPT = zoo.prompt(61, seed=1)
 
 
-def model_of(family):
-    return prompts.hybrid(family) if family in prompts.HYBRIDS else zoo.tiny(family)
-
-
 def read_prompt(model, cache):
     model(mx.array([PROMPT[:40]]), cache=cache)
     for i in range(40, 61):
@@ -40,7 +36,7 @@ def read_prompt(model, cache):
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
-    return model_of(request.param)
+    return zoo.tiny(request.param)
 
 
 @pytest.fixture
@@ -64,7 +60,7 @@ def test_a_saved_prompt_goes_on_after_a_restart(model, expected, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_takes_the_bytes_of_its_tokens_whatever_the_size_of_the_pool(family, tmp_path):
     path, sizes = str(tmp_path / "prompt.safetensors"), []
-    model = model_of(family)
+    model = zoo.tiny(family)
     plain = read_prompt(model, make_prompt_cache(model))
     for num_pages in (64, 512):
         with enable(model, page_size=8, num_pages=num_pages) as paged:
@@ -214,7 +210,7 @@ def test_a_window_of_a_long_prompt_takes_the_pages_that_its_file_holds():
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
 def test_other_prompts_begin_with_one_that_was_saved(family, tmp_path):
     path = str(tmp_path / "prompt.safetensors")
-    model = model_of(family)
+    model = zoo.tiny(family)
     expected = zoo.single(model, PROMPT + [1, 2], max_tokens=6)
     with enable(model, page_size=8, prefix_cache=True) as paged:
         cache = paged.make_cache()

@@ -164,4 +164,4 @@ class Step:
         """Columns that a stock window cache leaves out: it begins at the first token's window."""
         if self.batched or self._window is None:
             return 0
-        return max(0, int(self.starts[0]) - self._window + 1) - self.first_column
+        return max(0, int(self.starts[0]) - self._window + 1 - self.first_column)
