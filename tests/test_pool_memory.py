@@ -295,7 +295,7 @@ def test_check_sees_each_part_disagree_with_the_others(planted):
     elif planted == "free list":
         allocator._free.append(0)
     elif planted == "cache":
-        cache._by_page[0].tokens = b"\0" * 4 * PAGE
+        cache._tree.by_page[0].tokens = b"\0" * 4 * PAGE
     else:
         pool.state[1] = mx.array(pool.state[1])
     with pytest.raises(AssertionError):
