@@ -3,6 +3,7 @@
 import importlib
 
 import mlx.core as mx
+import mlx_lm
 import mlx_lm_zoo as zoo
 
 
@@ -38,6 +39,8 @@ def tokenizer():
     return TokenizerWrapper(fast)
 
 
-# Models that mix attention with recurrent states. Behind jamba's and recurrent_gemma's
-# right padding in a batch the states of mlx-lm are wrong.
+# Models that mix attention with recurrent states, and those of them whose states, in mlx-lm,
+# go on into the padding of a batch and are wrong.
 HYBRIDS = ("qwen3_next", "lfm2", "falcon_h1", "jamba", "recurrent_gemma")
+LATER = mlx_lm.__version__ >= "0.32"
+PADDED = ("jamba", "recurrent_gemma") if LATER else tuple(set(HYBRIDS) - {"lfm2"})

@@ -2,6 +2,9 @@
 
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -330,3 +333,28 @@ def test_only_k_and_v_of_one_layer_have_a_source(paged):
     assert _ext.source_of(k, v) is k.source
     for pair in ((v, k), (k, k), (v, v), (other, v), (k, x), (x, v), (x, x), (None, 3)):
         assert _ext.source_of(*pair) is None
+
+UNAWAITED = """
+import mlx.core as mx
+import mlx_lm_zoo as zoo
+from paged_mlx.mlx_lm import enable
+
+model = zoo.tiny("llama")
+with enable(model, page_size=8):
+    for _ in range(20):
+        cache = model.make_cache()[0]
+        k = mx.ones((1, 2, 5, 8))
+        keys, values = cache.update_and_fetch(k, k)
+        before = mx.random.normal((700, 700))
+        before = (before @ before @ before).sum()
+        mx.async_eval(before, keys + before, values + before)
+        del cache, keys, values
+        mx.clear_cache()  # waits for MLX's thread and keeps Python's lock meanwhile
+print("done")
+"""
+
+
+def test_mlxs_thread_never_waits_for_python():
+    command = [sys.executable, "-c", UNAWAITED]
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, timeout=120)
+    assert run.stdout == b"done\n", run.stderr

@@ -30,7 +30,7 @@ def answer_of(model, tokenizer, messages) -> str:
 @pytest.fixture
 def computed(monkeypatch):
     """Counts the tokens that models compute, padding too."""
-    return prompts.count_tokens(monkeypatch, "llama", "gemma3_text", "qwen3_next")
+    return prompts.count_tokens(monkeypatch, "llama", "gemma3_text", "qwen3_next", "lfm2")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
@@ -56,7 +56,7 @@ def test_chats_with_one_system_prompt_compute_it_once(family, computed):
         paged.check()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "lfm2"])
 def test_a_conversation_of_several_turns_goes_on(family, computed):
     model, tokenizer = zoo.tiny(family), prompts.tokenizer()
     with enable(model, page_size=8, prefix_cache=True) as paged:

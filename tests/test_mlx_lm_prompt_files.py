@@ -267,7 +267,9 @@ def no_safetensors(path):
 
 
 @pytest.mark.parametrize(
-    "write", [older_file, unknown_class, no_prompt, no_safetensors, lambda path: None]
+    "write",
+    [unknown_class, no_prompt, no_safetensors, lambda path: None]
+    + [older_file] * prompts.LATER,
 )
 def test_a_file_of_another_kind_is_refused(write, tmp_path):
     path = str(tmp_path / "prompt.safetensors")

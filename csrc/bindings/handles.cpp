@@ -2,7 +2,6 @@
 // pages in their place.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/variant.h>
 
 #include "mlx/allocator.h"
@@ -29,13 +28,19 @@ struct GatheredKV : mx::array {
   bool is_key;
 };
 
+// FetchTables as Python holds them. Nodes of the graph hold them apart from Python: MLX's
+// thread drops nodes and must not wait for Python's lock.
+struct SharedTables {
+  std::shared_ptr<const FetchTables> tables;
+};
+
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Row = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // A step's arrays from its tables. Pages that every sequence gave back, the first
 // `num_freed`, are left out. The new tokens of all rows stand in the last columns:
 // shorter rows are moved to the right, by giving each page its first column.
-std::shared_ptr<FetchTables> make_tables(
+SharedTables make_tables(
     const Table& block_tables,
     const Row& starts,
     const std::optional<Row>& counts,
@@ -84,7 +89,7 @@ std::shared_ptr<FetchTables> make_tables(
       words[tables->slots() + b * num_tokens + t] = t < count ? slot : -1;
     }
   }
-  return tables;
+  return {std::move(tables)};
 }
 
 // The same K or V. In float32 it stands for the pages still, since nothing is lost.
@@ -100,13 +105,13 @@ nb::tuple fetch(
     Fetches& fetches,
     int layer,
     const nb::object& source,
-    const std::shared_ptr<FetchTables>& tables,
+    const SharedTables& tables,
     const mx::array& k_pages,
     const mx::array& v_pages,
     const std::optional<mx::array>& k,
     const std::optional<mx::array>& v,
     mx::StreamOrDevice s) {
-  auto made = fetch_pages(tables, k_pages, v_pages, k, v, s);
+  auto made = fetch_pages(tables.tables, k_pages, v_pages, k, v, s);
   fetches.add(layer, std::move(made.fetch));
   return nb::make_tuple(
       GatheredKV(std::move(made.k), source, true), GatheredKV(std::move(made.v), source, false));
@@ -167,7 +172,7 @@ void bind_handles(nb::module_& m) {
           "As mx.array's; in float32 the result stands for the pages still.")
       .def_ro("source", &GatheredKV::source, "The PagesOfLayer it stands for.")
       .def_ro("is_key", &GatheredKV::is_key, "Whether it is K.");
-  nb::class_<FetchTables>(m, "FetchTables", "Where a step's K and V lie, for all layers.")
+  nb::class_<SharedTables>(m, "FetchTables", "Where a step's K and V lie, for all layers.")
       .def(
           nb::new_(&make_tables),
           "block_tables"_a,
@@ -181,7 +186,10 @@ void bind_handles(nb::module_& m) {
           "skip"_a,
           "page_starts"_a.none(),
           "page_lens"_a.none())
-      .def_ro("ragged", &FetchTables::ragged, "Whether pages have lengths of their own.");
+      .def_prop_ro(
+          "ragged",
+          [](const SharedTables& shared) { return shared.tables->ragged; },
+          "Whether pages have lengths of their own.");
   nb::class_<Fetches>(m, "Fetches", "The handles of a pool's layers since its last settling.")
       .def(nb::init<>())
       .def(

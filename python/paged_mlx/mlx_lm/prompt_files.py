@@ -177,9 +177,11 @@ def load(paged, path: str) -> tuple[list, dict, bytes]:
 def _read(path: str):
     must = "path must be a file that this mlx-lm's save_prompt_cache has written"
     try:
-        return stock.load_prompt_cache(path, return_metadata=True)
+        prompt_cache, metadata = stock.load_prompt_cache(path, return_metadata=True)
+        metadata = dict(metadata or {})
     except RuntimeError as error:
         fail("load", f"{must}, and {error}", repr(path))
     except Exception as error:
         # Older versions wrote other metadata, and classes have come and gone.
         fail("load", f"{must}, not an older one's or another file", f"{path!r}: {error!r}")
+    return prompt_cache, metadata

@@ -8,10 +8,11 @@ import logging
 import sys
 
 import mlx.core as mx
+import mlx_lm
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
-from paged_mlx.mlx_lm import batch_hooks, prompt_files, seams
+from paged_mlx.mlx_lm import batch_hooks, prompt_files, seams, versions
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import layers_of
 from paged_mlx.mlx_lm.prompt_run import PromptRun, prefixes_of, tokens_in
@@ -19,6 +20,7 @@ from paged_mlx.mlx_lm.prompt_run import PromptRun, prefixes_of, tokens_in
 log = logging.getLogger("paged_mlx")
 
 _installed = 0
+_SHOWS_WHOLE_PROMPTS = versions.is_at_least(mlx_lm.__version__, versions.SHOWS_WHOLE_PROMPTS)
 
 # K and V that do not follow from the tokens, or do not stay in pages.
 NOT_BY_TOKENS = ("input_embeddings", "max_kv_size", "kv_bits")
@@ -71,7 +73,7 @@ def _generate_step(before):
             given["prompt_progress_callback"] = lambda done, total: callback(
                 count - total + done, count
             )
-        if given.get("logits_processors"):
+        if given.get("logits_processors") and _SHOWS_WHOLE_PROMPTS:
             given["logits_processors"] = [_after(read, p) for p in given["logits_processors"]]
         yield from _steps(before(**given), [run])
 

@@ -4,6 +4,7 @@ import logging
 import re
 
 TESTED = ("0.31.3", "0.32.0", "0.32.2")
+SHOWS_WHOLE_PROMPTS = "0.32.0"  # from here on logits processors see a prompt's first tokens too
 
 log = logging.getLogger("paged_mlx")
 
@@ -14,7 +15,7 @@ def check(installed: str) -> None:
     Raises:
         ImportError: Its caches have another contract.
     """
-    if _number(installed) < _number(TESTED[0]):
+    if not is_at_least(installed, TESTED[0]):
         raise ImportError(
             f"paged_mlx.enable needs mlx-lm {TESTED[0]} or newer, because the caches of older ones "
             f"have another contract; mlx-lm {installed} is installed: run `pip install -U mlx-lm`."
@@ -23,6 +24,11 @@ def check(installed: str) -> None:
         log.warning(
             "paged_mlx was tested with mlx-lm %s; mlx-lm %s is installed", TESTED[-1], installed
         )
+
+
+def is_at_least(installed: str, version: str) -> bool:
+    """Whether a version is ``version`` or newer."""
+    return _number(installed) >= _number(version)
 
 
 def _number(version: str) -> tuple[int, ...]:
