@@ -259,3 +259,67 @@ def test_max_kv_size_gets_mlx_lms_rotating_cache(caplog):
         assert paged.paged_calls == 0
         assert isinstance(make_prompt_cache(model)[0], PagedKVCache)
     assert "max_kv_size=16" in caplog.text
+
+
+@pytest.mark.parametrize("model", [None, object(), "llama"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ValueError, match=r"^\[enable\] model must be a model of mlx-lm"):
+        enable(model)
+
+
+def test_a_model_that_another_has_taken_over_is_not_taken_back():
+    model = zoo.tiny("llama")
+    first = enable(model)
+    first.disable()
+    with enable(model) as second:
+        with pytest.raises(ValueError, match="must not be enabled already"):
+            first.enable()
+        assert model.make_cache.paged is second
+    assert "make_cache" not in vars(model)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, other = zoo.tiny("llama"), zoo.tiny("llama", seed=1)
+    with enable(model) as paged, enable(other):
+        cache = make_prompt_cache(other)
+        with pytest.raises(ValueError, match=r"^\[generate_step\] prompt_cache must be of this"):
+            zoo.single(model, [1, 2, 3], 2, cache=cache)
+        with pytest.raises(ValueError, match=r"^\[fork\] prompt_cache must be of this model"):
+            paged.fork(cache, 2)
+
+
+def test_a_batch_that_began_before_enable_goes_on_as_it_began():
+    model = zoo.tiny("llama")
+    prompts = [zoo.prompt(n, seed=n) for n in (20, 9)]
+    expected = zoo.batched(model, prompts, [12, 6], late={1: 4})
+    opened, steps = [], []
+
+    def enable_in_the_middle():
+        steps.append(1)
+        if len(steps) == 2:
+            opened.append(enable(model))
+
+    assert zoo.batched(model, prompts, [12, 6], late={1: 4}, watch=enable_in_the_middle) == expected
+    assert opened[0].paged_calls == 0
+    opened[0].disable()
+
+
+def test_a_prompt_that_joins_pages_after_disable_is_refused():
+    model = zoo.tiny("llama")
+    paged = enable(model)
+    steps = []
+
+    def disable_in_the_middle():
+        steps.append(1)
+        if len(steps) == 2:
+            paged.disable()
+
+    prompts = [zoo.prompt(n, seed=n) for n in (20, 9)]
+    with pytest.raises(ValueError, match=r"^\[extend\] caches must be of one layer of one enabled"):
+        zoo.batched(model, prompts, [12, 6], late={1: 4}, watch=disable_in_the_middle)
+    pages, plain = paged.make_cache(), make_prompt_cache(model)
+    for cache in (pages, plain):
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+    for caches in ([pages[0], plain[0]], [plain[0], pages[0]]):
+        with pytest.raises(ValueError, match=r"^\[merge\] caches must be of one"):
+            caches[0].merge(caches)

@@ -358,3 +358,46 @@ def test_mlxs_thread_never_waits_for_python():
     command = [sys.executable, "-c", UNAWAITED]
     run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, timeout=120)
     assert run.stdout == b"done\n", run.stderr
+
+
+# Operations in place
+
+
+def test_tokens_that_the_model_changes_in_place_are_written_as_they_were_given(paged):
+    cache = paged.make_cache()[0]
+    k, v = prefill(cache, 11, seed=1)
+    new_k, new_v, q = tokens(1, 4), tokens(1, 5), tokens(1, 6, heads=4)
+    whole = mx.concatenate([k, new_k], axis=2), mx.concatenate([v, new_v], axis=2)
+    expected = attend(q, *whole)
+    handles = cache.update_and_fetch(new_k, new_v)
+    new_k *= 3
+    new_v[..., 0] = 7
+    assert close(attend(q, *handles), expected)
+    assert paged.gathered_calls == {}
+    assert all(close(a, b) for a, b in zip(cache.keys_and_values(), whole))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_handle_that_the_model_changes_in_place_is_no_handle_any_more(paged, side):
+    cache = paged.make_cache()[0]
+    handles = list(cache.update_and_fetch(tokens(1, 4), tokens(1, 5)))
+    plain = [mx.array(handle) for handle in handles]
+    plain[side] = plain[side] * 3
+    handles[side] *= 3
+    q = tokens(1, 6, heads=4)
+    assert close(attend(q, *handles), attend(q, *plain))
+    assert sum(paged.gathered_calls.values()) == 1
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_mask_that_the_model_changes_in_place_is_its_own(paged, seen):
+    rows = [paged.make_cache() for _ in range(2)]
+    batch = [layer[0].merge(list(layer)) for layer in zip(*rows)]
+    k, v, q = (tokens(4, seed, heads=heads, batch=2) for seed, heads in ((1, 2), (2, 2), (3, 4)))
+    mask = batch[0].make_mask(4)
+    if seen:  # by an earlier layer, as it was made
+        attend(q, *batch[1].update_and_fetch(k, v), mask)
+    mask &= mx.eye(4, dtype=mx.bool_)
+    found = attend(q, *batch[0].update_and_fetch(k, v), mask)
+    assert close(found, mx.repeat(v, 2, axis=1))
+    assert set(paged.gathered_calls) == {"the mask is not the cache's"}

@@ -231,3 +231,23 @@ def test_n_samples_of_one_prompt_share_it_and_diverge():
         # Four shared pages; each sample's own 5 + 21 tokens lie on at most four more.
         assert most <= 4 + 8 * 4
         paged.check()
+
+
+def test_rows_of_a_padded_batch_are_not_remembered_where_padding_may_be_seen():
+    model = zoo.tiny("minimax_m3_vl")
+    asked = [zoo.prompt(n, 100 + n) for n in (33, 50, 7)]
+    expected = [zoo.single(model, prompt, 12) for prompt in asked]
+    with enable(model, page_size=4, prefix_cache=True) as paged:
+        zoo.batched(model, asked, [12] * 3, chunk=8)
+        assert not paged.is_wholly_paged and paged.prefixes.caches[None].num_pages == 0
+        for prompt, answer in zip(asked, expected):
+            assert zoo.single(model, prompt + answer[:8], 4) == answer[8:]
+
+
+def test_a_model_whose_batches_cannot_be_probed_shares_no_prompts_in_them():
+    model = zoo.tiny("longcat_flash_ngram")
+    asked = [zoo.prompt(n, n) for n in (33, 17)]
+    expected = zoo.batched(model, asked, [3, 3])
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+        assert zoo.batched(model, asked, [3, 3]) == expected
+        paged.check()

@@ -388,3 +388,20 @@ def test_a_model_that_remembers_more_than_pages_and_states_is_refused(kind):
     else:
         with pytest.raises(ValueError, match="prefix_cache must be False.*keeps the first tokens"):
             enable(model, prefix_cache=True)
+
+
+@pytest.mark.parametrize("notice", ["another prompt", "reset"])
+def test_what_was_begun_before_everything_was_forgotten_is_not_remembered(notice):
+    model, other = zoo.tiny("llama"), zoo.tiny("llama", seed=1)
+    expected = ask(other, SYSTEM)
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+        begun = generate_step(mx.array(SYSTEM), model, max_tokens=50)
+        next(begun)
+        model.update(other.parameters())
+        if notice == "reset":
+            paged.prefixes.reset()
+        else:
+            ask(model, [5, 6, 7])
+        begun.close()
+        assert ask(model, SYSTEM) == expected
+        paged.check()

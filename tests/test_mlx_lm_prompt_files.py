@@ -287,3 +287,32 @@ def test_several_sequences_have_no_file(tmp_path):
         model(mx.array([[1, 2], [3, 4]]), cache=cache)
         with pytest.raises(ValueError, match="must hold one sequence"):
             paged.save(str(tmp_path / "two.safetensors"), cache)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "llama4"])
+def test_caches_that_are_converted_share_nothing_that_is_written_in_place(family):
+    model = zoo.tiny(family)
+    expected = zoo.single(model, PROMPT, max_tokens=6)
+    with enable(model, page_size=8) as paged:
+        plain = paged.stock_cache()
+        model(mx.array([PROMPT[:-1]]), cache=plain)
+        mx.eval([cache.state for cache in plain])
+        ours = paged.from_stock(plain)
+        again = paged.to_stock(ours)
+        for cache in (ours, again, plain):
+            assert zoo.single(model, PROMPT[-1:], max_tokens=6, cache=cache) == expected
+
+
+def test_a_prompt_saved_by_other_weights_is_no_beginning_for_others(tmp_path):
+    path = str(tmp_path / "prompt.safetensors")
+    with enable(zoo.tiny("llama", seed=1), page_size=8, prefix_cache=True) as paged:
+        cache = make_prompt_cache(paged.model)
+        zoo.single(paged.model, PROMPT, max_tokens=1, cache=cache)
+        paged.save(path, cache)
+    model = zoo.tiny("llama")
+    expected = zoo.single(model, PROMPT, max_tokens=6)
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+        loaded = paged.load(path)
+        assert all(cache.num_pages == 0 for cache in paged.prefixes.caches.values())
+        assert loaded[0].offset >= len(PROMPT)
+        assert zoo.single(model, PROMPT, max_tokens=6) == expected

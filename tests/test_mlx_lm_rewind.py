@@ -103,3 +103,13 @@ def test_retaining_everything_allows_any_rewind_of_a_window():
         model(mx.array([prompt]), cache=cache)
         assert trim_prompt_cache(cache, 60) == 60
         assert zoo.single(model, [5], max_tokens=8, cache=cache) == expected
+
+
+def test_a_window_that_keeps_everything_can_be_rewound_after_a_known_prompt():
+    model, prompt = zoo.tiny("cohere2"), zoo.prompt(60, seed=1)
+    expected = zoo.single(model, prompt, 8)
+    with enable(model, retain=None, prefix_cache=True) as paged:
+        for _ in range(2):
+            assert zoo.speculative(model, model, prompt, 8) == expected
+        assert paged.prefixes.tokens_reused > 0
+        paged.check()

@@ -10,7 +10,7 @@ import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
-from paged_mlx.mlx_lm import enable, passes  # noqa: E402
+from paged_mlx.mlx_lm import enable, explain, passes  # noqa: E402
 
 PROMPTS = [zoo.prompt(50, seed=seed) for seed in range(4)]
 
@@ -93,4 +93,30 @@ def test_a_cache_goes_on_in_another_thread():
             layer.trim(1)
         (rest,) = run_in_threads(lambda: zoo.single(model, first[-1:], 7, cache=cache))
         assert first + rest == expected
+        paged.check()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_explaining_and_checking_in_another_thread_disturb_nothing(family):
+    model = zoo.tiny(family)
+    expected = [zoo.single(model, prompt, 8) for prompt in PROMPTS]
+    with enable(model, page_size=8) as paged:
+        done = []
+
+        def generate():
+            try:
+                return [zoo.single(model, prompt, 8) for prompt in PROMPTS for _ in range(2)][::2]
+            finally:
+                done.append(1)
+
+        def look():
+            looks = 0
+            while not done or looks < 3:
+                assert len(explain(model).layers) == 3
+                paged.check()
+                looks += 1
+            return looks
+
+        found, looks = run_in_threads(generate, look)
+        assert found == expected and looks >= 3
         paged.check()

@@ -22,10 +22,16 @@ namespace {
 // K or V of a layer, gathered when it is evaluated.
 struct GatheredKV : mx::array {
   GatheredKV(mx::array lazy, nb::object source, bool is_key)
-      : mx::array(std::move(lazy)), source(std::move(source)), is_key(is_key) {}
+      : mx::array(std::move(lazy)), source(std::move(source)), is_key(is_key), made(id()) {}
+
+  // Whether an operation in place (k *= 2) has given it other values.
+  bool is_changed() const {
+    return id() != made;
+  }
 
   nb::object source;
   bool is_key;
+  std::uintptr_t made;
 };
 
 // FetchTables as Python holds them. Nodes of the graph hold them apart from Python: MLX's
@@ -95,7 +101,7 @@ SharedTables make_tables(
 // The same K or V. In float32 it stands for the pages still, since nothing is lost.
 nb::object as_type(const GatheredKV& handle, mx::Dtype dtype, mx::StreamOrDevice s) {
   auto converted = mx::astype(handle, dtype, s);
-  if (dtype != mx::float32) {
+  if (dtype != mx::float32 || handle.is_changed()) {
     return nb::cast(std::move(converted));
   }
   return nb::cast(GatheredKV(std::move(converted), handle.source, handle.is_key));
@@ -113,8 +119,12 @@ nb::tuple fetch(
     mx::StreamOrDevice s) {
   auto made = fetch_pages(tables.tables, k_pages, v_pages, k, v, s);
   fetches.add(layer, std::move(made.fetch));
+  // The tokens under names of their own: what the caller's become in place is not theirs.
   return nb::make_tuple(
-      GatheredKV(std::move(made.k), source, true), GatheredKV(std::move(made.v), source, false));
+      GatheredKV(std::move(made.k), source, true),
+      GatheredKV(std::move(made.v), source, false),
+      k ? nb::cast(mx::array(*k)) : nb::none(),
+      v ? nb::cast(mx::array(*v)) : nb::none());
 }
 
 // `state`: k_pages and v_pages of every layer.
@@ -131,7 +141,8 @@ void settle(Fetches& fetches, nb::list state) {
 nb::object source_of(const nb::handle& k, const nb::handle& v) {
   if (k.type().is(v.type()) && nb::isinstance<GatheredKV>(k)) {
     const auto &keys = *nb::inst_ptr<GatheredKV>(k), &values = *nb::inst_ptr<GatheredKV>(v);
-    if (keys.is_key && !values.is_key && keys.source.is(values.source)) {
+    const bool changed = keys.is_changed() || values.is_changed();
+    if (keys.is_key && !values.is_key && keys.source.is(values.source) && !changed) {
       return keys.source;
     }
   }
@@ -203,17 +214,28 @@ void bind_handles(nb::module_& m) {
           "k"_a.none() = nb::none(),
           "v"_a.none() = nb::none(),
           "stream"_a = nb::none(),
-          "(k, v): K and V as GatheredKV of `source`. The pages hold what they held before the "
-          "tokens k and v [batch, num_kv_heads, tokens, dim], and are not written.")
+          "(k, v, new_k, new_v): K and V as GatheredKV of `source`, and the tokens, or None. The "
+          "pages hold what they held before the tokens k and v [batch, num_kv_heads, tokens, "
+          "dim], and are not written.")
       .def(
           "read_pages",
           &Fetches::read_pages,
           "Whether a handle has read the pages, or can still be evaluated.")
+      .def("are_alive", &Fetches::are_alive, "Whether a handle can still be evaluated.")
+      .def(
+          "clear",
+          &Fetches::clear,
+          "Forget the handles: what they read has been read, and they are never evaluated.")
       .def(
           "settle",
           &settle,
           "state"_a,
           "Make `state`, [k_pages, v_pages] of every layer, come after every read of the handles.");
+  m.def(
+      "descriptor",
+      [](const mx::array& a) { return a.id(); },
+      "a"_a,
+      "A number that changes when an operation in place gives the array other values.");
   m.def(
       "source_of",
       &source_of,

@@ -178,11 +178,6 @@ void bind_diagnostics(nb::module_& m) {
       "a"_a,
       "Whether nobody has asked for the array's values yet.");
   m.def(
-      "is_available",
-      [](const mx::array& a) { return a.is_available(); },
-      "a"_a,
-      "Whether the array's values have been computed.");
-  m.def(
       "set_host_launch",
       [](std::optional<nb::callable> launch, std::optional<mx::Stream> spared) {
         set_host_launch(

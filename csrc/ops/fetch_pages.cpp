@@ -244,10 +244,6 @@ void GatherHandle::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   dispatch_on_gpu(kOp, stream(), with_parts(inputs, *tables_), whole, launch(inputs));
 }
 
-bool Fetch::reads_pages() const {
-  return *has_read || !k.expired() || !v.expired();
-}
-
 std::vector<mx::array> Fetch::settle(const mx::array& k_pages, const mx::array& v_pages) {
   std::vector<mx::array> inputs = {k_pages, v_pages};
   for (const auto& handle : {k, v}) {
@@ -273,6 +269,11 @@ void Fetches::add(int layer, Fetch fetch) {
 bool Fetches::read_pages() const {
   return std::any_of(
       fetches_.begin(), fetches_.end(), [](const auto& entry) { return entry.second.reads_pages(); });
+}
+
+bool Fetches::are_alive() const {
+  return std::any_of(
+      fetches_.begin(), fetches_.end(), [](const auto& entry) { return entry.second.is_alive(); });
 }
 
 void After::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

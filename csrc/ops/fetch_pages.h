@@ -100,8 +100,15 @@ class GatherHandle : public mx::Primitive {
 // The two handles of a layer as the pages' owner keeps them.
 class Fetch {
  public:
+  // Whether a handle can still be evaluated.
+  bool is_alive() const {
+    return !k.expired() || !v.expired();
+  }
+
   // Whether a handle has read the pages, or can still be evaluated.
-  bool reads_pages() const;
+  bool reads_pages() const {
+    return *has_read || is_alive();
+  }
 
   // The next versions of the pages, for later writes: they come after every read
   // of the handles that has begun, and after the gathers that replace those which
@@ -121,6 +128,14 @@ class Fetches {
 
   // Whether a handle has read the pages, or can still be evaluated.
   bool read_pages() const;
+
+  // Whether a handle can still be evaluated.
+  bool are_alive() const;
+
+  // Forgets all of them: what they read has been read, and they are never evaluated.
+  void clear() {
+    fetches_.clear();
+  }
 
   // For each fetch that reads pages, calls settle_layer(layer, fetch); then
   // forgets all of them.

@@ -31,11 +31,22 @@ def _insert_segments(before):
         if paged is None or self.max_kv_size is not None:
             return before(self, *args, **options)
         given = seams.arguments(before, (self, *args), options)
-        if given["caches"]:
+        if _is_on_stock(self):
+            caches = given["caches"] or [None] * len(given["segments"])
+            given["caches"] = [cache or paged.stock_cache() for cache in caches]
+        elif given["caches"]:
             given["caches"] = [cache and _on_pages(paged, cache) for cache in given["caches"]]
         return before(**given)
 
     return insert_segments
+
+
+def _is_on_stock(generator) -> bool:
+    """Whether the generator began before its model was enabled: it goes on as it began."""
+    batches = generator._prompt_batch, generator._generation_batch
+    caches = [batch.prompt_cache for batch in batches]
+    caches += [waiting[3] for waiting in generator._unprocessed_sequences]
+    return any(caches) and not any(True for each in caches for _ in layers_of(each or []))
 
 
 def _on_pages(paged, prompt_cache: list) -> list:
@@ -183,6 +194,10 @@ def _keep(told: list, responses: list) -> list:
 def _read_piece(batch, prefixes, tokens, before) -> None:
     known = [_row_tokens(batch.prompt_cache, row) for row in range(len(tokens))]
     before(batch, tokens)
+    # Attention that does not read pages may see the padding: mlx-lm's answers depend on it then.
+    padded = len({len(new) for new in tokens}) > 1
+    if padded and not paged_model_of(batch.model).is_wholly_paged:
+        return
     for row, (start, new) in enumerate(zip(known, tokens)):
         if start is not None:
             prefixes.remember([*start, *new], batch.prompt_cache, row)

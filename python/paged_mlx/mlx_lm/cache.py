@@ -7,6 +7,7 @@ layer has of each.
 
 import copy
 import logging
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -134,6 +135,9 @@ class PagedKVCache(stock._BaseCache):
         self._order_after(1, values)
 
     def _array(self, side: int):
+        if sys._getframe(2).f_code.co_name == "merge":  # of a cache of mlx-lm's own
+            must = "caches must be of one enabled model, all of them on its pages"
+            fail("merge", must, self)
         state = self.group.state_of(self.layer)
         return state[side] if state else None
 
@@ -193,7 +197,7 @@ class PagedKVCache(stock._BaseCache):
         """
         if self.group.window is None or not any(map(self._first_held, self.rows)):
             return True
-        return bool(self.group.retain) and not self.stored
+        return self.group.retain != 0 and not self.stored
 
     def trim(self, n: int) -> int:
         """Take back the last ``n`` tokens.
@@ -241,11 +245,16 @@ class PagedKVCache(stock._BaseCache):
         """One batch of several caches; they stay as they are."""
         first = caches[0]
         for cache in caches:
-            if cache.group is not first.group or cache.layer != first.layer:
-                fail("merge", "caches must be of one layer of one enabled model", cache)
+            first._check_joins("merge", cache)
         rows = [row.fork_for(first.layer) for cache in caches for row in cache.rows]
         lens = np.concatenate([cache.lens for cache in caches])
         return BatchPagedKVCache(first.group, first.layer, rows, lens)
+
+    def _check_joins(self, function: str, other) -> None:
+        group = getattr(other, "group", None)
+        if group is not self.group or other.layer != self.layer:
+            must = "caches must be of one layer of one enabled model, all of them on its pages"
+            fail(function, must, other)
 
     def to_quantized(self, group_size: int = 64, bits: int = 4):
         """mlx-lm's quantised cache of the same tokens, contiguous: pages hold no codes."""
@@ -362,7 +371,12 @@ class BatchPagedKVCache(PagedKVCache):
             self.remaining = self.remaining[keep]
 
     def extend(self, other):
-        """Take over the sequences of another batch."""
+        """Take over the sequences of another batch.
+
+        Raises:
+            ValueError: It is not of this layer of this model's pages; nothing has changed.
+        """
+        self._check_joins("extend", other)
         self._take(self.rows + other.rows, np.concatenate([self.lens, other.lens]))
 
     def extract(self, idx: int) -> PagedKVCache:

@@ -4,16 +4,17 @@ import copy
 import types
 from collections import Counter
 
+import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
-from paged_mlx.errors import fail
+from paged_mlx.errors import fail, whole_number
 from paged_mlx.mlx_lm import hook, prompt_files, prompt_hooks
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
 from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import DefaultMakeCache, MakeCache, paged_model_of
 from paged_mlx.mlx_lm.passes import Passes
-from paged_mlx.mlx_lm.prefixes import PromptPrefixes
+from paged_mlx.mlx_lm.prefixes import PromptPrefixes, fingerprint, layers_of
 from paged_mlx.mlx_lm.prompt_run import tokens_in
 from paged_mlx.mlx_lm.sequence import SequencePages
 from paged_mlx.page_hash import pack_tokens, unpack_tokens
@@ -21,6 +22,8 @@ from paged_mlx.page_hash import pack_tokens, unpack_tokens
 FIRST_PAGES = 64
 PAGES_BEFORE_EVICTION = 4096  # a pool with a prefix cache grows to, then it evicts
 NO_LIMIT = 1 << 24
+# Metadata of files: the tokens, if they are known, and of which weights K and V are.
+TOLD, WEIGHTS = "paged_mlx_tokens", "paged_mlx_weights"
 
 
 def enable(
@@ -53,7 +56,13 @@ def enable(
         ValueError: The model is enabled already, has no cache that can be paged, or an
             option is not what it must be.
     """
-    return PagedModel(model, page_size, num_pages, retain, prefix_cache)
+    if not isinstance(model, nn.Module):
+        fail("enable", "model must be a model of mlx-lm", type(model).__name__)
+    if paged_model_of(model) is not None:
+        fail("enable", "model must not be enabled already", type(model).__name__)
+    paged = PagedModel(model, page_size, num_pages, retain, prefix_cache)
+    paged.enable()
+    return paged
 
 
 class PagedModel:
@@ -62,23 +71,23 @@ class PagedModel:
     Attributes:
         model: The model.
         groups: Its layers, one group for each window.
+        passes: Its forward passes, of all threads.
         prefixes: PromptPrefixes, with ``prefix_cache=True``; else None.
     """
 
     def __init__(self, model, page_size, num_pages, retain, prefix_cache=False):
-        if paged_model_of(model) is not None:
-            fail("enable", "model must not be enabled already", type(model).__name__)
         for name, value in (("page_size", page_size), ("num_pages", num_pages), ("retain", retain)):
-            if value is not None and (not isinstance(value, int) or value < (name != "retain")):
-                fail(
-                    "enable",
-                    f"{name} must be a whole number of at least {int(name != 'retain')}",
-                    value,
-                )
+            if value is not None:
+                whole_number("enable", name, value, int(name != "retain"))
         self.model = model
         self._enabled = False
-        self._stock_make_cache = getattr(model, "make_cache", None)
-        self._own_make_cache = vars(model).get("make_cache")
+        enabled = paged_model_of(model)  # by another: then this one is for explain
+        if enabled is not None:
+            self._stock_make_cache = enabled._stock_make_cache
+            self._own_make_cache = enabled._own_make_cache
+        else:
+            self._stock_make_cache = getattr(model, "make_cache", None)
+            self._own_make_cache = vars(model).get("make_cache")
         caches = self.stock_cache()
         self.layout = Layout.of(caches)
         if not self.layout.num_layers:
@@ -99,13 +108,12 @@ class PagedModel:
             )
             for window, num_layers in self.layout.num_layers.items()
         }
-        passes = Passes(list(self.groups.values()))
+        self.passes = Passes(list(self.groups.values()), model)
         for group in self.groups.values():
-            group.passes = passes
+            group.passes = self.passes
         for (window, layer), geometry in probe_geometry(model, caches, self.layout.places).items():
             self.groups[window].geometry[layer] = geometry
         self.prefixes = PromptPrefixes(self) if prefix_cache else None
-        self.enable()
 
     def _check_prefixes_can_be_shared(self, caches) -> None:
         others = [
@@ -122,9 +130,15 @@ class PagedModel:
     # On and off
 
     def enable(self) -> None:
-        """Page the model's caches again, after ``disable``."""
+        """Page the model's caches, also again after ``disable``.
+
+        Raises:
+            ValueError: Another PagedModel has taken the model over.
+        """
         if self._enabled:
             return
+        if paged_model_of(self.model) is not None:
+            fail("enable", "model must not be enabled already", type(self.model).__name__)
         self.model.make_cache = MakeCache(self)
         hook.install()
         prompt_hooks.install()
@@ -182,7 +196,13 @@ class PagedModel:
 
     def fork(self, prompt_cache: list, n: int) -> list[list]:
         """``n`` prompt caches of the same tokens on the same pages; no bytes move."""
+        self._check_is_ours("fork", prompt_cache)
         return [copy.deepcopy(prompt_cache) for _ in range(n)]
+
+    def _check_is_ours(self, function: str, prompt_cache: list) -> None:
+        for layer in layers_of(prompt_cache):
+            if layer.group.passes.model() is not self.model:
+                fail(function, "prompt_cache must be of this model", layer)
 
     def to_stock(self, prompt_cache: list) -> list:
         """mlx-lm's own prompt cache of the same tokens."""
@@ -195,19 +215,33 @@ class PagedModel:
     def save(self, path: str, prompt_cache: list, metadata: dict | None = None) -> None:
         """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool."""
         tokens = tokens_in(self, prompt_cache) if self.prefixes is not None else None
-        prompt_files.save(path, prompt_cache, metadata, pack_tokens(tokens or []))
+        metadata = dict(metadata or {})
+        if tokens:
+            metadata |= {TOLD: pack_tokens(tokens).hex(), WEIGHTS: fingerprint(self.model)}
+        prompt_files.save(path, prompt_cache, metadata)
 
     def load(self, path: str, return_metadata: bool = False):
         """Read a prompt cache from a file of ``save`` or of mlx-lm into pages.
 
-        With ``prefix_cache=True``, other prompts begin with one that was saved so too.
+        With ``prefix_cache=True``, other prompts begin with one that was saved so too, by a
+        model of the same weights.
         """
-        prompt_cache, metadata, told = prompt_files.load(self, path)
-        if self.prefixes is not None:
-            self.prefixes.remember(list(unpack_tokens(told)), prompt_cache, finished=True)
+        prompt_cache, metadata = prompt_files.load(self, path)
+        told, weights = metadata.pop(TOLD, ""), metadata.pop(WEIGHTS, "")
+        if self.prefixes is not None and told and weights == fingerprint(self.model):
+            tokens = list(unpack_tokens(bytes.fromhex(told)))
+            self.prefixes.remember(tokens, prompt_cache, finished=True)
         return (prompt_cache, metadata) if return_metadata else prompt_cache
 
     # Figures
+
+    @property
+    def is_wholly_paged(self) -> bool:
+        """Whether all attention of the model so far has read pages."""
+        left = unpaged(self.stock_cache(), self.layout.places)
+        return all(kind_of(cache) == "ArraysCache" for cache, _ in left) and all(
+            group.is_wholly_paged for group in self.groups.values()
+        )
 
     @property
     def paged_calls(self) -> int:
@@ -242,11 +276,12 @@ class PagedModel:
         Raises:
             AssertionError: They do not.
         """
-        for group in self.groups.values():
-            group.reclaim()
-            group.allocator.check()
-            for pool in group.pools:
-                pool.check()
+        with self.passes.turn():
+            for group in self.groups.values():
+                group.reclaim()
+                group.allocator.check()
+                for pool in group.pools:
+                    pool.check()
 
     def __repr__(self):
         state = "" if self._enabled else ", disabled"

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from paged_mlx.mlx_lm import hook
 from paged_mlx.mlx_lm.enable import PagedModel
 from paged_mlx.mlx_lm.layout import CachePlace
-from paged_mlx.mlx_lm.model_seam import paged_model_of
 
 OWN_ATTENTION = "the model computes attention itself, from gathered K and V"
 NOT_WRITTEN = "nothing was written to it"
@@ -57,18 +57,15 @@ def explain(model) -> Explanation:
     Raises:
         ValueError: No cache of the model can be paged.
     """
-    enabled = paged_model_of(model)
-    if enabled is not None:
-        enabled.disable()
+    paged = PagedModel(model, page_size=8, num_pages=1, retain=None)
+    hook.install()  # the model itself stays as it is: it may be generating in another thread
     try:
-        with PagedModel(model, page_size=8, num_pages=1, retain=None) as paged:
-            cache = paged.make_cache()
-            for tokens in (4, 1):
-                model(mx.zeros((1, tokens), mx.int32), cache=cache)
-            routes = list(_routes(paged, paged.layout.places, ""))
+        cache = paged.make_cache()
+        for tokens in (4, 1):
+            model(mx.zeros((1, tokens), mx.int32), cache=cache)
     finally:
-        if enabled is not None:
-            enabled.enable()
+        hook.uninstall()
+    routes = list(_routes(paged, paged.layout.places, ""))
     return Explanation(type(model).__module__.removeprefix("mlx_lm.models."), routes)
 
 
@@ -88,7 +85,7 @@ def _reason(group, layer: int) -> str | None:
     """Why the calls of a layer did not read pages; None when all did."""
     if group.placed(layer) is None:
         return NOT_WRITTEN
-    reasons = [reason for (counted, reason) in group.calls if counted == layer]
+    reasons = group.reasons(layer)
     if not reasons:
         return OWN_ATTENTION
     return next((reason for reason in reasons if reason is not None), None)

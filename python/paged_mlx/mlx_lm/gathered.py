@@ -56,7 +56,7 @@ class PagedMask(mx.array):
         num_tokens: Query tokens of a row.
     """
 
-    __slots__ = ("group", "window", "starts", "num_tokens")
+    __slots__ = ("group", "window", "starts", "num_tokens", "_made")
 
     def __init__(self, lazy: mx.array, group, window, starts, num_tokens):
         super().__init__(lazy)
@@ -64,3 +64,9 @@ class PagedMask(mx.array):
         self.window = window
         self.starts = starts
         self.num_tokens = num_tokens
+        self._made = _ext.descriptor(self)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether an operation in place (``mask &= other``) has made it another mask."""
+        return _ext.descriptor(self) != self._made

@@ -114,16 +114,14 @@ class LayerGroup:
         for step, _ in self._recent:
             if step.joins(cache.layer, cache.names, cache.lens, num_tokens):
                 return step
-        self.passes.enter()
-        try:
-            step = self._begin(cache, num_tokens, counts)
+        with self.passes.turn():
+            try:
+                step = self._begin(cache, num_tokens, counts)
+            except OutOfPages:
+                self.passes.take_back(self)
+                raise
             self.passes.begun(self, step)
             return step
-        except OutOfPages:
-            self.passes.take_back(self)
-            raise
-        finally:
-            self.passes.leave()
 
     def _begin(self, cache, num_tokens, counts) -> Step:
         self._settle()
@@ -246,16 +244,12 @@ class LayerGroup:
     @property
     def is_pending(self) -> bool:
         """Whether something was built that nobody has asked for."""
-        return any(map(_ext.is_pending, self._built()))
+        return any(map(_ext.is_pending, self.built))
 
     @property
-    def is_computed(self) -> bool:
-        """Whether all that was built has been computed."""
-        return all(map(_ext.is_available, self._built()))
-
-    def _built(self):
-        for pool in self.pools:
-            yield from pool.built
+    def built(self) -> list[mx.array]:
+        """The newest versions of all arrays, and tokens that wait."""
+        return [array for pool in self.pools for array in pool.built]
 
     def contiguous(self, layer: int, rows, lens: np.ndarray) -> tuple[mx.array, mx.array]:
         """K and V of the tokens whose pages are held, ``[batch, heads, tokens, head_dim]``."""
@@ -266,9 +260,14 @@ class LayerGroup:
 
     # Figures
 
-    def count(self, layer: int, reason: str | None) -> None:
-        """Take note of an attention call: paged, or why not."""
-        self.calls[layer, reason] += 1
+    def reasons(self, layer: int) -> list[str | None]:
+        """Why attention calls of a layer did not read pages; None stands for those that did."""
+        return [reason for (called, reason) in list(self.calls) if called == layer]
+
+    @property
+    def is_wholly_paged(self) -> bool:
+        """Whether all attention over what was written has read pages."""
+        return all(self.reasons(layer) == [None] for layer in self._placed)
 
     def offsets(self, lens: np.ndarray) -> mx.array:
         """``lens`` as an array, one for all layers of a step."""

@@ -15,7 +15,7 @@ from paged_mlx.mlx_lm.gathered import GatheredKV, PagedMask
 source_of = _ext.source_of
 
 LATENT = "K is V too, of latent attention"
-NOT_ONE_LAYERS = "K and V are not one layer's"
+NOT_ONE_LAYERS = "K and V are not one layer's, or were changed in place"
 PAST = "another step has begun, and may have changed the pages"
 
 _installed = 0
@@ -83,6 +83,7 @@ class Route:
         place = source.place
         return (
             self.mask is mask
+            and not (type(mask) is PagedMask and mask.is_changed)
             and self.pool is place.pool
             and self.step is place.group.newest
             and self.shape == q.shape
@@ -126,7 +127,7 @@ def mask_refusal(mask, source) -> str | None:
     if isinstance(mask, str):
         even = not step.batched or (step.ends == step.ends[0]).all()
         return None if mask == "causal" and even else "the mask is of another kind"
-    if type(mask) is not PagedMask or mask.group is not group:
+    if type(mask) is not PagedMask or mask.group is not group or mask.is_changed:
         return "the mask is not the cache's"
     same_step = mask.starts is step.starts or np.array_equal(mask.starts, step.starts)
     if not same_step or mask.num_tokens != step.num_tokens:

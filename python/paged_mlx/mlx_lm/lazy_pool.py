@@ -39,6 +39,15 @@ class LazyPool(PagePool):
         return [*self._state, *(x for source in waiting for x in (source.keys, source.values))]
 
     @property
+    def has_handles(self) -> bool:
+        """Whether a handle can still be evaluated."""
+        return self._fetches.are_alive()
+
+    def forget_handles(self) -> None:
+        """They have read what they read, and are never evaluated again."""
+        self._fetches.clear()
+
+    @property
     def num_pages(self) -> int:
         return self._state[0].shape[0]
 
@@ -55,15 +64,15 @@ class LazyPool(PagePool):
             self._write(self._waiting[i])
         tables = step.tables_before if keys is not None else step.tables_after
         k_pages, v_pages = state[2 * i], state[2 * i + 1]
-        handles = operations.fetch_pages(
+        *handles, new_k, new_v = operations.fetch_pages(
             self._fetches, i, source, tables, k_pages, v_pages, keys, values, self.stream
         )
         if keys is not None:
-            source.keys, source.values = keys, values
+            source.keys, source.values = new_k, new_v
             self._waiting[i] = source
             if i == 0:
                 self._remember(step.slots)
-        return handles
+        return tuple(handles)
 
     def attend_fetched(self, source: PagesOfLayer, q: mx.array, plan, scale, sinks) -> mx.array:
         """Write what waits of ``source``, and attend.

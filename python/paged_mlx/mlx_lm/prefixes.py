@@ -4,9 +4,11 @@
 mlx-lm begins, reads or ends a prompt.
 """
 
+import hashlib
 import logging
 import weakref
 
+import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
@@ -65,6 +67,7 @@ class PromptPrefixes:
                 found = self.caches[row.group.window].reuse(tokens[: known + 1], row.table)
                 assert found == known, f"{found} of {known} tokens found again"
             row.tell(tokens[:known])
+            row.stale = False
         lens = np.array([known], np.int32)
         for layer in layers:
             layer.lens = lens
@@ -116,9 +119,12 @@ class PromptPrefixes:
             self._remember(tokens, prompt_cache, row, finished)
 
     def _remember(self, tokens: list[int], prompt_cache: list, row: int, finished: bool) -> None:
+        self._forget_other_weights()
         layers = list(layers_of(prompt_cache))
         lens = {int(layer.lens[row]) for layer in layers}
         rows = rows_of(layers, row)
+        if any(each.stale for each in rows):
+            return
         if lens != {len(tokens)} or not all(_begins_with_told(tokens, each) for each in rows):
             return
         for each in rows:
@@ -150,7 +156,7 @@ class PromptPrefixes:
             for window, cache in self.caches.items():
                 cache.reset()
                 for sequence in self._paged.groups[window].sequences:
-                    sequence.told = b""
+                    sequence.told, sequence.stale = b"", True
 
     def _forget_other_weights(self) -> None:
         if self._weights.have_changed():
@@ -178,6 +184,17 @@ class Weights:
         return len(arrays) != len(self._arrays) or any(
             before() is not now for before, now in zip(self._arrays, arrays)
         )
+
+
+def fingerprint(model) -> str:
+    """What tells a model's weights from others: names, shapes, dtypes and the first bytes."""
+    digest = hashlib.sha256()
+    weights = sorted(tree_flatten(model.parameters()))
+    firsts = [array.reshape(-1)[:16].view(mx.uint8) for _, array in weights]
+    mx.eval(firsts)
+    for (name, array), first in zip(weights, firsts):
+        digest.update(f"{name} {array.shape} {array.dtype} {first.tolist()}\n".encode())
+    return digest.hexdigest()
 
 
 def layers_of(prompt_cache):

@@ -4,6 +4,8 @@ A file holds the tokens of one sequence, not the pool: ``mlx_lm.models.cache`` r
 ``load`` reads what mlx-lm has written.
 """
 
+import copy
+
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as stock
@@ -14,7 +16,7 @@ from paged_mlx.mlx_lm.layout import CachePlace
 
 
 def to_stock(prompt_cache: list) -> list:
-    """mlx-lm's own prompt cache of the same tokens, contiguous."""
+    """mlx-lm's own prompt cache of the same tokens, contiguous; nothing is shared with it."""
     return [_to_stock(cache) for cache in prompt_cache]
 
 
@@ -23,7 +25,7 @@ def _to_stock(cache):
         return cache.to_stock()
     if isinstance(cache, stock.CacheList):
         return stock.CacheList(*to_stock(cache.caches))
-    return cache
+    return copy.deepcopy(cache)
 
 
 def from_stock(paged, prompt_cache: list) -> list:
@@ -85,14 +87,14 @@ def _pairs(places, ours, theirs):
 
 
 def _with_the_rest(places, ours, theirs) -> list:
-    """``ours`` where it is paged, ``theirs`` elsewhere."""
+    """``ours`` where it is paged, copies of ``theirs`` elsewhere."""
     joined = []
     for place, cache, plain in zip(places, ours, theirs):
         if isinstance(place, list):
             parts = _with_the_rest(place, cache.caches, plain.caches)
             joined.append(stock.CacheList(*parts))
         else:
-            joined.append(cache if isinstance(place, CachePlace) else plain)
+            joined.append(cache if isinstance(place, CachePlace) else copy.deepcopy(plain))
     return joined
 
 
@@ -140,38 +142,26 @@ def _one_sequence(x: mx.array, pool) -> mx.array:
     return x[0].swapaxes(0, 1).astype(pool.dtype)
 
 
-TOLD = "paged_mlx_tokens"  # metadata: the tokens of the file, if they are known
-
-
-def save(
-    path: str, prompt_cache: list, metadata: dict[str, str] | None = None, told: bytes = b""
-) -> None:
+def save(path: str, prompt_cache: list, metadata: dict[str, str]) -> None:
     """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does: its tokens, not the pool.
-
-    Args:
-        told: The tokens themselves, packed, if they are known.
 
     Raises:
         ValueError: It holds more than one sequence.
     """
-    metadata = dict(metadata or {})
-    if told:
-        metadata[TOLD] = told.hex()
     stock.save_prompt_cache(path, to_stock(prompt_cache), metadata)
 
 
-def load(paged, path: str) -> tuple[list, dict, bytes]:
+def load(paged, path: str) -> tuple[list, dict]:
     """Read a file of ``save``, or of mlx-lm's ``save_prompt_cache``, into pages.
 
     Returns:
-        The prompt cache, its metadata, and its tokens, packed, as far as they are known.
+        The prompt cache and its metadata.
 
     Raises:
         ValueError: The file is of another model, or of another kind.
     """
     prompt_cache, metadata = _read(path)
-    told = metadata.pop(TOLD, "")
-    return from_stock(paged, prompt_cache), metadata, bytes.fromhex(told)
+    return from_stock(paged, prompt_cache), metadata
 
 
 def _read(path: str):

@@ -56,7 +56,11 @@ def uninstall() -> None:
 def _generate_step(before):
     def generate_step(*args, **options):
         given = seams.arguments(before, args, options)
-        _tell_of_stock_caches(given)
+        _check_cache(given)
+        with _passes_of(given["model"]):
+            yield from steps(given)
+
+    def steps(given):
         run = _run_of(given)
         if run is None:
             yield from before(**given)
@@ -80,11 +84,25 @@ def _generate_step(before):
     return generate_step
 
 
-def _tell_of_stock_caches(given) -> None:
+def _check_cache(given) -> None:
+    """Refuse the pages of another model, and tell of a cache that is on no pages."""
     prompt_cache = given["prompt_cache"]
-    ours = prompt_cache is None or any(True for _ in layers_of(prompt_cache))
-    if paged_model_of(given["model"]) is not None and not ours:
+    layers = list(layers_of(prompt_cache or []))
+    for layer in layers:
+        if layer.group.passes.model() is not given["model"]:
+            fail("generate_step", "prompt_cache must be of this model", layer)
+    if paged_model_of(given["model"]) is not None and prompt_cache and not layers:
         log.info("a prompt cache of mlx-lm's own is used as it is; from_stock puts it on pages")
+
+
+@contextlib.contextmanager
+def _passes_of(*models):
+    """A generation: afterwards other threads need not wait for this one."""
+    try:
+        yield
+    finally:
+        for paged in filter(None, map(paged_model_of, models)):
+            paged.passes.end()
 
 
 def _run_of(given) -> PromptRun | None:
@@ -104,6 +122,10 @@ def _speculative_generate_step(before):
     def speculative_generate_step(*args, **options):
         given = seams.arguments(before, args, options)
         _check_rewinds(given)
+        with _passes_of(given["model"], given["draft_model"]):
+            yield from steps(given)
+
+    def steps(given):
         runs = _speculative_runs(given)
         if runs is None:
             yield from before(**given)

@@ -23,6 +23,7 @@ class SequencePages:
         last_step: The last step that it took part in.
         first_token: Position of the first token that its pages hold, unless they begin later.
         told: Its first tokens, packed, as far as they are known.
+        stale: Whether it was begun before everything that is known was forgotten.
         broken: Why its tokens are not all there, after a pass that failed; else None.
     """
 
@@ -33,6 +34,7 @@ class SequencePages:
         self.last_step = None
         self.first_token = 0
         self.told = b""
+        self.stale = False
         self.broken = None
         self._forks = []  # (weak reference, content when forked, layers that have it)
         self._siblings: list[SequencePages] = []
@@ -43,7 +45,8 @@ class SequencePages:
         """Another sequence of the same tokens on the same pages; no bytes move."""
         with self.group.passes.lock:
             fork = SequencePages(self.group, self.table.fork())
-        fork.first_token, fork.told, fork.broken = self.first_token, self.told, self.broken
+        fork.first_token, fork.broken = self.first_token, self.broken
+        fork.told, fork.stale = self.told, self.stale
         return fork
 
     def truncate(self, length: int) -> None:
