@@ -289,7 +289,8 @@ def test_several_sequences_have_no_file(tmp_path):
             paged.save(str(tmp_path / "two.safetensors"), cache)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "llama4"])
+# Before mlx-lm 0.32 llama4 cannot read more tokens at a time than its chunks hold.
+@pytest.mark.parametrize("family", ["qwen3_next"] + ["llama4"] * prompts.LATER)
 def test_caches_that_are_converted_share_nothing_that_is_written_in_place(family):
     model = zoo.tiny(family)
     expected = zoo.single(model, PROMPT, max_tokens=6)

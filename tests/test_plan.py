@@ -281,7 +281,7 @@ def test_a_plan_prints_what_it_decided():
 
 BAD_STEPS = {
     "an empty batch": (dict(tables=np.zeros((0, 1), np.int32), lens=[]), "at least one sequence"),
-    "a page size of 0": (dict(page_size=0), "page_size must be at least 1; got 0"),
+    "a page size of 0": (dict(page_size=0), "page_size must be a whole number of at least 1; got"),
     "heads that do not divide": (dict(q_heads=5), "multiple of num_kv_heads = 2; got 5"),
     "a negative length": (dict(lens=[-1]), "context_lens must be at least 0; got -1"),
     "a length without pages": (dict(lens=[9]), "covered by the pages .* got 9"),
@@ -299,7 +299,7 @@ BAD_STEPS = {
     "a flat table": (dict(tables=[0, 1]), r"block_tables must have shape \[batch, max_pages\]"),
     "fractions": (dict(lens=[6.5]), "context_lens must hold integers"),
     "a length at the end of the world": (dict(lens=[2**31 - 1]), "at most 2.31 - 1 - page_size"),
-    "a window of 0": (dict(sliding_window=0), "sliding_window must be at least 1"),
+    "a window of 0": (dict(sliding_window=0), "sliding_window must be a whole number of at least 1"),
     "page_starts alone": (dict(page_starts=[[0, 4]]), "must be given together"),
     "a gap between pages": (
         dict(page_starts=[[0, 4]], page_lens=[[3, 4]]),

@@ -85,6 +85,9 @@ void check_plan(const char* op, const mx::array& plan, const PlanGeometry& geome
   if (!plan.is_tracer()) {
     mx::array words = plan;
     words.eval();
+    if (!words.flags().row_contiguous) {
+      fail(op, "plan must be the array of an AttentionPlan", "words that do not follow each other");
+    }
     check_plan(op, words.data<int32_t>(), words.size(), geometry);
   }
 }

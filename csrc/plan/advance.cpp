@@ -50,14 +50,22 @@ int sequence_of(const PlanInput& in, int token) {
   return int(std::upper_bound(in.cu_seqlens_q, end, token) - in.cu_seqlens_q) - 1;
 }
 
-// Every sequence of the item has the item's pages where the item reads them.
+// Every sequence of the item has the item's pages where the item reads them, and as many
+// keys in them.
 bool same_item_pages(const int32_t* words, const PlanItem& item, int entry, const PlanInput& next) {
   const PlanHeader& h = header_of(words);
   if (entry + item.page_count > next.max_pages) {
     return false;
   }
+  const int32_t* const tokens = words + h.row_tokens + item.row_begin;
+  const auto keys_end = [&](int s) {
+    return std::min(entry_end(next, s, entry + item.page_count - 1), next.context_lens[s]);
+  };
   for (int r = 0; r < item.row_count; r++) {
-    const int s = sequence_of(next, words[h.row_tokens + item.row_begin + r]);
+    const int s = sequence_of(next, tokens[r]);
+    if (item.page_count > 0 && keys_end(s) != keys_end(sequence_of(next, tokens[0]))) {
+      return false;
+    }
     const int32_t* row = next.block_tables + int64_t(s) * next.max_pages + entry;
     if (std::memcmp(
             row, words + h.pages + item.page_begin, item.page_count * sizeof(int32_t)) != 0) {

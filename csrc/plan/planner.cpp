@@ -86,15 +86,23 @@ class Writer {
     list_parts();
   }
 
-  // The partials of each token, in the order of the items.
+  // The partials of each token, in the order of the keys: that of the items depends on
+  // costs, which move with the contexts, and a sum's bits on its order.
   void list_parts() {
     parts_.resize(num_parts_);
-    std::vector<int> next(part_begins_.begin(), part_begins_.end() - 1);
+    std::vector<const Draft*> by_keys;
     for (const Draft& draft : drafts_) {
-      int partial = draft.partial;
-      if (partial >= 0) {
-        for_each_token(draft, [&](int t) { parts_[next[t]++] = partial++; });
+      if (draft.partial >= 0) {
+        by_keys.push_back(&draft);
       }
+    }
+    std::sort(by_keys.begin(), by_keys.end(), [](const Draft* a, const Draft* b) {
+      return a->range.entry_begin < b->range.entry_begin;
+    });
+    std::vector<int> next(part_begins_.begin(), part_begins_.end() - 1);
+    for (const Draft* draft : by_keys) {
+      int partial = draft->partial;
+      for_each_token(*draft, [&](int t) { parts_[next[t]++] = partial++; });
     }
   }
 

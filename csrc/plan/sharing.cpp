@@ -72,7 +72,7 @@ class Sharing {
         group.push_back(by_page[i].second);
       }
       const int run_end = common_end(group, compared);
-      if (run_end == compared) { // equal ids, different raggedness
+      if (run_end == compared) { // equal ids, part-filled or of different raggedness
         alone.insert(alone.end(), group.begin(), group.end());
       } else if (decide(group, first, run_end)) {
         add_shared(group, first, run_end);
@@ -112,11 +112,21 @@ class Sharing {
         (in_.page_starts[i] == in_.page_starts[j] && in_.page_lens[i] == in_.page_lens[j]);
   }
 
-  // One past the last entry that all of `group` have in common from `entry` on.
+  // One past the last entry that the sequence holds whole.
+  int whole_end(int b) const {
+    const int end = end_entry(b);
+    return entry_end(in_, b, end - 1) > in_.context_lens[b] ? end - 1 : end;
+  }
+
+  // One past the last entry that all of `group` have in common from `entry` on. Contexts that
+  // end in it must end alike: what another holds behind is outside this one's context.
   int common_end(const std::vector<int>& group, int entry) const {
     int end = end_entry(group[0]);
     for (size_t i = 1; i < group.size(); i++) {
-      const int limit = std::min(end, end_entry(group[i]));
+      const bool alike = in_.context_lens[group[i]] == in_.context_lens[group[0]];
+      const int limit = alike
+          ? std::min(end, end_entry(group[i]))
+          : std::min({end, whole_end(group[0]), whole_end(group[i])});
       int e = entry;
       while (e < limit && same_entry(group[0], group[i], e)) {
         e++;

@@ -52,6 +52,7 @@ def paged_attention(
     if not page_tables:
         fail(_OP, "page_tables must hold at least one table", "none")
     q, cu_seqlens_q = _pack_query(query, len(page_tables), query_lens)
+    _check_pages(page_tables, page_blocks)
     tables = pack(page_tables)
     options = {
         "scale": scale,
@@ -80,6 +81,23 @@ def paged_attention(
     if query.ndim == 4:
         out, lse = _unpack(out, query), _unpack(lse, query)
     return (out, lse) if return_lse else out
+
+
+def _check_pages(page_tables: list[PageTable], page_blocks) -> None:
+    """Refuse pages of another size or of another allocator than the tables'."""
+    if isinstance(page_blocks, LayerPages):
+        page_size, owner = page_blocks.pool.page_size, page_blocks.pool.allocator
+    elif page_blocks:
+        page_size, owner = next(iter(page_blocks.values())).key_data.shape[1], None
+    else:
+        return  # no page is there, which is told later
+    for table in page_tables:
+        if table.page_size != page_size:
+            must = f"page_tables must have the page_size of the pages, {page_size}"
+            fail(_OP, must, table.page_size)
+        if None not in (owner, table.allocator) and table.allocator is not owner:
+            must = "page_tables must hold pages of the allocator that the pool belongs to"
+            fail(_OP, must, "a table of another")
 
 
 def _pack_query(query: mx.array, batch: int, query_lens) -> tuple[mx.array, np.ndarray | None]:

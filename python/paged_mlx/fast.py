@@ -11,7 +11,7 @@ import numpy as np
 from paged_mlx import operations
 from paged_mlx._native import _ext
 from paged_mlx.device import runs_kernels
-from paged_mlx.errors import fail
+from paged_mlx.errors import fail, whole_number
 from paged_mlx.host_ints import host_ints, optional_ints
 from paged_mlx.plan import AttentionPlan
 
@@ -85,12 +85,35 @@ def plan(
         "fixed_partition": fixed_partition,
         "workers": workers,
     }
-    if previous is not None and page_starts is None and previous.options == options:
+    ragged = page_starts is not None or page_lens is not None
+    if isinstance(previous, AttentionPlan) and not ragged and previous.options == options:
         following = previous.advance(tables, lens, cu)
         if following is not None:
             return following
+    _check_plan_options(options, previous)
     native = _native_plan("plan", tables, lens, cu, page_starts, page_lens, **options)
     return AttentionPlan(native, options)
+
+
+def _check_plan_options(options: dict, previous) -> None:
+    for name in ("num_q_heads", "num_kv_heads", "page_size", "head_dim", "v_head_dim"):
+        _check_int32(name, options[name])
+    for name in ("sliding_window", "fixed_partition", "workers"):
+        if options[name] is not None:
+            _check_int32(name, options[name])
+    _check_int32("num_pages", options["num_pages"], minimum=-1)
+    for name in ("causal", "share_prefixes"):
+        if not isinstance(options[name], bool):
+            fail("plan", f"{name} must be True or False", repr(options[name]))
+    if options["dtype"] not in (mx.float32, mx.float16, mx.bfloat16):
+        fail("plan", "dtype must be float32, float16 or bfloat16", options["dtype"])
+    if previous is not None and not isinstance(previous, AttentionPlan):
+        fail("plan", "previous must be an AttentionPlan", type(previous).__name__)
+
+
+def _check_int32(name: str, value, minimum: int = 1) -> None:
+    if whole_number("plan", name, value, minimum) > np.iinfo(np.int32).max:
+        fail("plan", f"{name} must be less than 2**31", value)
 
 
 def paged_attention(

@@ -42,6 +42,12 @@ _FAULTS = {
             "some need the prefix alone",
         ),
         (
+            "partials are merged in the order of the items",
+            "return a->range.entry_begin < b->range.entry_begin;",
+            "return a < b;",
+            "merged in the order of keys",
+        ),
+        (
             "tokens of an item share a partial slot",
             "parts_[next[t]++] = partial++;",
             "parts_[next[t]++] = partial;",
@@ -155,6 +161,12 @@ _FAULTS = {
             "three share unequally",
         ),
         (
+            "contexts that end apart in a page share it",
+            "const bool alike = in_",
+            "const bool alike = true || in_",
+            "contexts that end in a shared page",
+        ),
+        (
             "ragged pages are equal when their ids are",
             "return !in_.ragged() ||",
             "return true ||",
@@ -235,6 +247,12 @@ _FAULTS = {
             "words + h.pages + item.page_begin, item.page_count * sizeof(int32_t))",
             "words + h.pages + item.page_begin, (item.page_count - 1) * sizeof(int32_t))",
             "advance",
+        ),
+        (
+            "contexts of a shared item may part in its last page",
+            "if (item.page_count > 0 && keys_end(s) !=",
+            "if (item.page_count < 0 && keys_end(s) !=",
+            "contexts that end in a shared page",
         ),
         (
             "a token does not see itself",

@@ -8,6 +8,7 @@ from functools import partial
 
 import mlx.core as mx
 import numpy as np
+from plan_coverage import partial_slots
 from test_plan import BAD_STEPS, assert_exact, distinct_tables, make
 
 from paged_mlx import fast
@@ -172,6 +173,26 @@ def _advance_in_a_window():
     assert_exact(later, tables, [59, 37], PAGE, window=20)
 
 
+def _ends_in_a_shared_page():
+    tables = [list(range(256))] * 8
+    shared = dict(q_heads=64, kv_heads=8, workers=1)
+    plan = _exact([4090] * 7 + [4085], tables=tables, **shared)
+    for item in plan.items:
+        if len(item["tokens"]) == 8:
+            assert item["keys"][1] <= 4080
+    equal = _exact([4085] * 8, tables=tables, **shared)
+    assert [d.num_pages for d in equal.decisions] == [256]
+    assert equal.advance(np.array(tables, np.int32), np.array([4086] * 7 + [4085])) is None
+
+
+def _merged_in_the_order_of_keys():
+    plan = _exact([236], page_size=32, window=150, fixed_partition=32)
+    first_key = {item["partial"]: item["keys"][0] for item in plan.items}
+    _, merged, _ = partial_slots(plan)
+    keys = [first_key[part] for part in merged[0]]
+    assert keys == sorted(keys) and len(keys) > 3
+
+
 CASES: dict[str, Callable[[], object]] = {
     "decode": lambda: _exact([37, 64, 1, 0], page_size=4),
     "prefill": lambda: _exact([20, 9, 45], query_lens=[20, 3, 25]),
@@ -191,6 +212,8 @@ CASES: dict[str, Callable[[], object]] = {
     "same pages, other lengths": lambda: _exact(
         [4090, 4085], tables=[list(range(256))] * 2, workers=1
     ),
+    "contexts that end in a shared page": _ends_in_a_shared_page,
+    "merged in the order of keys": _merged_in_the_order_of_keys,
     "first and third share": _first_and_third_share,
     "three share unequally": _three_share_unequally,
     "100 sequences share": _hundred_share,
