@@ -16,6 +16,7 @@ from paged_mlx.host_ints import host_ints, optional_ints
 from paged_mlx.plan import AttentionPlan
 
 NO_PAGE = -1
+MAX_INT32 = 2**31 - 1
 
 
 def plan(
@@ -112,7 +113,9 @@ def _check_plan_options(options: dict, previous) -> None:
 
 
 def _check_int32(name: str, value, minimum: int = 1) -> None:
-    if whole_number("plan", name, value, minimum) > np.iinfo(np.int32).max:
+    if type(value) is int and minimum <= value <= MAX_INT32:
+        return
+    if whole_number("plan", name, value, minimum) > MAX_INT32:
         fail("plan", f"{name} must be less than 2**31", value)
 
 
