@@ -123,7 +123,9 @@ class Run:
         self.screen.say(f"reading the system prompt, {length}, into mlx-lm's own cache")
         stock = self._read(self.paged.stock_cache())
         self.on_pages = self._batch(self.paged.fork(on_pages, len(self.prompts)))
+        self.paged.disable()  # a batch that begins now stays on mlx-lm's own caches
         self.stock = self._batch([copy.deepcopy(stock) for _ in self.prompts])
+        self.paged.enable()
 
     def _read(self, cache):
         self.model(mx.array([self.system]), cache=cache)

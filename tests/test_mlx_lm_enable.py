@@ -8,6 +8,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 
 import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
+from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache  # noqa: E402
 
 from paged_mlx import OutOfPages  # noqa: E402
@@ -323,3 +324,18 @@ def test_a_prompt_that_joins_pages_after_disable_is_refused():
     for caches in ([pages[0], plain[0]], [plain[0], pages[0]]):
         with pytest.raises(ValueError, match=r"^\[merge\] caches must be of one"):
             caches[0].merge(caches)
+
+
+def test_a_batch_begun_while_disabled_stays_on_mlx_lms_own_caches():
+    model = zoo.tiny("llama")
+    prompts = [zoo.prompt(9, seed=seed) for seed in range(2)]
+    with enable(model) as paged:
+        plain = [paged.stock_cache() for _ in prompts]
+        paged.disable()
+        generator = BatchGenerator(model, max_tokens=3)
+        generator.insert(prompts, caches=plain)
+        paged.enable()
+        while generator.next_generated():
+            kinds = {type(cache).__name__ for cache in generator._generation_batch.prompt_cache}
+            assert kinds <= {"BatchKVCache"}
+        assert paged.paged_calls == 0

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
 
 import mlx_lm_zoo as zoo  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 import paged_mlx  # noqa: E402
 
@@ -74,9 +75,9 @@ def test_a_batch_of_8_with_a_shared_system_prompt_equals_stock(smol):
         model(mx.array([prompts[0][:common]]), cache=cache)
         return cache
 
+    stock = read_system_prompt(make_prompt_cache(model))
+    expected = answers([copy.deepcopy(stock) for _ in tails])
     with paged_mlx.enable(model, page_size=8) as paged:
-        stock = read_system_prompt(paged.stock_cache())
-        expected = answers([copy.deepcopy(stock) for _ in tails])
         system = read_system_prompt(paged.make_cache())
         assert answers(paged.fork(system, 8)) == expected
         assert paged.gathered_calls == {}
