@@ -114,6 +114,8 @@ class Passes:
             try:
                 mx.synchronize(self._stream)
                 time.sleep(REST)
+            except RuntimeError:  # a stream that no other thread may wait for
+                return False
             finally:
                 self.lock.acquire()
             if self._owner is not owner or self._newest[0] is not step or self._is_building():
