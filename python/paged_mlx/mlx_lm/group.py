@@ -16,6 +16,7 @@ from paged_mlx.mlx_lm.lazy_pool import LazyPool
 from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.step import Step
 
+GROWTH = 32  # pools grow by what is missing, and by one in so many pages at least
 RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch
 
 
@@ -200,14 +201,14 @@ class LayerGroup:
                     raise
 
     def _grow(self, wanted: int, limit: int) -> bool:
-        """Grow until ``wanted`` pages are free, by an eighth at least, up to ``limit`` pages;
+        """Grow until ``wanted`` pages are free, by 1 in GROWTH at least, up to ``limit`` pages;
         False when they are, or when the pools have as many or cannot grow."""
         total = self.allocator.total_pages
         missing = wanted - self.allocator.num_free
         if missing <= 0 or total >= limit:
             return False
         try:
-            self.allocator.grow(min(max(missing, -(-total // 8)), limit - total))
+            self.allocator.grow(min(max(missing, -(-total // GROWTH)), limit - total))
         except OutOfPages:
             return False
         return True
