@@ -62,18 +62,24 @@ def test_a_batch_that_runs_out_of_pages_goes_on_when_one_has_left(family, prefix
         paged.check()
 
 
+def a_batch_beside_which_a_prompt_failed(model):
+    """A generator, its answers so far, and the prompt that found no pages."""
+    generator = BatchGenerator(model, max_tokens=10)
+    uids = generator.insert(PROMPTS)
+    answers = {uid: [] for uid in uids}
+    for response in generator.next_generated():
+        answers[response.uid].append(response.token)
+    (large,) = generator.insert([zoo.prompt(90, seed=9)])
+    with pytest.raises(OutOfPages):
+        collect(generator, answers)
+    return generator, answers, large
+
+
 def test_a_prompt_that_finds_no_pages_costs_the_others_no_token():
     model = zoo.tiny("llama")
     expected = zoo.batched(model, PROMPTS, [10] * 3)
     with enable(model, page_size=8, num_pages=12) as paged:
-        generator = BatchGenerator(model, max_tokens=10)
-        uids = generator.insert(PROMPTS)
-        answers = {uid: [] for uid in uids}
-        for response in generator.next_generated():
-            answers[response.uid].append(response.token)
-        (large,) = generator.insert([zoo.prompt(90, seed=9)])
-        with pytest.raises(OutOfPages):
-            collect(generator, answers)
+        generator, answers, large = a_batch_beside_which_a_prompt_failed(model)
         # Nobody reads the lost part again: without it there is an error, not a wrong token.
         with pytest.raises(ValueError, match=r"must have all its tokens.*; got OutOfPages"):
             for _ in range(3):
@@ -82,24 +88,17 @@ def test_a_prompt_that_finds_no_pages_costs_the_others_no_token():
         generator.remove([large])
         collect(generator, answers)
         paged.check()
-    assert [answers[uid][-5:] for uid in uids] == [answer[-5:] for answer in expected]
+    assert [answer[-5:] for answer in answers.values()] == [answer[-5:] for answer in expected]
 
 
 def test_responses_are_told_after_a_prompt_has_failed_beside_them():
     model = zoo.tiny("llama")
     expected = zoo.batched(model, PROMPTS, [10] * 3)
     with enable(model, page_size=8, num_pages=12) as paged:
-        generator = BatchGenerator(model, max_tokens=10)
-        uids = generator.insert(PROMPTS)
-        answers = {uid: [] for uid in uids}
-        for response in generator.next_generated():
-            answers[response.uid].append(response.token)
-        (large,) = generator.insert([zoo.prompt(90, seed=9)])
-        with pytest.raises(OutOfPages):
-            collect(generator, answers)
+        generator, answers, large = a_batch_beside_which_a_prompt_failed(model)
         generator.remove([large])
         collect(generator, answers)
-        assert [answers[uid] for uid in uids] == expected
+        assert list(answers.values()) == expected
         paged.check()
 
 
