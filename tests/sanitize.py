@@ -35,6 +35,11 @@ OPTIONS = {
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     "TSAN_OPTIONS": f"halt_on_error=1:suppressions={ROOT}/tests/tsan.supp",
 }
+# An editable install finds its package before the path is looked at.
+FORGET_INSTALLED = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not hasattr(f, "known_source_files")]
+"""
 
 
 def build(sanitizers: str) -> Path:
@@ -56,6 +61,7 @@ def build(sanitizers: str) -> Path:
     for stale in package.glob("_ext*.so"):
         stale.unlink()
     (package / module).write_bytes((folder / "cmake" / module).read_bytes())
+    (package.parent / "sitecustomize.py").write_text(FORGET_INSTALLED)
     return package.parent
 
 
@@ -69,6 +75,16 @@ def runtime(sanitizers: str) -> str:
     return " ".join(found)
 
 
+def check_loaded(path: Path, environment: dict) -> None:
+    """The suites will run on the extension that was built for them."""
+    words = [sys.executable, "-c", "from paged_mlx._native import _ext; print(_ext.__file__)"]
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    if not done.stdout.startswith(str(path)):
+        sys.exit(f"sanitize: expected an extension in {path}, got {done.stdout.strip()}")
+
+
 def main() -> None:
     failed = []
     for sanitizers in sys.argv[1:] or SUITES:
@@ -76,6 +92,7 @@ def main() -> None:
         path = build(sanitizers)
         environment = os.environ | OPTIONS
         environment |= {"PYTHONPATH": str(path), "LD_PRELOAD": runtime(sanitizers)}
+        check_loaded(path, environment)
         for suite in suites:
             print(f"== {sanitizers}: {' '.join(suite)}", flush=True)
             done = subprocess.run([sys.executable, *suite], cwd=ROOT, env=environment)
