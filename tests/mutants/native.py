@@ -124,7 +124,8 @@ def _compile(mutant: Mutant, base: Project, work: Path) -> dict[str, Path]:
     changed.write_text(mutant.text)
     source = mutant.file if changed.suffix == ".cpp" else f"csrc/cpu/isa_{ISA}.cpp"
     changed_source = changed if source == mutant.file else ROOT / source
-    includes = [f"-I{work / 'overlay'}", f"-I{(ROOT / mutant.file).parent}"]
+    # Where quoted names are looked for: <limits.h> is not the one beside the file.
+    includes = ["-iquote", str(work / "overlay"), "-iquote", str((ROOT / mutant.file).parent)]
     base.compile(source, changed_source, work / "changed.o", first=includes)
     return {source: work / "changed.o"}
 
