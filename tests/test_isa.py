@@ -8,7 +8,7 @@ from mutants import native
 
 from paged_mlx import fast
 from paged_mlx._native import _ext
-from paged_mlx.testing import backends, report, run_suite, small
+from paged_mlx.testing import Case, Check, backends, report, run, run_suite, small
 
 
 @pytest.fixture
@@ -30,6 +30,19 @@ def test_the_suite_passes_on_every_instruction_set(isa, restored):
 @pytest.mark.parametrize("isa", sorted(set(emulated_isa.NAMES) - set(_ext.isa_names())))
 def test_the_suite_passes_on_an_instruction_set_that_the_machine_lacks(isa):
     assert emulated_isa.run_small_suite(isa) == ""
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("vectors, rows", [(1, 5), (2, 10), (3, 9), (4, 8)])
+@pytest.mark.parametrize("isa", _ext.isa_names())
+def test_rows_fill_panels_of_any_number_of_vectors(isa, vectors, rows, head_dim, restored):
+    """So many vectors of rows are fewest without idle lanes in panels of so many."""
+    assert _ext.set_isa(isa)
+    lanes = {"v2": 4, "v3": 8, "neon": 4}.get(isa, 16)
+    tokens = rows * lanes
+    case = Case(num_q_heads=4, num_kv_heads=4, head_dim=head_dim, sequences=((tokens, tokens + 100),))
+    outcome = run(Check("", case), backends.cpu())
+    assert outcome.right, outcome.reason
 
 
 def test_an_unknown_instruction_set_changes_nothing(restored):

@@ -14,7 +14,8 @@
 namespace paged_mlx::cpu {
 namespace {
 
-constexpr int kMaxPanel = 3 * kLanes;
+constexpr int kMaxPanelVecs = kManyRegisters ? 3 : 4;
+constexpr int kMaxPanel = kMaxPanelVecs * kLanes;
 constexpr int kMaxWideRows = 384;
 constexpr size_t kWideStateBytes = 448 * 1024; // q and acc of one pass
 
@@ -165,14 +166,17 @@ WidePass<kVecs> make_pass(
       scratch.take<int32_t>(lanes)};
 }
 
-// Vectors of a panel that leave the fewest lanes without a row.
+// Vectors of a panel that leave the fewest lanes without a row, as many as possible.
 int panel_vecs(int rows) {
-  auto idle = [rows](int vecs) {
-    const int panel = vecs * kLanes;
-    return (panel - rows % panel) % panel;
-  };
-  const int best = idle(3) <= idle(2) ? 3 : 2;
-  return idle(best) <= idle(1) ? best : 1;
+  int best = kMaxPanelVecs, least = kMaxPanel;
+  for (int vecs = kMaxPanelVecs; vecs > 0; vecs--) {
+    const int panel = vecs * kLanes, idle = (panel - rows % panel) % panel;
+    if (idle < least) {
+      best = vecs;
+      least = idle;
+    }
+  }
+  return best;
 }
 
 template <typename X>
@@ -189,8 +193,11 @@ void attend_wide(const Job& job, int index, int kv_head, char* memory) {
       case 2:
         attend_pass<X>(make_pass<X, 2>(job, item, kv_head, first, rows, memory));
         break;
-      default:
+      case 3:
         attend_pass<X>(make_pass<X, 3>(job, item, kv_head, first, rows, memory));
+        break;
+      default:
+        attend_pass<X>(make_pass<X, kMaxPanelVecs>(job, item, kv_head, first, rows, memory));
     }
   }
 }

@@ -12,14 +12,10 @@ namespace {
 
 constexpr int kChainWords = 128;
 
-// Elements of V that meet a panel of so many vectors in registers.
-constexpr int micro_dims(int panel_vecs) {
-  return panel_vecs > 1 ? (kManyRegisters ? 8 : 4) : kPair < 16 ? 8 : kPair / 2;
-}
-
-// Keys that do.
-constexpr int micro_keys(int panel_vecs) {
-  return panel_vecs == 2 && !kManyRegisters ? 5 : micro_dims(panel_vecs);
+// Keys, or elements of V, that meet a panel of so many vectors at once: on few registers
+// twelve sums, which hide the latency of a multiplication, the row's vectors and the element.
+constexpr int micro_step(int panel_vecs) {
+  return kManyRegisters ? 8 : 12 / panel_vecs;
 }
 
 // One pass: up to kMaxWideRows rows of one KV head, in panels of kVecs vectors.
@@ -67,8 +63,9 @@ KeyRange seen_by(const Pass& pass, int first, int count) {
 // Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
 // kChainWords words at a time: a shorter chain of roundings.
 template <typename X, int kPanelVecs>
-void score_keys(const float* q, const float* keys, int words, float* scores) {
-  constexpr int kPanel = kPanelVecs * kLanes, kMicroKeys = micro_keys(kPanelVecs);
+__attribute__((noinline)) void score_keys(
+    const float* q, const float* keys, int words, float* scores) {
+  constexpr int kPanel = kPanelVecs * kLanes, kMicroKeys = micro_step(kPanelVecs);
   for (int first = 0; first < words; first += kChainWords) {
     const int end = min_int(first + kChainWords, words);
     Vec dots[kMicroKeys][kPanelVecs];
@@ -132,7 +129,7 @@ void finish_scores(const Pass& pass, int panel, int position, KeyRange keys) {
 // Phase 2: scores of keys [low, high) of the tile become weights; `shrink` is
 // what the sums so far shrink by. Even and odd keys are added up apart.
 template <int kPanelVecs>
-void soften(
+__attribute__((noinline)) void soften(
     float unit,
     float* scores,
     int low,
@@ -170,18 +167,18 @@ void soften(
   }
 }
 
-// Phase 3: kMicroDims elements of the accumulators of a panel.
-template <int kPanelVecs>
-void add_values(
+// Phase 3: kDims elements of the accumulators of a panel.
+template <int kPanelVecs, int kDims>
+__attribute__((noinline)) void add_values(
     const float* weights,
     const float* values,
     int count,
     int v_stride,
     const Vec (&shrink)[kPanelVecs],
     float* acc) {
-  constexpr int kPanel = kPanelVecs * kLanes, kMicroDims = micro_dims(kPanelVecs);
-  Vec sum[kMicroDims][kPanelVecs];
-  for (int d = 0; d < kMicroDims; d++) {
+  constexpr int kPanel = kPanelVecs * kLanes;
+  Vec sum[kDims][kPanelVecs];
+  for (int d = 0; d < kDims; d++) {
     for (int x = 0; x < kPanelVecs; x++) {
       sum[d][x] = Vec{};
     }
@@ -191,20 +188,25 @@ void add_values(
     for (int x = 0; x < kPanelVecs; x++) {
       weight[x] = load(weights + j * kPanel + x * kLanes);
     }
-    for (int d = 0; d < kMicroDims; d++) {
+    for (int d = 0; d < kDims; d++) {
       const Vec value = splat(values[j * v_stride + d]);
       for (int x = 0; x < kPanelVecs; x++) {
         sum[d][x] = fma(value, weight[x], sum[d][x]);
       }
     }
   }
-  for (int d = 0; d < kMicroDims; d++) {
+  for (int d = 0; d < kDims; d++) {
     for (int x = 0; x < kPanelVecs; x++) {
       float* const at = acc + d * kPanel + x * kLanes;
       store(at, fma(load(at), shrink[x], sum[d][x]));
     }
   }
 }
+
+template <int kCount>
+struct Dims {
+  static constexpr int count = kCount;
+};
 
 // A tile of keys against the rows of one panel; the loader fills the next tile meanwhile.
 template <typename X, typename Pass>
@@ -215,14 +217,13 @@ void attend_panel(
   if (keys.begin >= keys.end) {
     return;
   }
-  constexpr int kMicroKeys = micro_keys(Pass::kPanelVecs);
-  constexpr int kMicroDims = micro_dims(Pass::kPanelVecs);
+  constexpr int kMicroKeys = micro_step(Pass::kPanelVecs), kMicroDims = kMicroKeys;
   const Job& job = pass.job;
   const float* const q = pass.q + size_t(panel) * pass.words * Pass::kPanel;
   const int low = keys.begin - position, high = keys.end - position;
   const int first = low / kMicroKeys * kMicroKeys;
   const int k_steps = (high - first + kMicroKeys - 1) / kMicroKeys;
-  const int v_steps = pass.v_dim / kMicroDims;
+  const int v_steps = (pass.v_dim + kMicroDims - 1) / kMicroDims;
   const int steps = k_steps + v_steps;
   int done = panel * steps;
   for (int j = first; j < high; j += kMicroKeys) {
@@ -249,11 +250,22 @@ void attend_panel(
   const int v_stride = tile_v_stride(pass.v_dim);
   const float* const weights = pass.scores + low * Pass::kPanel;
   float* const acc = pass.acc + size_t(panel) * pass.v_dim * Pass::kPanel;
-  for (int d = 0; d < pass.v_dim; d += kMicroDims) {
-    add_values<Pass::kPanelVecs>(
+  auto add_dims = [&](int d, auto dims) __attribute__((always_inline)) {
+    add_values<Pass::kPanelVecs, decltype(dims)::count>(
         weights, tile.v + low * v_stride + d, high - low, v_stride, shrink,
         acc + size_t(d) * Pass::kPanel);
     next.advance(++done, pass.num_panels * steps);
+  };
+  int d = 0;
+  for (; d + kMicroDims <= pass.v_dim; d += kMicroDims) {
+    add_dims(d, Dims<kMicroDims>{});
+  }
+  // kRest divides v_dim, so that what is left is none of it, one or two.
+  constexpr int kRest = kMicroDims % 3 == 0 ? kMicroDims / 3 : kMicroDims;
+  if (d + kRest == pass.v_dim) {
+    add_dims(d, Dims<kRest>{});
+  } else if (d < pass.v_dim) {
+    add_dims(d, Dims<2 * kRest>{});
   }
 }
 

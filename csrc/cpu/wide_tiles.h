@@ -11,7 +11,7 @@
 namespace paged_mlx::cpu {
 namespace {
 
-constexpr int kTileKeys = kManyRegisters ? 64 : 80; // a multiple of what a panel meets at once
+constexpr int kTileKeys = kManyRegisters ? 64 : 72; // a multiple of what a panel meets at once
 constexpr int kKeysAhead = 8;
 constexpr int kLineFloats = 16; // of a cache line
 

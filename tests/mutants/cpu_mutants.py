@@ -285,6 +285,18 @@ _FAULTS = {
             "two tiles of keys",
         ),
         (
+            "the last elements of V are forgotten",
+            "add_dims(d, Dims<kRest>{});",
+            "next.advance(++done, pass.num_panels * steps);",
+            "wide",
+        ),
+        (
+            "of the last elements of V only the first",
+            "add_dims(d, Dims<2 * kRest>{});",
+            "add_dims(d, Dims<kRest>{});",
+            "panels of 4 vectors",
+        ),
+        (
             "ALiBi counts from the key",
             "splat(float(key)) - at) + bias;",
             "at - splat(float(key))) + bias;",
