@@ -12,7 +12,7 @@ from paged_mlx import fast
 from paged_mlx._native import _ext
 
 from benchmarks.harness import Candidate, Case, run
-from benchmarks.limits import on_threads, page_reads
+from benchmarks.limits import on_threads, page_reads, planning, smallest_operation
 from benchmarks.torch_sdpa import torch_sdpa
 from benchmarks.workload import Geometry, Workload, agree
 
@@ -92,6 +92,8 @@ def small_steps(dtype):
             paged(work, "paged, planning too", planned=False),
             paged(work, "paged", start=layers // 3),
             page_reads(work, start=2 * layers // 3),
+            planning(work),
+            smallest_operation(),
         ]
         yield case(name, work, candidates, 30)
 

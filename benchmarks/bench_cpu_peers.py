@@ -11,7 +11,13 @@ from paged_mlx._native import _ext
 
 from benchmarks.bench_cpu_decode import DEFAULT_THREADS, DTYPES, MHA, SHORT, paged
 from benchmarks.harness import Case, LeftOut, run
-from benchmarks.limits import multiplications, on_threads, page_reads
+from benchmarks.limits import (
+    multiplications,
+    on_threads,
+    page_reads,
+    planning,
+    smallest_operation,
+)
 from benchmarks.openvino_paged import openvino
 from benchmarks.torch_sdpa import torch_sdpa
 from benchmarks.vllm_cpu import library, vllm
@@ -59,6 +65,8 @@ def small_steps(dtype):
             paged(work, "paged, planning too", planned=False),
             paged(work, start=work.pool.num_layers // 2),
             page_reads(work, start=work.pool.num_layers // 4),
+            planning(work),
+            smallest_operation(),
         ]
         yield case(name, work, ours, 30)
 

@@ -10,15 +10,10 @@ import numpy as np
 from paged_mlx import PagePool
 
 from benchmarks.harness import Candidate, Case, run
-from benchmarks.limits import memcpy, memcpy_in_pieces, on_threads
+from benchmarks.limits import memcpy, memcpy_in_pieces, on_threads, smallest_operation
 from benchmarks.workload import DTYPES, Geometry
 
 LAYERS, PAGES, SEQUENCES = 32, 512, 256
-
-
-def smallest_operation() -> Candidate:
-    one = mx.ones((1,))
-    return Candidate("the smallest MLX operation", lambda: mx.eval(one + one), limit=True)
 
 
 def new_pool(layers, dtype) -> PagePool:

@@ -1,5 +1,6 @@
 """What the machine can do at the best: candidates that only read, multiply or copy."""
 
+import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
@@ -81,3 +82,14 @@ def memcpy_in_pieces(nbytes: int, pieces: int, pool_bytes: int = 256 << 20) -> C
             memory[target] = memory[source]
 
     return Candidate(f"{MEMCPY} in pieces", copy, nbytes, limit=True)
+
+
+def smallest_operation() -> Candidate:
+    """What graph, Python and evaluation take of any operation, after others had the caches."""
+    one = mx.ones((1,))
+    return Candidate("the smallest MLX operation", lambda: mx.eval(one + one), limit=True)
+
+
+def planning(work: Workload) -> Candidate:
+    """The plan of the step, and nothing else."""
+    return Candidate("planning alone", work.plan, limit=True)
