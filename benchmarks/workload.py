@@ -59,6 +59,7 @@ class Workload:
 
     def __init__(self, lengths, geometry=Geometry(), query_lens=None, shared=0, layers=1, seed=0):
         self.lengths, self.g = list(lengths), geometry
+        self.context_lens = np.array(self.lengths, np.int32)  # as BlockTable holds them
         self.query_lens = [1] * len(self.lengths) if query_lens is None else list(query_lens)
         rng = np.random.default_rng(seed)
         g, self.dtype = geometry, DTYPES[geometry.dtype]
@@ -111,7 +112,7 @@ class Workload:
         g = self.g
         return fast.plan(
             self.tables,
-            self.lengths,
+            self.context_lens,
             num_q_heads=g.num_q_heads,
             num_kv_heads=g.num_kv_heads,
             page_size=g.page_size,

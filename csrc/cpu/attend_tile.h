@@ -20,6 +20,7 @@ constexpr size_t kTileStateBytes = 512 * 1024; // q and acc of one pass
 // small vectors a head takes so long that its neighbour is far enough.
 constexpr int64_t kPrefetchBytes = kLanes < 16 ? 1 : 32 * 1024;
 constexpr int64_t kSpanBytes = kLanes < 16 ? 0 : 256 * 1024;
+constexpr bool kNextBlock = kLanes < 16; // of a large page, before the next head
 
 // The keys that some row of a group sees, and those that all of them see.
 struct GroupRange {
@@ -60,9 +61,10 @@ int64_t unit_bytes(const Job& job, int span_keys, int itemsize) {
 
 // The next span in the order it lies in memory, K of all heads and then V, in
 // equal parts: long runs of lines are read faster than short ones.
-Ahead next_span(const Job& job, int span, int kv_head) {
+Ahead next_span(const Job& job, int span, int first, int kv_head) {
   Ahead ahead;
   ahead.span = span + 1;
+  ahead.first = first;
   for (int i = 0; i < 2; i++) {
     const int at = 2 * kv_head + i;
     ahead.pool[i] = at < job.num_kv_heads ? job.k_pages : job.v_pages;
@@ -71,19 +73,27 @@ Ahead next_span(const Job& job, int span, int kv_head) {
   return ahead;
 }
 
-// K and V of the KV head that is kPrefetchBytes further on.
-Ahead next_head(const Job& job, int span, int kv_head, int64_t bytes) {
+// K and V of the same KV head in the next block of a large page; behind the last, or where
+// kNextBlock does not ask for it, those of the head that is kPrefetchBytes further on.
+Ahead next_block(
+    const Job& job, const Span& span, int index, int first, int kv_head, int64_t bytes) {
+  auto of_head = [&](int at, int block) -> Ahead {
+    const int64_t row = int64_t(at % job.num_kv_heads) * job.page_size;
+    return {index + at / job.num_kv_heads, block, {job.k_pages, job.v_pages}, {row, row}};
+  };
+  if (kNextBlock && first + kBlockKeys < span.keys) {
+    return of_head(kv_head, first + kBlockKeys);
+  }
   const int64_t units = kPrefetchBytes / (bytes > 0 ? bytes : 1);
-  const int at = kv_head + clamp_int(int(units), 1, job.num_kv_heads);
-  const int64_t row = int64_t(at % job.num_kv_heads) * job.page_size;
-  return {span + at / job.num_kv_heads, {job.k_pages, job.v_pages}, {row, row}};
+  const int heads = clamp_int(int(units), 1, job.num_kv_heads);
+  return of_head(kv_head + heads, kNextBlock ? 0 : first);
 }
 
 // Rows of the pool for keys [first, first + 16) of a span, of which the item
 // may read those in [low, high).
-void locate(const Walk& walk, const Span& span, int first, int ahead_span, Block& block) {
+void locate(const Walk& walk, const Span& span, int first, const Ahead& next, Block& block) {
   if (walk.one_page()) {
-    const int64_t row = walk.row(span, first), ahead = walk.row_ahead(ahead_span, first);
+    const int64_t row = walk.row(span, first), ahead = walk.row_ahead(next.span, next.first);
     for (int j = 0; j < kBlockKeys; j++) {
       block.rows[j] = row + clamp_int(j, block.low, block.high - 1);
     }
@@ -96,7 +106,7 @@ void locate(const Walk& walk, const Span& span, int first, int ahead_span, Block
     block.rows[j] = walk.row(span, first + clamp_int(j, block.low, block.high - 1));
   }
   for (int j = 0; j < kBlockKeys; j += kQuad) {
-    block.ahead[j / kQuad] = walk.row_ahead(ahead_span, min_int(first + j, span.keys - 1));
+    block.ahead[j / kQuad] = walk.row_ahead(next.span, min_int(next.first + j, span.keys - 1));
   }
 }
 
@@ -146,14 +156,14 @@ void attend_span(
   const bool as_a_whole = job.head_dim == job.v_head_dim && job.num_kv_heads % 2 == 0 &&
       bytes * job.num_kv_heads <= kSpanBytes;
   for (int h = 0; h < job.num_kv_heads; h++) {
-    const Ahead ahead =
-        as_a_whole ? next_span(job, index, h) : next_head(job, index, h, bytes);
     for (int first = begin / kBlockKeys * kBlockKeys; first < end; first += kBlockKeys) {
       Block block;
       block.position = span.position + first;
       block.low = max_int(begin - first, 0);
       block.high = min_int(end - first, kBlockKeys);
-      locate(walk, span, first, ahead.span, block);
+      const Ahead ahead = as_a_whole ? next_span(job, index, first, h)
+                                     : next_block(job, span, index, first, h, bytes);
+      locate(walk, span, first, ahead, block);
       attend_rows<X>(pass, groups, block, states[h], h, ahead);
     }
   }

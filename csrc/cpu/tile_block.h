@@ -31,9 +31,10 @@ struct Block {
 };
 
 // What phase 1, and then phases 2 and 3, prefetch while they work on a block: the
-// rows of a pool, K or V, of some KV head of a span that comes later.
+// rows of a pool, K or V, of some KV head in a block that comes later.
 struct Ahead {
   int span;
+  int first; // key of the span
   const void* pool[2];
   int64_t head_row[2];
 };
