@@ -2,7 +2,7 @@
 //
 //   q       [panel, words, kPanel]  words of DotProduct, scratch: lanes are rows
 //   acc     [panel, Dv, kPanel]     float, scratch
-//   tiles   K and V of 64 keys, scratch: converted once for all panels
+//   tiles   K and V of kTileKeys keys, scratch: converted once for all panels
 //
 // With rows in the lanes, an element of K or V is a broadcast, so nothing is
 // transposed but the queries, and the softmax has no horizontal step.

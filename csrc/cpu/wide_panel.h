@@ -203,6 +203,7 @@ __attribute__((noinline)) void add_values(
   }
 }
 
+// A number of elements of V, known when this is compiled.
 template <int kCount>
 struct Dims {
   static constexpr int count = kCount;
@@ -260,12 +261,14 @@ void attend_panel(
   for (; d + kMicroDims <= pass.v_dim; d += kMicroDims) {
     add_dims(d, Dims<kMicroDims>{});
   }
-  // kRest divides v_dim, so that what is left is none of it, one or two.
-  constexpr int kRest = kMicroDims % 3 == 0 ? kMicroDims / 3 : kMicroDims;
-  if (d + kRest == pass.v_dim) {
-    add_dims(d, Dims<kRest>{});
-  } else if (d < pass.v_dim) {
-    add_dims(d, Dims<2 * kRest>{});
+  // Steps of 4 and 8 divide v_dim. Of one that is three times a divisor, two may be left.
+  if constexpr (kMicroDims % 3 == 0) {
+    constexpr int kRest = kMicroDims / 3;
+    if (d + kRest == pass.v_dim) {
+      add_dims(d, Dims<kRest>{});
+    } else if (d < pass.v_dim) {
+      add_dims(d, Dims<2 * kRest>{});
+    }
   }
 }
 
