@@ -12,7 +12,7 @@ struct CpuCosts {
   int tile_rows; // more are cheaper as wide items
   BodyCosts tile, wide;
 };
-// v4_bf16; items and partials of the wide body are those of v3.
+// v4_bf16; items and partials of the wide body are those of an earlier fit of v3.
 constexpr CpuCosts kAvx512Float32 = {24, {0.69, 0.086, 1.5, 1.3}, {1.5, 0.068, 9.5, 2.1}};
 constexpr CpuCosts kAvx512Halves = {24, {0.36, 0.23, 1.5, 2.2}, {2.8, 0.17, 1.5, 4.2}};
 // v3
