@@ -16,11 +16,11 @@ namespace {
 
 constexpr int kMaxTileRows = 64;               // rows of a KV head in one pass
 constexpr size_t kTileStateBytes = 512 * 1024; // q and acc of one pass
-// How far ahead of the walk, and the largest span that is prefetched as a whole: with
-// small vectors a head takes so long that its neighbour is far enough.
-constexpr int64_t kPrefetchBytes = kLanes < 16 ? 1 : 32 * 1024;
-constexpr int64_t kSpanBytes = kLanes < 16 ? 0 : 256 * 1024;
-constexpr bool kNextBlock = kLanes < 16; // of a large page, before the next head
+// Small vectors take so long for a block that it is early enough to read the next one from
+// memory meanwhile. Large ones read further ahead: so many bytes, or small spans as a whole.
+constexpr bool kReadFurther = kLanes >= 16;
+constexpr int64_t kFurtherBytes = 32 * 1024;
+constexpr int64_t kSpanBytes = 256 * 1024;
 
 // The keys that some row of a group sees, and those that all of them see.
 struct GroupRange {
@@ -59,54 +59,76 @@ int64_t unit_bytes(const Job& job, int span_keys, int itemsize) {
   return int64_t(span_keys) * (job.head_dim + job.v_head_dim) * itemsize;
 }
 
+// A block of the walk: index of its span, first key in it, KV head.
+struct Place {
+  int span;
+  int first;
+  int kv_head;
+};
+
+Place next_block(const Job& job, const Span& span, Place here) {
+  if (here.first + kBlockKeys < span.keys) {
+    return {here.span, here.first + kBlockKeys, here.kv_head};
+  }
+  const int head = here.kv_head + 1;
+  return head < job.num_kv_heads ? Place{here.span, 0, head} : Place{here.span + 1, 0, 0};
+}
+
 // The next span in the order it lies in memory, K of all heads and then V, in
 // equal parts: long runs of lines are read faster than short ones.
-Ahead next_span(const Job& job, int span, int first, int kv_head) {
+Ahead next_span(const Job& job, Place here, Place next) {
   Ahead ahead;
-  ahead.span = span + 1;
-  ahead.first = first;
+  ahead.span = here.span + 1;
+  ahead.first = here.first;
+  ahead.next_head_row = int64_t(next.kv_head) * job.page_size;
   for (int i = 0; i < 2; i++) {
-    const int at = 2 * kv_head + i;
+    const int at = 2 * here.kv_head + i;
     ahead.pool[i] = at < job.num_kv_heads ? job.k_pages : job.v_pages;
     ahead.head_row[i] = int64_t(at % job.num_kv_heads) * job.page_size;
   }
   return ahead;
 }
 
-// K and V of the same KV head in the next block of a large page; behind the last, or where
-// kNextBlock does not ask for it, those of the head that is kPrefetchBytes further on.
-Ahead next_block(
-    const Job& job, const Span& span, int index, int first, int kv_head, int64_t bytes) {
-  auto of_head = [&](int at, int block) -> Ahead {
-    const int64_t row = int64_t(at % job.num_kv_heads) * job.page_size;
-    return {index + at / job.num_kv_heads, block, {job.k_pages, job.v_pages}, {row, row}};
-  };
-  if (kNextBlock && first + kBlockKeys < span.keys) {
-    return of_head(kv_head, first + kBlockKeys);
+// What is read from memory while a block is attended.
+Ahead look_ahead(const Job& job, Place here, Place next, int64_t bytes) {
+  Place there = next;
+  if constexpr (kReadFurther) {
+    if (job.head_dim == job.v_head_dim && job.num_kv_heads % 2 == 0 &&
+        bytes * job.num_kv_heads <= kSpanBytes) {
+      return next_span(job, here, next);
+    }
+    const int heads = clamp_int(int(kFurtherBytes / (bytes > 0 ? bytes : 1)), 1, job.num_kv_heads);
+    const int at = here.kv_head + heads;
+    there = {here.span + at / job.num_kv_heads, here.first, at % job.num_kv_heads};
   }
-  const int64_t units = kPrefetchBytes / (bytes > 0 ? bytes : 1);
-  const int heads = clamp_int(int(units), 1, job.num_kv_heads);
-  return of_head(kv_head + heads, kNextBlock ? 0 : first);
+  const int64_t row = int64_t(there.kv_head) * job.page_size;
+  const int64_t next_row = int64_t(next.kv_head) * job.page_size;
+  return {there.span, there.first, {job.k_pages, job.v_pages}, {row, row}, next_row};
 }
 
 // Rows of the pool for keys [first, first + 16) of a span, of which the item
 // may read those in [low, high).
-void locate(const Walk& walk, const Span& span, int first, const Ahead& next, Block& block) {
+void locate(const Walk& walk, const Span& span, int first, Block& block) {
   if (walk.one_page()) {
-    const int64_t row = walk.row(span, first), ahead = walk.row_ahead(next.span, next.first);
+    const int64_t row = walk.row(span, first);
     for (int j = 0; j < kBlockKeys; j++) {
       block.rows[j] = row + clamp_int(j, block.low, block.high - 1);
-    }
-    for (int j = 0; j < kBlockKeys; j += kQuad) {
-      block.ahead[j / kQuad] = ahead + j;
     }
     return;
   }
   for (int j = 0; j < kBlockKeys; j++) {
     block.rows[j] = walk.row(span, first + clamp_int(j, block.low, block.high - 1));
   }
-  for (int j = 0; j < kBlockKeys; j += kQuad) {
-    block.ahead[j / kQuad] = walk.row_ahead(next.span, min_int(next.first + j, span.keys - 1));
+}
+
+// The same for a block that comes later, a row per quad of keys.
+void locate_ahead(
+    const Walk& walk, const Span& span, int index, int first, int64_t (&rows)[kBlockQuads]) {
+  const int64_t row = walk.row_ahead(index, first);
+  for (int i = 0; i < kBlockQuads; i++) {
+    rows[i] = walk.one_page()
+        ? row + i * kQuad
+        : walk.row_ahead(index, min_int(first + i * kQuad, span.keys - 1));
   }
 }
 
@@ -153,17 +175,21 @@ void attend_span(
   const int begin = max_int(all.begin - span.position, 0);
   const int end = min_int(all.end - span.position, span.keys);
   const int64_t bytes = unit_bytes(job, span.keys, sizeof(typename X::T));
-  const bool as_a_whole = job.head_dim == job.v_head_dim && job.num_kv_heads % 2 == 0 &&
-      bytes * job.num_kv_heads <= kSpanBytes;
   for (int h = 0; h < job.num_kv_heads; h++) {
     for (int first = begin / kBlockKeys * kBlockKeys; first < end; first += kBlockKeys) {
       Block block;
       block.position = span.position + first;
       block.low = max_int(begin - first, 0);
       block.high = min_int(end - first, kBlockKeys);
-      const Ahead ahead = as_a_whole ? next_span(job, index, first, h)
-                                     : next_block(job, span, index, first, h, bytes);
-      locate(walk, span, first, ahead, block);
+      const Place here = {index, first, h}, next = next_block(job, span, here);
+      const Ahead ahead = look_ahead(job, here, next, bytes);
+      locate(walk, span, first, block);
+      locate_ahead(walk, span, ahead.span, ahead.first, block.far);
+      if constexpr (kReadFurther) {
+        locate_ahead(walk, span, next.span, next.first, block.next);
+      } else {
+        memcpy(block.next, block.far, sizeof(block.far));
+      }
       attend_rows<X>(pass, groups, block, states[h], h, ahead);
     }
   }

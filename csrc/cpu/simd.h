@@ -87,8 +87,22 @@ PAGED_MLX_INLINE VecI iota() {
   }
   return v;
 }
-PAGED_MLX_INLINE void prefetch(const char* p) {
+// From memory into L2.
+PAGED_MLX_INLINE void prefetch_far(const char* p) {
   __builtin_prefetch(p, 0, 2);
+}
+// Into L1.
+PAGED_MLX_INLINE void prefetch_near(const char* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
+// v in a register, where a compiler would read it from memory at every use: loads are
+// fewer than multiplications only so.
+PAGED_MLX_INLINE Vec keep(Vec v) {
+#if defined(__x86_64__) && !defined(PAGED_MLX_EMULATED_LANES)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
 }
 
 // a * b + c, rounded once where the machine can. max(a, b) is b where either is NaN.
@@ -353,15 +367,23 @@ struct DotProduct {
   static PAGED_MLX_INLINE void pack_row(const typename X::T* from, int n, Query* to) {
     widen_row<X>(from, n, to);
   }
-  // kPair elements of a key, those of a query, one partial sum per lane.
+  // kPair elements of a key; those of a query times those of keys, one partial sum per lane.
   static PAGED_MLX_INLINE Key load_key(const typename X::T* p) {
     return X::load2(p);
   }
   static PAGED_MLX_INLINE Key load_key_part(const typename X::T* p, int n) {
     return load2_part<X>(p, n);
   }
-  static PAGED_MLX_INLINE Vec add(const Query* q, Key k, Vec sum) {
-    return fma(load(q + kLanes), k.b, fma(load(q), k.a, sum));
+  template <int kKeys>
+  static PAGED_MLX_INLINE void add(const Query* q, const Key (&k)[kKeys], Vec (&sums)[kKeys]) {
+    const Vec a = keep(load(q));
+    for (int j = 0; j < kKeys; j++) {
+      sums[j] = fma(a, k[j].a, sums[j]);
+    }
+    const Vec b = keep(load(q + kLanes));
+    for (int j = 0; j < kKeys; j++) {
+      sums[j] = fma(b, k[j].b, sums[j]);
+    }
   }
   // One word of each of kLanes rows.
   static PAGED_MLX_INLINE Vec add_words(Vec a, Vec b, Vec sum) {
@@ -386,8 +408,12 @@ struct DotProduct<BFloat16> {
   static PAGED_MLX_INLINE Key load_key_part(const uint16_t* p, int n) {
     return (Key)_mm512_maskz_loadu_epi16((__mmask32(1) << n) - 1, p);
   }
-  static PAGED_MLX_INLINE Vec add(const Query* q, Key k, Vec sum) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (Key)_mm512_loadu_si512(q), k);
+  template <int kKeys>
+  static PAGED_MLX_INLINE void add(const Query* q, const Key (&k)[kKeys], Vec (&sums)[kKeys]) {
+    const Key words = (Key)_mm512_loadu_si512(q);
+    for (int j = 0; j < kKeys; j++) {
+      sums[j] = (Vec)_mm512_dpbf16_ps((__m512)sums[j], words, k[j]);
+    }
   }
   static PAGED_MLX_INLINE Vec add_words(Vec a, Vec b, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (Key)a, (Key)b);

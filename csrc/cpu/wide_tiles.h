@@ -137,7 +137,7 @@ class TileLoader {
   static void prefetch_row(const T* row, int dim) {
     const char* const at = reinterpret_cast<const char*>(row);
     for (size_t b = 0; b < dim * sizeof(T); b += 64) {
-      prefetch(at + b);
+      prefetch_far(at + b);
     }
   }
 

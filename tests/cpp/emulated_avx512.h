@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#define PAGED_MLX_EMULATED_LANES // they are in no register
 #define __AVX512F__ 1
 #define __AVX512DQ__ 1
 #define __AVX512BW__ 1
