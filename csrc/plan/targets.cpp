@@ -16,8 +16,8 @@ struct CpuCosts {
 constexpr CpuCosts kAvx512Float32 = {24, {0.69, 0.086, 1.5, 1.3}, {1.5, 0.068, 9.5, 2.1}};
 constexpr CpuCosts kAvx512Halves = {24, {0.36, 0.23, 1.5, 2.2}, {2.8, 0.17, 1.5, 4.2}};
 // v3
-constexpr CpuCosts kNarrowFloat32 = {12, {0.49, 0.117, 0, 1.0}, {0.58, 0.053, 12.3, 2.2}};
-constexpr CpuCosts kNarrowHalves = {12, {0.44, 0.21, 2.7, 2.0}, {0.78, 0.12, 0, 4.6}};
+constexpr CpuCosts kNarrowFloat32 = {12, {0.54, 0.114, 0, 1.2}, {0.60, 0.059, 12.0, 2.6}};
+constexpr CpuCosts kNarrowHalves = {12, {0.50, 0.198, 8.2, 1.6}, {0.88, 0.129, 21.0, 4.7}};
 
 void set_costs(PlanTarget& target, PlanKind kind, const BodyCosts& costs) {
   target.key_cost[kind] = costs.key;
