@@ -30,6 +30,19 @@ def paged(work, name="paged", threads=1, isa="", start=0, planned=True) -> Candi
     return Candidate(name, work.in_turn(attend, start), work.nbytes)
 
 
+def paged_step(work, name, threads=1) -> Candidate:
+    """One call in all layers, evaluated together, as a model does it."""
+    _ext.set_num_threads(threads)
+    plan = work.plan()
+
+    def step():
+        outs = [work.pool.attend(layer, work.q, plan) for layer in work.layers]
+        mx.eval(outs)
+        return outs[0]
+
+    return Candidate(name, on_threads(threads, step), work.nbytes * work.pool.num_layers)
+
+
 def has_more_than_avx2() -> bool:
     return AVX2 in _ext.isa_names()[:-1]
 
@@ -116,6 +129,9 @@ def all_cores(dtype):
             page_reads(work, threads, start=2 * layers // 3),
         ]
         yield case(f"{name}, {threads} cores, wall", work, candidates, 20, "wall")
+    candidates = [paged_step(work, "all cores", threads), paged_step(work, "one thread")]
+    row = f"1 x 1024, a step of {layers} layers, {threads} cores, wall"
+    yield case(row, work, candidates, 20, "wall")
 
 
 def cases():

@@ -113,6 +113,19 @@ def test_one_long_sequence_is_cut_so_that_every_worker_is_busy():
     assert_exact(plan, distinct_tables([32768], 16), [32768], 16)
 
 
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_every_worker_gets_as_many_items_of_one_sequence(workers):
+    per_worker = set()
+    for tokens in range(1024, 24 * 1024, 720):
+        tables = distinct_tables([tokens], 16)
+        plan = make(tables, [tokens], q_heads=32, kv_heads=8, page_size=16, workers=workers)
+        count = sum(plan.num_items.values())
+        assert count < workers or count % workers == 0
+        per_worker.add(count // workers)
+        assert_exact(plan, tables, [tokens], 16)
+    assert {1, 2, 3, 4} <= per_worker
+
+
 def test_one_long_sequence_beside_63_short_ones_is_cut_and_comes_first():
     lens = [32768] + [128] * 63
     plan = make(distinct_tables(lens, 16), lens, page_size=16, workers=8)

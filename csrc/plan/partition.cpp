@@ -9,6 +9,8 @@ namespace paged_mlx {
 
 namespace {
 
+constexpr double kRounding = 1e-6; // of a division
+
 // Cost of what one worker does at a time: a whole item, or one KV head of it.
 double unit_cost(const PlanInput& input, const Segment& segment, const PlanTarget& target) {
   const int rows = segment.tokens.size() * input.gqa_factor();
@@ -58,7 +60,13 @@ double item_budget(
   if (workers <= 1 || total < 2 * target.min_item_cost) {
     return std::numeric_limits<double>::infinity();
   }
-  return std::max(target.min_item_cost, total / (workers * target.items_per_worker));
+  // As many items for every worker: of three halves, one would be waited for.
+  const double per_worker = total / (workers * target.min_item_cost);
+  if (per_worker < 1) {
+    return target.min_item_cost;
+  }
+  const double count = std::min(std::round(per_worker), double(target.items_per_worker));
+  return total / (workers * count);
 }
 
 std::vector<PageRange> cut(
@@ -78,7 +86,7 @@ std::vector<PageRange> cut(
   const int entries = range.entry_end - range.entry_begin;
   int count = 1;
   if (cost > 1.5 * item_budget) {
-    count = int(std::min(std::ceil(cost / item_budget), 1e6));
+    count = int(std::min(std::ceil(cost / item_budget - kRounding), 1e6));
     count = std::min({count, range.num_keys() / target.min_partition, entries});
   }
   std::vector<PageRange> pieces;
