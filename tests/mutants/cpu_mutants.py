@@ -218,12 +218,22 @@ _FAULTS = {
             "const Vec base = splat(most[r]);",
             "several tokens in a window",
         ),
+    ],
+    "tile_values.h": [
         (
             "every row has the weights of the first",
             "const Vec weight = splat(weights[r * kBlockKeys + j]);",
             "const Vec weight = splat(weights[j]);",
             "tile",
         ),
+        (
+            "a whole block ends with its third quad",
+            "quad < kBlockQuads; quad++) {\n      for",
+            "quad < kBlockQuads - 1; quad++) {\n      for",
+            "tile",
+        ),
+    ],
+    "tile_scores.h": [
         (
             "a row sees keys behind its end",
             "splat_int(min_int(row.end, block.position + block.high));",
