@@ -124,6 +124,24 @@ print(before, own_threads())
 
 
 @on_linux
+@pytest.mark.parametrize("dtype, tokens", [("float32", 512), ("float16", 1024), ("bfloat16", 1024)])
+def test_the_shortest_step_that_is_cut_wakes_a_thread(dtype, tokens):
+    items, before, after = printed_by(f"""
+q, pages = mx.ones((1, 32, 128), mx.{dtype}), mx.ones(({tokens // 16}, 8, 16, 128), mx.{dtype})
+plan = fast.plan(
+    np.arange({tokens // 16}, dtype=np.int32)[None], [{tokens}],
+    num_q_heads=32, num_kv_heads=8, page_size=16, workers=2, dtype=mx.{dtype},
+)
+mx.eval(q + 1, pages)
+before = own_threads()
+_ext.set_num_threads(2)
+mx.eval(fast.paged_attention(q, pages, pages, plan=plan))
+print(sum(plan.num_items.values()), before, own_threads())
+""")
+    assert items == 2 and after - before == 1
+
+
+@on_linux
 def test_a_short_step_of_many_items_wakes_no_thread():
     items, before, after = printed_by("""
 q, pages = mx.ones((8, 2, 32)), mx.ones((8, 2, 16, 32))

@@ -18,7 +18,7 @@ namespace {
 // What one microsecond of one thread does, to tell small jobs from large ones.
 constexpr double kBytesPerMicrosecond = 18e3;
 constexpr double kFlopsPerMicrosecond = 80e3;
-constexpr double kMicrosecondsPerThread = 100; // less is not worth waking a thread for
+constexpr double kMicrosecondsPerThread = 50; // less is not worth waking a thread for
 constexpr int kMergesPerUnit = 16;
 
 // Memory that a thread keeps from call to call. In a huge page where there are any: then
