@@ -86,3 +86,13 @@ def test_every_case_passes_without_a_fault(layer):
     )
     reasons = {name: case() for name, case in cases_of(own).items() if name != "pipeline names"}
     assert not any(reasons.values()), reasons
+
+
+def test_a_module_that_another_trial_removes_stops_no_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_KEPT", 1)
+    for age, name in enumerate(["old", "new"]):
+        (tmp_path / f"{name}.so").touch()
+        os.utime(tmp_path / f"{name}.so", (age, age))
+    (tmp_path / "gone.so").symlink_to(tmp_path / "nowhere")
+    native._prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gone.so", "new.so"]

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .mutant import ROOT, Mutant
@@ -191,6 +191,9 @@ def _sources() -> list[Path]:
 
 def _prune(directory: Path) -> None:
     """Leave the modules that were used last."""
-    modules = sorted(directory.glob("*.so"), key=lambda path: path.stat().st_mtime_ns)
-    for module in modules[: max(0, len(modules) - _KEPT)]:
+    used = {}
+    for module in directory.glob("*.so"):
+        with suppress(FileNotFoundError):  # another trial prunes as well
+            used[module] = module.stat().st_mtime_ns
+    for module in sorted(used, key=used.get)[: max(0, len(used) - _KEPT)]:
         module.unlink(missing_ok=True)
