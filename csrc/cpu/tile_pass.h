@@ -3,8 +3,8 @@
 //
 // Every line of K and V is prefetched twice: far ahead from memory, and into L1 in the
 // phase before the one that reads it. Of prefetches that come as fast as memory answers
-// the processor drops some (2% to 9% on Zen 3: benchmarks/dropped_prefetches.cpp), and each
-// of those would be waited for; the second time finds it.
+// the processor drops some (benchmarks/dropped_prefetches.cpp counts them), and each of
+// those would be waited for; the second time finds it.
 #pragma once
 
 #include "cpu/walk.h"

@@ -60,7 +60,7 @@ double item_budget(
   if (workers <= 1 || total < 2 * target.min_item_cost) {
     return std::numeric_limits<double>::infinity();
   }
-  // As many items for every worker: of three halves, one would be waited for.
+  // As many items for every worker: the third of three items for two would be waited for.
   const double per_worker = total / (workers * target.min_item_cost);
   if (per_worker < 1) {
     return target.min_item_cost;
