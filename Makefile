@@ -43,19 +43,19 @@ test-long: build
 	$(PY) -m pytest -m "long or not long"
 
 test-mlx-lm-versions: build
-	$(PY) tests/mlx_lm_versions.py $(VERSIONS)
+	$(PY) tests/support/mlx_lm_versions.py $(VERSIONS)
 
 test-mlx-lm-own: build
-	$(PY) tests/mlx_lm_own_tests.py $(VERSIONS)
+	$(PY) tests/support/mlx_lm_own_tests.py $(VERSIONS)
 
 test-mlx-vlm: build
-	$(PY) tests/mlx_vlm_tests.py
+	$(PY) tests/support/mlx_vlm_tests.py
 
 sanitize: build
-	$(PY) tests/sanitize.py
+	$(PY) tests/support/sanitize.py
 
 mutants: build
-	cd tests && $(abspath $(PY)) -m mutants
+	cd tests && PYTHONPATH=support "$(abspath $(PY))" -m mutants
 
 bench: build $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks

@@ -78,11 +78,7 @@ def case(name, work, candidates, rounds, clock="cpu") -> Case:
 def against_limits(dtype):
     work = Workload.cold([2048] * 8, Geometry(dtype=dtype))
     layers = work.pool.num_layers
-    avx2 = (
-        [paged(work, "paged, AVX2", isa=AVX2, start=layers // 2)]
-        if has_more_than_avx2()
-        else []
-    )
+    avx2 = [paged(work, "paged, AVX2", isa=AVX2, start=layers // 2)] if has_more_than_avx2() else []
     candidates = [paged(work), page_reads(work, start=layers // 4), *avx2, one_page_each(work)]
     yield case("8 x 2048", work, candidates + torch_sdpa(work), 12)
     work = Workload.cold([8192], Geometry(dtype=dtype))

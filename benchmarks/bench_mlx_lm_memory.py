@@ -10,12 +10,12 @@ import json
 
 import mlx.core as mx
 import numpy as np
+import paged_mlx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import llama
-
-import paged_mlx
-from benchmarks.harness import RESULTS, environment
 from paged_mlx._native import _ext
+
+from benchmarks.harness import RESULTS, environment
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 8, 64, 100
 BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4

@@ -7,18 +7,18 @@ fork, a token. One thread does everything, so CPU time is the time that it takes
 import random
 
 import numpy as np
-from paged_mlx.allocator import (
+from paged_mlx.pages.append import append_batch
+from paged_mlx.pages.block_table import BlockTable, pack
+from paged_mlx.pages.canary import Canary
+from paged_mlx.pages.policies import (
     BuddyPageAllocator,
     FIFOPageAllocator,
     LRUPageAllocator,
     PageAllocator,
 )
-from paged_mlx.append import append_batch
-from paged_mlx.block_table import BlockTable, pack
-from paged_mlx.canary import Canary
-from paged_mlx.page_hash import page_hashes
-from paged_mlx.page_table import PageTable
-from paged_mlx.prefix_cache import PrefixCache
+from paged_mlx.pages.table import PageTable
+from paged_mlx.prefix.cache import PrefixCache
+from paged_mlx.prefix.hash import page_hashes
 
 from benchmarks.harness import Candidate, Case, run
 

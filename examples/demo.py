@@ -13,11 +13,10 @@ import time
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import paged_mlx
 import smollm2
 from demo_screen import make_screen
 from mlx_lm.generate import BatchGenerator
-
-import paged_mlx
 
 SYSTEM = """You are Ada, a friendly guide in a science museum for children. Visitors ask \
 short questions and you answer each of them in two or three plain sentences. You never use \

@@ -7,16 +7,11 @@ from paged_mlx._native import check_versions
 check_versions(mx.__version__)
 
 from paged_mlx import fast  # noqa: E402
-from paged_mlx.allocator import (  # noqa: E402
-    BuddyPageAllocator,
-    FIFOPageAllocator,
-    LRUPageAllocator,
-    PageAllocator,
-)
-from paged_mlx.append import AppendPlan, append_batch  # noqa: E402
 from paged_mlx.attention import paged_attention  # noqa: E402
-from paged_mlx.block_table import BlockTable, PackedTables, pack  # noqa: E402
-from paged_mlx.canary import Canary, CorruptPage  # noqa: E402
+from paged_mlx.attention_plan import AttentionPlan  # noqa: E402
+from paged_mlx.course.memory_report import analyze_memory_efficiency  # noqa: E402
+from paged_mlx.course.memory_systems import benchmark_memory_systems  # noqa: E402
+from paged_mlx.device_memory import memory_limit, pages_within  # noqa: E402
 from paged_mlx.errors import (  # noqa: E402
     DoubleFree,
     OutOfPages,
@@ -24,20 +19,25 @@ from paged_mlx.errors import (  # noqa: E402
     UnknownPage,
     UseAfterFree,
 )
-from paged_mlx.memory import analyze_memory_efficiency  # noqa: E402
-from paged_mlx.machine_memory import memory_limit, pages_within  # noqa: E402
-from paged_mlx.memory_systems import benchmark_memory_systems  # noqa: E402
 from paged_mlx.page_block import PageBlock  # noqa: E402
-from paged_mlx.page_hash import ExtraKey  # noqa: E402
-from paged_mlx.page_table import (  # noqa: E402
+from paged_mlx.pages.append import AppendPlan, append_batch  # noqa: E402
+from paged_mlx.pages.block_table import BlockTable, PackedTables, pack  # noqa: E402
+from paged_mlx.pages.canary import Canary, CorruptPage  # noqa: E402
+from paged_mlx.pages.policies import (  # noqa: E402
+    BuddyPageAllocator,
+    FIFOPageAllocator,
+    LRUPageAllocator,
+    PageAllocator,
+)
+from paged_mlx.pages.table import (  # noqa: E402
     PageTable,
     PageTableEntry,
     copy_on_write,
     share_prefix,
 )
-from paged_mlx.plan import AttentionPlan  # noqa: E402
 from paged_mlx.pool import PagePool  # noqa: E402
-from paged_mlx.prefix_cache import PrefixCache  # noqa: E402
+from paged_mlx.prefix.cache import PrefixCache  # noqa: E402
+from paged_mlx.prefix.hash import ExtraKey  # noqa: E402
 from paged_mlx.threads import num_threads, set_num_threads  # noqa: E402
 
 __version__ = "0.1.0"

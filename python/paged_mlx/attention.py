@@ -4,11 +4,11 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx import fast
-from paged_mlx.block_table import pack
 from paged_mlx.errors import fail
 from paged_mlx.host_ints import host_ints
 from paged_mlx.page_block import LayerPages, PageBlock
-from paged_mlx.page_table import PageTable
+from paged_mlx.pages.block_table import pack
+from paged_mlx.pages.table import PageTable
 
 _OP = "paged_attention"
 

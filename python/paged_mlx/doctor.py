@@ -18,8 +18,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from paged_mlx._native import _ext
+from paged_mlx.reference.dtypes import NAMES
 from paged_mlx.testing import Backend, Case, Check, backends, report, run_suite, small
-from paged_mlx.testing.dtypes import NAMES
 from paged_mlx.testing.runner import Report
 
 REPORT = "paged_mlx_doctor.json"
@@ -59,7 +59,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--json", metavar="FILE", help=f"write a report; without it only of failures, to {REPORT}"
     )
     parser.add_argument(
-        "--only", choices=("metal", "cpu", "host"), help="the GPU, the CPU, or Metal text on the host"
+        "--only",
+        choices=("metal", "cpu", "host"),
+        help="the GPU, the CPU, or Metal text on the host",
     )
     return parser.parse_args(arguments)
 
@@ -143,7 +145,9 @@ def one_of_each() -> list[Check]:
         Check("vector body", case.replace(num_q_heads=4)),
         Check("tile body", case.replace(dtype="bfloat16", num_q_heads=8)),
         Check("wide body", wide),
-        Check("partitions, merge", case.replace(num_q_heads=8, sequences=((1, 150),)), "neighbours"),
+        Check(
+            "partitions, merge", case.replace(num_q_heads=8, sequences=((1, 150),)), "neighbours"
+        ),
         Check("numbers", case, "merge"),
         *(Check("pages", pages, ask) for ask in ("write", "copy", "gather")),
     ]
@@ -161,7 +165,7 @@ def _instruction_set(name: str) -> Iterator[None]:
 
 def _metal_on_host():
     """The context manager of a checkout's tests, if this is one and it works here."""
-    tests = Path(__file__).resolve().parents[2] / "tests"
+    tests = Path(__file__).resolve().parents[2] / "tests/support"
     if not (tests / "metal_on_host.py").is_file():
         return None
     sys.path.insert(0, str(tests))

@@ -10,10 +10,10 @@ import numpy as np
 
 from paged_mlx import operations
 from paged_mlx._native import _ext
+from paged_mlx.attention_plan import AttentionPlan
 from paged_mlx.device import runs_kernels
 from paged_mlx.errors import fail, whole_number
 from paged_mlx.host_ints import host_ints, optional_ints
-from paged_mlx.plan import AttentionPlan
 
 NO_PAGE = -1
 MAX_INT32 = 2**31 - 1
@@ -252,7 +252,9 @@ def copy_pages(
         ValueError: A shape or page id is not what it must be.
     """
     num_pages = pools[0].shape[0] if pools and pools[0].ndim else 0
-    return operations.copy_pages(list(pools), pair_array("copy_pages", pairs, num_pages), stream=stream)
+    return operations.copy_pages(
+        list(pools), pair_array("copy_pages", pairs, num_pages), stream=stream
+    )
 
 
 def gather_pages(
@@ -346,7 +348,9 @@ def pair_array(op: str, pairs, num_pages: int) -> mx.array:
 def gather_inputs(op, k_pages, block_tables, context_lens, page_starts, page_lens) -> dict:
     """Checked arrays for the native gather."""
     if k_pages.ndim != 4 or 0 in k_pages.shape:
-        must = "k_pages must have shape [num_pages, num_kv_heads, page_size, head_dim], none of them 0"
+        must = (
+            "k_pages must have shape [num_pages, num_kv_heads, page_size, head_dim], none of them 0"
+        )
         fail(op, must, k_pages.shape)
     arrays = {
         "block_tables": host_ints(op, "block_tables", block_tables),

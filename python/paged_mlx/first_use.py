@@ -105,7 +105,7 @@ class Guard:
 
 def prove(variant: Variant, stream) -> tuple[bool, bool]:
     """Whether a variant is right on ``stream``, and whether that will still hold tomorrow."""
-    from paged_mlx.testing import Check, backends, checks
+    from paged_mlx.testing import backends, checks
 
     backend = backends.on_stream("first use", stream)
     case = proof_case(variant)
@@ -182,7 +182,9 @@ def _tell(variant: Variant, identity: str) -> None:
 
 def _identity() -> str:
     gpu = mx.device_info()
-    native = hashlib.sha256(Path(_ext.__file__).read_bytes()).hexdigest()  # kernel text, launch code
+    native = hashlib.sha256(
+        Path(_ext.__file__).read_bytes()
+    ).hexdigest()  # kernel text, launch code
     name = f"{gpu.get('device_name')} {gpu.get('architecture')}, macOS {platform.mac_ver()[0]}"
     return f"{name}, mlx {mx.__version__}\n{native}"
 

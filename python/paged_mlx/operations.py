@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from paged_mlx import first_use
 from paged_mlx._native import _ext
+from paged_mlx.attention_plan import AttentionPlan, plan_array
 from paged_mlx.first_use import Variant
-from paged_mlx.plan import AttentionPlan, plan_array
 
 _ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from paged_mlx import operations
 from paged_mlx._native import _ext
-from paged_mlx.canary import Canary
+from paged_mlx.attention_plan import AttentionPlan, plan_array
 from paged_mlx.errors import fail
 from paged_mlx.fast import gather_inputs, pair_array, slot_array
 from paged_mlx.page_block import LayerPages
-from paged_mlx.plan import AttentionPlan, plan_array
-from paged_mlx.pool_arrays import PoolArrays
+from paged_mlx.pages.canary import Canary
+from paged_mlx.pool_storage import PoolArrays
 
 
 class PagePool(PoolArrays):

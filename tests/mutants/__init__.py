@@ -1,6 +1,6 @@
 """Faults planted in kernels, launch code, planner and CPU backend, to be caught by the tests.
 
-``python -m mutants`` from ``tests/``, or ``make mutants``. The list is data: ``MUTANTS``.
+``python -m mutants`` from ``tests/`` with ``support/`` on the path, or ``make mutants``. The list is data: ``MUTANTS``.
 Each mutant runs in a process of its own against a suite of few cases; one that no case
 sees is a hole in the tests.
 

@@ -14,7 +14,6 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 from metal_on_host import metal_on_host
-
 from paged_mlx import PagePool, fast
 from paged_mlx.testing import Case, Check, backends, run
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 from metal_kernels import attend, launcher
-
 from paged_mlx._native import _ext
 from paged_mlx.testing import Case, Check
 

@@ -8,10 +8,9 @@ from functools import partial
 
 import mlx.core as mx
 import numpy as np
-from plan_coverage import partial_slots
-from test_plan import BAD_STEPS, assert_exact, distinct_tables, make
-
 from paged_mlx import fast
+from plan_coverage import partial_slots
+from plan_steps import BAD_STEPS, assert_exact, distinct_tables, make
 
 from .mutant import Mutant
 

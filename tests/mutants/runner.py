@@ -50,7 +50,12 @@ def attempt(mutant: Mutant) -> Verdict:
             command.append(str(native.build(mutant)))
         except native.BuildError as error:
             return Verdict(mutant, None, f"does not build: {error}")
-    paths = [str(ROOT / "tests"), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(ROOT / "tests"),
+        str(ROOT / "tests/support"),
+        str(ROOT / "python"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     try:
         done = subprocess.run(

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as stock
 
-from paged_mlx.prefix_cache import PrefixCache
+from paged_mlx.prefix.cache import PrefixCache
 
 _times = itertools.count(1)
 

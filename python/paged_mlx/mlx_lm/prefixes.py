@@ -13,10 +13,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
-from paged_mlx.machine_memory import memory_limit
+from paged_mlx.device_memory import memory_limit
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.checkpoints import Checkpoints, padding_is_seen, states_of
-from paged_mlx.prefix_cache import PrefixCache
+from paged_mlx.prefix.cache import PrefixCache
 
 log = logging.getLogger("paged_mlx")
 

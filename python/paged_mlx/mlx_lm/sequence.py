@@ -5,8 +5,8 @@ import weakref
 
 import numpy as np
 
-from paged_mlx.page_hash import TOKEN_BYTES, pack_tokens
-from paged_mlx.page_table import PageTable
+from paged_mlx.pages.table import PageTable
+from paged_mlx.prefix.hash import TOKEN_BYTES, pack_tokens
 
 _names = itertools.count()
 

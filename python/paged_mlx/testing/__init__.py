@@ -21,13 +21,15 @@ on a kernel of your own::
     fuzz       malformed metadata
 """
 
-from . import backends, faults, grid, needle, report, small
+from paged_mlx.reference import needle
+from paged_mlx.reference.case import Case
+from paged_mlx.reference.problem import Problem
+from paged_mlx.reference.yardstick import Verdict, judge, judge_lse
+
+from . import backends, faults, grid, report, small
 from .backends import Backend
-from .case import Case
 from .checks import Check, Outcome, run
-from .problem import Problem
 from .runner import first_failure, run_suite
-from .yardstick import Verdict, judge, judge_lse
 
 __all__ = [
     "Backend",

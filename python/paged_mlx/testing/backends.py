@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import dtypes
-from .case import Case
-from .problem import Problem
+from paged_mlx.reference import dtypes
+from paged_mlx.reference.case import Case
+from paged_mlx.reference.problem import Problem
 
 Result = tuple[np.ndarray, np.ndarray]
 

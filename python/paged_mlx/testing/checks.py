@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import dtypes, large, needle, yardstick
+from paged_mlx.reference import dtypes, needle, yardstick
+from paged_mlx.reference.case import Case
+from paged_mlx.reference.problem import Problem
+
+from . import large
 from .backends import Backend
-from .case import Case
-from .problem import Problem
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from . import dtypes, oracle, yardstick
+from paged_mlx.reference import dtypes, oracle, yardstick
+from paged_mlx.reference.case import Case
+
 from .backends import from_mlx, to_mlx
-from .case import Case
 from .checks import Outcome
 
 NUM_LAYERS = 2
@@ -189,7 +190,7 @@ class Program:
 
     def _plan(self, chosen: list[Sequence], query_lens: list[int]):
         from paged_mlx import fast
-        from paged_mlx.block_table import pack
+        from paged_mlx.pages.block_table import pack
 
         tables = pack([s.table for s in chosen])
         return fast.plan(

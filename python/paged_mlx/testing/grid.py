@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Iterator
 from functools import cache
 
-from . import dtypes
-from .case import MASKS, Case
+from paged_mlx.reference import dtypes
+from paged_mlx.reference.case import MASKS, Case
+
 from .checks import Check
 from .pairwise import pairwise, product
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .case import Case
-from .problem import Problem
+from paged_mlx.reference.case import Case
+from paged_mlx.reference.problem import Problem
 
 _ELEMENTS = 2**31
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
+from paged_mlx.reference.case import Case
+
 from .backends import Backend
-from .case import Case
 from .checks import Check, run
 
 _DEFAULTS = {f.name: f.default for f in fields(Case)}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import dtypes
-from .problem import Problem
+from paged_mlx.reference import dtypes
+from paged_mlx.reference.problem import Problem
 
 #: Keys of one partition; the walk knows where partitions meet.
 PARTITION = 64

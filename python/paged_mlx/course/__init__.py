@@ -1,0 +1,1 @@
+"""Reports of the course chapter that the library began as."""

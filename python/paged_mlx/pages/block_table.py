@@ -1,0 +1,162 @@
+"""The page tables of a batch, packed for the kernel.
+
+``pack`` builds the arrays once; ``BlockTable`` keeps them from step to step and rewrites
+only the rows whose pages have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paged_mlx.errors import fail, whole_number
+from paged_mlx.pages.table import NO_PAGE, PageTable
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTables:
+    """A batch as host arrays, all ``int32``.
+
+    Attributes:
+        block_tables: ``[batch, max_pages]``, page ids; NO_PAGE pads the rows and stands
+            for pages behind a sliding window that were given back.
+        context_lens: ``[batch]``, the tokens of each table.
+        cu_seqlens_q: ``[batch + 1]``, where each sequence's query tokens begin; None when
+            every sequence has one.
+        page_starts: ``[batch, max_pages]``, the position of each entry's first token; None
+            unless a table is ragged.
+        page_lens: ``[batch, max_pages]``, the tokens in each entry; 0 in the padding.
+    """
+
+    block_tables: np.ndarray
+    context_lens: np.ndarray
+    cu_seqlens_q: np.ndarray | None = None
+    page_starts: np.ndarray | None = None
+    page_lens: np.ndarray | None = None
+
+
+def pack(tables: Sequence[PageTable], query_lens: Sequence[int] | None = None) -> PackedTables:
+    """Pack a batch of page tables.
+
+    Args:
+        tables: One per sequence, at least one, all of one page size. The same table may
+            appear twice.
+        query_lens: Query tokens of each sequence, at most its context; default one each.
+
+    Raises:
+        ValueError: An argument is wrong.
+    """
+    return BlockTable().update(tables, query_lens)
+
+
+class BlockTable:
+    """Packs the same batch, or nearly the same, at every step.
+
+    Rows whose pages are unchanged since the last ``update`` are not touched: a decode step
+    rewrites one row in ``page_size``. The arrays of ``update`` are views of buffers that the
+    next ``update`` changes; a plan has read them by then.
+    """
+
+    def __init__(self) -> None:
+        self._ids = np.full((0, 0), NO_PAGE, np.int32)
+        self._versions: list[int] = []  # what each row of the buffer holds
+        self._lens: list[int] = []  # entries of each row of the buffer
+        self.rows_written = 0  # rows rewritten by the last update
+
+    def update(
+        self, tables: Sequence[PageTable], query_lens: Sequence[int] | None = None
+    ) -> PackedTables:
+        """Pack ``tables`` as ``pack`` does.
+
+        Returns:
+            Arrays that are valid until the next ``update``. ``block_tables`` may be wider
+            than the longest table.
+        """
+        self._check(tables)
+        changed = [
+            row
+            for row, (table, version) in enumerate(zip(tables, self._versions))
+            if table._version != version
+        ]
+        changed.extend(range(len(self._versions), len(tables)))
+        if changed:
+            self._reserve(len(tables), max(len(tables[row]._pages) for row in changed))
+        for row in changed:
+            self._write_row(row, tables[row])
+        self.rows_written = len(changed)
+        batch = len(tables)
+        context_lens = np.array([table._num_tokens for table in tables], np.int32)
+        starts, lens = self._ragged(tables, context_lens)
+        return PackedTables(
+            self._ids[:batch], context_lens, _cu_seqlens(query_lens, context_lens), starts, lens
+        )
+
+    def _check(self, tables: Sequence[PageTable]) -> None:
+        if not len(tables):
+            fail(
+                "pack",
+                "tables must have at least one table, because a batch of none has no shape",
+                "0",
+            )
+        size = tables[0]._page_size
+        for table in tables:
+            if table._page_size != size:
+                fail(
+                    "pack", f"tables must have one page_size, {size} as the first", table._page_size
+                )
+
+    def _reserve(self, batch: int, max_pages: int) -> None:
+        """Make the buffer large enough, with room to grow; keep what it holds."""
+        rows, columns = self._ids.shape
+        if batch <= rows and max_pages <= columns:
+            return
+        rows = max(rows, batch)
+        columns = max(columns, max_pages + max_pages // 4 if columns else max_pages, 1)
+        grown = np.full((rows, columns), NO_PAGE, np.int32)
+        grown[: self._ids.shape[0], : self._ids.shape[1]] = self._ids
+        self._ids = grown
+
+    def _write_row(self, row: int, table: PageTable) -> None:
+        if row == len(self._versions):
+            self._versions.append(0)
+            self._lens.append(0)
+        count = len(table._pages)
+        target = self._ids[row]
+        if count:
+            target[:count] = np.frombuffer(table._pages, np.int32)
+        if count < self._lens[row]:
+            target[count : self._lens[row]] = NO_PAGE
+        self._versions[row], self._lens[row] = table._version, count
+
+    def _ragged(
+        self, tables: Sequence[PageTable], context_lens: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return page_starts and page_lens, or two times None when every table is uniform."""
+        if all(table._starts is None for table in tables):
+            return None, None
+        size, width = tables[0]._page_size, self._ids.shape[1]
+        starts = np.arange(0, width * size, size, dtype=np.int64)
+        starts = np.minimum(starts, context_lens[:, None]).astype(np.int32)
+        for row, table in enumerate(tables):
+            if table._starts is not None:
+                starts[row, : len(table._starts)] = table._starts
+        lens = np.diff(starts, axis=1, append=context_lens[:, None])
+        return starts, lens.astype(np.int32, copy=False)
+
+
+def _cu_seqlens(query_lens: Sequence[int] | None, context_lens: np.ndarray) -> np.ndarray | None:
+    if query_lens is None:
+        return None
+    lens = np.array([whole_number("pack", "query_lens", length) for length in query_lens], np.int64)
+    if len(lens) != len(context_lens):
+        fail("pack", f"query_lens must have one length per table, {len(context_lens)}", len(lens))
+    if (lens > context_lens).any():
+        row = int(np.argmax(lens > context_lens))
+        fail(
+            "pack",
+            "query_lens must be at most the context, which includes the query",
+            f"{lens[row]} of {context_lens[row]} in row {row}",
+        )
+    return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)

@@ -1,0 +1,1 @@
+"""Attention from its definition, in NumPy: the oracle, its bounds, and the problems to try it on."""

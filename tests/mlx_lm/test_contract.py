@@ -1,0 +1,119 @@
+"""What paged caches promise to models and to mlx-lm beyond the numbers: kinds, layouts, masks."""
+
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm_zoo as zoo  # noqa: E402
+from mlx_lm.generate import BatchGenerator  # noqa: E402
+from mlx_lm.models import cache as stock  # noqa: E402
+from paged_mlx.mlx_lm import PagedKVCache, enable, versions  # noqa: E402
+from paged_mlx.mlx_lm.gathered import PagedMask  # noqa: E402
+
+LENGTHS = (3, 21, 10)
+
+
+def test_a_cache_is_of_the_kind_that_the_stock_cache_is():
+    model = zoo.tiny("gemma3_text")
+    kinds = [type(cache) for cache in stock.make_prompt_cache(model)]
+    with enable(model):
+        caches = stock.make_prompt_cache(model)
+    for cache, kind in zip(caches, kinds):
+        assert isinstance(cache, PagedKVCache)
+        assert isinstance(cache, kind)
+    assert [cache.max_size for cache in caches[:2]] == [zoo.WINDOW] * 2
+
+
+def test_a_batch_with_a_largest_size_is_left_to_mlx_lm():
+    model, prompt = zoo.tiny("qwen2"), zoo.prompt(40, seed=1)
+
+    def tokens():
+        generator = BatchGenerator(model, max_kv_size=16, prefill_step_size=16)
+        generator.insert([prompt], max_tokens=[8])
+        found = []
+        while responses := generator.next_generated():
+            found += [response.token for response in responses]
+        return found
+
+    expected = tokens()
+    assert expected != zoo.single(model, prompt, max_tokens=8)
+    with enable(model) as paged:
+        assert tokens() == expected
+        assert paged.paged_calls == 0
+
+
+def ragged(model, layer: int):
+    """A batch cache of a layer, of sequences of LENGTHS, after a step of four tokens."""
+    rows = [stock.make_prompt_cache(model)[layer] for _ in LENGTHS]
+    for length, row in zip(LENGTHS, rows):
+        row.update_and_fetch(*kv(1, length, seed=length))
+    batch = rows[0].merge(rows)
+    mask = batch.make_mask(4, return_array=True)
+    return mask, batch.update_and_fetch(*kv(len(LENGTHS), 4, seed=0))
+
+
+def kv(batch: int, tokens: int, seed: int):
+    return mx.random.normal((2, batch, 2, tokens, 8), key=mx.random.key(seed))
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 64])
+def test_gathered_batches_and_their_masks_are_laid_out_as_stocks(page_size):
+    # Models count columns from the right: new tokens stand in the last ones, of every row.
+    model = zoo.tiny("llama")
+    expected_mask, expected = ragged(model, layer=0)
+    with enable(model, page_size=page_size):
+        mask, found = ragged(model, layer=0)
+        assert mx.array_equal(mask, expected_mask)
+        for ours, theirs in zip(found, expected):
+            assert mx.array_equal(ours, theirs)
+
+
+def test_gathered_batches_leave_out_pages_that_every_row_gave_back():
+    model = zoo.tiny("gemma3_text")
+    written = kv(2, 60, seed=1)
+    with enable(model, page_size=8, retain=0):
+        rows = [stock.make_prompt_cache(model)[0] for _ in range(2)]
+        batch = rows[0].merge(rows)
+        for start in range(0, 60, 10):
+            found = batch.update_and_fetch(*written[..., start : start + 10, :])
+        first = batch.step.first_column
+        assert 0 < first <= 50 - zoo.WINDOW + 1
+        for ours, expected in zip(found, written):
+            assert mx.array_equal(ours, expected[:, :, first:])
+
+
+def test_a_mask_that_passes_the_window_is_not_taken_for_the_window():
+    # plamo3 asks for a token more than its window caches keep.
+    model, asked = zoo.tiny("gemma3_text"), zoo.WINDOW + 1
+    caches = [stock.make_prompt_cache(model)[0]]
+    with enable(model):
+        caches.append(stock.make_prompt_cache(model)[0])
+        for cache in caches:
+            cache.update_and_fetch(*kv(1, 40, seed=1))
+        masks = [cache.make_mask(5, window_size=asked) for cache in caches]
+        assert type(masks[1]) is mx.array
+        assert type(caches[1].make_mask(5, window_size=zoo.WINDOW)) is PagedMask
+        for ours, theirs in zip(*(cache.update_and_fetch(*kv(1, 5, seed=2)) for cache in caches)):
+            assert ours.shape == theirs.shape
+    assert mx.array_equal(*masks)
+
+
+def test_an_older_mlx_lm_is_refused_in_one_sentence():
+    with pytest.raises(ImportError) as error:
+        versions.check("0.29.1")
+    assert str(error.value) == (
+        "paged_mlx.enable needs mlx-lm 0.31.3 or newer, because the caches of older ones have "
+        "another contract; mlx-lm 0.29.1 is installed: run `pip install -U mlx-lm`."
+    )
+
+
+def test_a_newer_mlx_lm_is_taken_with_a_warning(caplog):
+    versions.check("0.40.0.dev1+abc")
+    assert "tested with mlx-lm 0.32.2; mlx-lm 0.40.0.dev1+abc is installed" in caplog.text
+
+
+@pytest.mark.parametrize("installed", [*versions.TESTED, "0.32.1"])
+def test_a_tested_mlx_lm_is_taken_in_silence(installed, caplog):
+    versions.check(installed)
+    assert not caplog.text

@@ -1,0 +1,95 @@
+"""What a plan is made for: the device that will run it."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from metal_on_host import metal_on_host
+from paged_mlx import fast
+from paged_mlx._native import _ext
+from paged_mlx.testing import Case, backends
+
+HOST_CORES = 8
+THREADGROUPS_PER_CORE = 4
+
+
+def decode_plan(
+    context_len, batch=1, kv_heads=2, gqa_factor=4, page_size=16, query_len=1, **options
+):
+    pages = -(-context_len // page_size)
+    return fast.plan(
+        np.arange(batch * pages, dtype=np.int32).reshape(batch, pages),
+        [context_len] * batch,
+        num_q_heads=kv_heads * gqa_factor,
+        num_kv_heads=kv_heads,
+        page_size=page_size,
+        cu_seqlens_q=np.arange(batch + 1) * query_len,
+        **options,
+    )
+
+
+def test_kernels_get_a_short_context_in_one_item_and_no_merge():
+    with metal_on_host():
+        assert decode_plan(1000).num_items == {"vector": 0, "tile": 1, "wide": 0}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_kernels_get_a_long_context_in_a_threadgroup_for_every_place_of_the_gpu(kv_heads):
+    with metal_on_host():
+        plan = decode_plan(65536, kv_heads=kv_heads)
+    threadgroups = kv_heads * sum(plan.num_items.values())
+    assert threadgroups == HOST_CORES * THREADGROUPS_PER_CORE
+
+
+def test_many_long_contexts_fill_the_gpu_uncut():
+    with metal_on_host():
+        assert decode_plan(4096, batch=64).num_merges == 0
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(mx.float16, 64), (mx.float32, 64), (mx.float16, 512)])
+def test_a_prefill_item_has_the_rows_of_one_threadgroup(dtype, head_dim):
+    with metal_on_host():
+        plan = decode_plan(512, query_len=512, dtype=dtype, head_dim=head_dim)
+    _, rows = _ext.attention_body(10**6, head_dim, head_dim, dtype)
+    assert {len(item["tokens"]) for item in plan.items} == {rows // 4}
+
+
+def test_the_cpu_backend_has_items_of_its_own():
+    with metal_on_host():
+        of_kernels = decode_plan(512, query_len=512)
+    of_cpu = decode_plan(512, query_len=512, stream=mx.cpu)
+    assert sum(of_cpu.num_items.values()) < sum(of_kernels.num_items.values())
+
+
+def test_either_device_runs_a_plan_of_the_other():
+    problem = Case(
+        dtype="float16", num_q_heads=4, page_size=8, sequences=((40, 70), (1, 90))
+    ).build()
+    (q, k_pages, v_pages, tables, lens), _ = backends.op_arguments(problem)
+
+    def plan():
+        return fast.plan(
+            tables, lens, num_q_heads=4, num_kv_heads=1, page_size=8, cu_seqlens_q=problem.cu_seqlens_q
+        )  # fmt: skip
+
+    def right(plan):
+        out, lse = fast.paged_attention(q, k_pages, v_pages, plan=plan, return_lse=True)
+        return problem.judge(np.array(out.astype(mx.float32)), np.array(lse)).right
+
+    of_cpu = plan()
+    with metal_on_host():
+        of_kernels = plan()
+        assert right(of_cpu)
+    assert of_cpu.num_items != of_kernels.num_items
+    assert right(of_kernels)
+
+
+@pytest.mark.parametrize(
+    "architecture, cores",
+    [("applegpu_g13g", 8), ("applegpu_g14s", 30), ("applegpu_g15d", 60), ("", 8)],
+)
+def test_an_architecture_without_a_registry_entry_has_the_cores_of_its_size(architecture, cores):
+    assert _ext.cores_of_architecture(architecture) == cores
+
+
+def test_there_are_gpu_cores_where_there_is_a_gpu():
+    assert (_ext.gpu_cores() > 0) == mx.metal.is_available()

@@ -1,0 +1,51 @@
+"""Stand-ins that the tests of the page manager share."""
+
+from paged_mlx.pages.table import PageTable
+
+
+class RecordingPool:
+    """A pool without arrays that remembers what it was told."""
+
+    def __init__(self, num_pages=None):
+        if num_pages is not None:
+            self.num_pages = num_pages
+        self.copies = []
+
+    def copy(self, pairs):
+        self.copies.append(pairs)
+
+
+class FailingPool(RecordingPool):
+    """A pool that can neither copy nor grow."""
+
+    def copy(self, pairs):
+        raise MemoryError("no room to copy")
+
+    def grow(self, num_pages):
+        raise MemoryError("no room to grow")
+
+
+def table_of(allocator, num_tokens):
+    """A new table of ``num_tokens`` tokens."""
+    table = PageTable(allocator.page_size)
+    table.append_tokens(num_tokens, allocator)
+    return table
+
+
+def snapshot(allocator, *tables):
+    """All that a failed call must leave alone."""
+    counts = [allocator.ref_count(page_id) for page_id in range(allocator.total_pages)]
+    return (
+        counts,
+        sorted(allocator._free_ids()),
+        [(t.num_tokens, t.entries, t.is_sealed, t.allocator) for t in tables],
+    )
+
+
+def run(cache, tokens, keys=()):
+    """Compute a sequence: reuse what is cached, append the rest, cache the result."""
+    table = PageTable(4)
+    saved = cache.reuse(tokens, table, keys)
+    table.append_tokens(len(tokens) - saved, cache._allocator)
+    cache.insert(tokens, table, keys)
+    return table, saved
