@@ -6,7 +6,7 @@ import pytest
 from mutants import native
 from mutants.mutant import ROOT
 
-SOURCE = ROOT / "tests" / "cpp" / "cpu_attention_test.cpp"
+SOURCE = ROOT / "tests/support/cpp" / "cpu_attention_test.cpp"
 
 
 @pytest.mark.skipif(bool(native.unsupported()), reason=str(native.unsupported()))

@@ -18,7 +18,7 @@ from mutants.mutant import ROOT
 from mutants.trial import MutantModule
 
 NAMES = ("v4", "v4_bf16") if platform.machine() in ("x86_64", "AMD64") else ()
-HEADER = ROOT / "tests" / "cpp" / "emulated_avx512.h"
+HEADER = ROOT / "tests/support/cpp/emulated_avx512.h"
 #: The last words of a compile command.
 PLAIN = ["-O1", "-w", "-march=x86-64-v3", "-mno-avx512f", "-include", str(HEADER)]
 OPTIONS = {"v4": PLAIN, "v4_bf16": ["-D__AVX512BF16__=1", *PLAIN]}
@@ -52,7 +52,9 @@ def module() -> Path:
 def run_small_suite(name: str) -> str:
     """What the small suite finds wrong with the emulated kernels; empty when nothing."""
     words = [sys.executable, "-m", "emulated_isa", name, str(module())]
-    done = subprocess.run(words, cwd=ROOT / "tests", capture_output=True, text=True)
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests/support")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return ""
     return f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
