@@ -69,7 +69,7 @@ class Stack:
             pool.write(layer, rows, rows, mapping)
             if canary is not None:
                 canary.read(layer, self.tables)
-            out = pool.attend(layer, out, plan)
+            out = pool[layer].attend(out, plan)
         mx.eval(out, pool.state)
         for table in self.tables:
             table.truncate(CONTEXT)

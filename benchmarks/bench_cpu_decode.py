@@ -36,7 +36,7 @@ def paged_step(work, name, threads=1) -> Candidate:
     plan = work.plan()
 
     def step():
-        outs = [work.pool.attend(layer, work.q, plan) for layer in work.layers]
+        outs = [work.pool[layer].attend(work.q, plan) for layer in work.layers]
         mx.eval(outs)
         return outs[0]
 

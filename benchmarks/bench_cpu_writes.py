@@ -3,7 +3,7 @@
 Graph, Python and evaluation included; by CPU time. Pages rotate, so that nothing is warm.
 """
 
-from itertools import count
+from itertools import chain, count
 
 import mlx.core as mx
 import numpy as np
@@ -39,7 +39,7 @@ def copy_case(dtype) -> Case:
 
     def check(outputs):
         (source, target), *_ = outputs.values()
-        for pages in pool.state:
+        for pages in chain(*pool.state):
             assert mx.array_equal(pages[source], pages[target]), "the page was not copied"
 
     nbytes = pool.page_nbytes
@@ -69,13 +69,13 @@ def write_case(dtype) -> Case:
         turn = next(turns)
         layer, step = turn % pool.num_layers, turn % len(steps)
         pool.write(layer, tokens, tokens, slots[step])
-        mx.eval(pool.state[2 * layer : 2 * layer + 2])
+        mx.eval(pool[layer].arrays)
         return layer, steps[step]
 
     def check(outputs):
         (layer, step), *_ = outputs.values()
         page_ids, offsets = mx.array(step // g.page_size), mx.array(step % g.page_size)
-        for pages in pool.state[2 * layer : 2 * layer + 2]:
+        for pages in pool[layer].arrays:
             assert mx.array_equal(pages[page_ids, :, offsets], tokens), "a token was not written"
 
     nbytes = SEQUENCES * g.num_kv_heads * g.head_dim * 2 * DTYPES[dtype].size

@@ -7,6 +7,7 @@ tokens in the batch and nothing else.
 """
 
 import json
+from itertools import chain
 
 import mlx.core as mx
 import numpy as np
@@ -120,7 +121,11 @@ def churn_case() -> dict:
 
         def memory(_=None):
             mx.eval(pool.state)
-            return [_ext.data_address(x) for x in pool.state], paged.nbytes, _ext.buffer_copies()
+            return (
+                [_ext.data_address(x) for x in chain(*pool.state)],
+                paged.nbytes,
+                _ext.buffer_copies(),
+            )
 
         ours = churn(model, STEPS, memory, lambda _, before: memory() != before)
         assert paged.gathered_calls == {}

@@ -30,7 +30,7 @@ def page_reads(
     page_ids = np.unique(page_ids) if distinct else page_ids
 
     def read(layer):
-        k_pages, v_pages = work.pool.state[2 * layer : 2 * layer + 2]
+        k_pages, v_pages = work.pool[layer].arrays
         return _ext.read_pages(k_pages, v_pages, page_ids)
 
     nbytes = len(page_ids) * work.g.page_size * work.g.bytes_per_token

@@ -68,11 +68,15 @@ class Workload:
         self.pool = PagePool(layers, num_pages, g.page_size, g.num_kv_heads, g.head_dim, self.dtype)
         shape = (num_pages, g.num_kv_heads, g.page_size, g.head_dim)
         values = rng.standard_normal(PERIOD, np.float32)
-        for i in range(2 * layers):
-            filled = mx.array(np.resize(np.roll(values, 7919 * i), shape)).astype(self.dtype)
-            memory = in_pool_memory(filled)
-            mx.eval(memory)
-            self.pool._base[i] = self.pool.state[i] = memory
+        slots = self.pool.slots(np.arange(num_pages * g.page_size, dtype=np.int32))
+        for layer in self.layers:
+            k, v = (
+                mx.array(np.resize(np.roll(values, 7919 * i), shape)).astype(self.dtype)
+                for i in (2 * layer, 2 * layer + 1)
+            )
+            by_token = (x.swapaxes(1, 2).reshape(-1, *x.shape[1::2]) for x in (k, v))
+            self.pool[layer].write(*by_token, slots)
+            mx.eval(self.pool[layer].arrays)
         q_shape = (sum(self.query_lens), g.num_q_heads, g.head_dim)
         self.q = mx.array(rng.standard_normal(q_shape).astype(np.float32)).astype(self.dtype)
         self.cu = np.concatenate([[0], np.cumsum(self.query_lens)]).astype(np.int32)
@@ -125,13 +129,13 @@ class Workload:
 
     def paged(self, layer=0, plan=None) -> mx.array:
         """Read through the block table; the plan is made in the call unless given."""
-        out = self.pool.attend(layer, self.q, self.plan() if plan is None else plan)
+        out = self.pool[layer].attend(self.q, self.plan() if plan is None else plan)
         mx.eval(out)
         return out
 
     def naive_gather(self, layer=0) -> mx.array:
         """Gather the pages with mx.take, then mx.fast SDPA with a mask."""
-        k_pages, v_pages = self.pool.state[2 * layer : 2 * layer + 2]
+        k_pages, v_pages = self.pool[layer].arrays
         out = self._dense(self._take(k_pages), self._take(v_pages))
         mx.eval(out)
         return out
@@ -144,7 +148,7 @@ class Workload:
 
     def contiguous_kv(self, layer=0) -> tuple[mx.array, mx.array]:
         """K and V ``[batch, num_kv_heads, longest, head_dim]``."""
-        pages = self.pool.state[2 * layer : 2 * layer + 2]
+        pages = self.pool[layer].arrays
         k, v = (mx.contiguous(self._take(x)) for x in pages)
         mx.eval(k, v)
         return k, v

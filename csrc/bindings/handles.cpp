@@ -127,13 +127,13 @@ nb::tuple fetch(
       v ? nb::cast(mx::array(*v)) : nb::none());
 }
 
-// `state`: k_pages and v_pages of every layer.
+// `state`: [k_pages, v_pages] of every layer.
 void settle(Fetches& fetches, nb::list state) {
   fetches.settle([&state](int layer, Fetch& fetch) {
-    auto pages = [&](int side) { return nb::cast<mx::array>(state[2 * layer + side]); };
-    auto next = fetch.settle(pages(0), pages(1));
-    state[2 * layer] = std::move(next[0]);
-    state[2 * layer + 1] = std::move(next[1]);
+    auto arrays = nb::cast<nb::list>(state[layer]);
+    auto next = fetch.settle(nb::cast<mx::array>(arrays[0]), nb::cast<mx::array>(arrays[1]));
+    arrays[0] = std::move(next[0]);
+    arrays[1] = std::move(next[1]);
   });
 }
 

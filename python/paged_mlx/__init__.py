@@ -19,7 +19,6 @@ from paged_mlx.errors import (  # noqa: E402
     UnknownPage,
     UseAfterFree,
 )
-from paged_mlx.page_block import PageBlock  # noqa: E402
 from paged_mlx.pages.append import AppendPlan, append_batch  # noqa: E402
 from paged_mlx.pages.block_table import BlockTable, PackedTables, pack  # noqa: E402
 from paged_mlx.pages.canary import Canary, CorruptPage  # noqa: E402
@@ -35,7 +34,7 @@ from paged_mlx.pages.table import (  # noqa: E402
     copy_on_write,
     share_prefix,
 )
-from paged_mlx.pool import PagePool  # noqa: E402
+from paged_mlx.pool import PageBlock, PagePool  # noqa: E402
 from paged_mlx.prefix.cache import PrefixCache  # noqa: E402
 from paged_mlx.prefix.hash import ExtraKey  # noqa: E402
 from paged_mlx.threads import num_threads, set_num_threads  # noqa: E402

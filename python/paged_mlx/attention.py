@@ -6,9 +6,9 @@ import numpy as np
 from paged_mlx import fast
 from paged_mlx.errors import fail
 from paged_mlx.host_ints import host_ints
-from paged_mlx.page_block import LayerPages, PageBlock
 from paged_mlx.pages.block_table import pack
 from paged_mlx.pages.table import PageTable
+from paged_mlx.pool import PageBlock, PoolLayer
 
 _OP = "paged_attention"
 
@@ -16,7 +16,7 @@ _OP = "paged_attention"
 def paged_attention(
     query: mx.array,
     page_tables: list[PageTable],
-    page_blocks: "LayerPages | dict[int, PageBlock]",
+    page_blocks: "PoolLayer | dict[int, PageBlock]",
     *,
     query_lens=None,
     scale: float | None = None,
@@ -69,7 +69,7 @@ def paged_attention(
         "page_starts": tables.page_starts,
         "page_lens": tables.page_lens,
     }
-    if isinstance(page_blocks, LayerPages):
+    if isinstance(page_blocks, PoolLayer):
         if page_blocks.pool.canary is not None:
             page_blocks.pool.canary.read(page_blocks.index, page_tables)
         out, lse = _attend_pool(q, tables, page_blocks, step, options)
@@ -85,7 +85,7 @@ def paged_attention(
 
 def _check_pages(page_tables: list[PageTable], page_blocks) -> None:
     """Refuse pages of another size or of another allocator than the tables'."""
-    if isinstance(page_blocks, LayerPages):
+    if isinstance(page_blocks, PoolLayer):
         page_size, owner = page_blocks.pool.page_size, page_blocks.pool.allocator
     elif page_blocks:
         page_size, owner = next(iter(page_blocks.values())).key_data.shape[1], None
@@ -132,7 +132,7 @@ def _unpack(x: mx.array, query: mx.array) -> mx.array:
     return x.reshape(batch, length, heads, *x.shape[2:]).swapaxes(1, 2)
 
 
-def _attend_pool(q, tables, layer: LayerPages, step: dict, options: dict):
+def _attend_pool(q, tables, layer: PoolLayer, step: dict, options: dict):
     pool = layer.pool
     plan = fast.plan(
         tables.block_tables,
@@ -147,7 +147,7 @@ def _attend_pool(q, tables, layer: LayerPages, step: dict, options: dict):
         stream=pool.stream,
         **step,
     )
-    return pool.attend(layer.index, q, plan, **options)
+    return layer.attend(q, plan, **options)
 
 
 def _stack(blocks: dict[int, PageBlock], block_tables: np.ndarray):

@@ -1,161 +1,126 @@
-"""The memory of a pool: one buffer per layer and per K or V, and how it grows and shrinks."""
+"""The memory of a pool: one buffer for each layer's K and V, and how it grows and shrinks."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
 from paged_mlx._native import _ext
-from paged_mlx.device_memory import memory_limit as default_memory_limit
-from paged_mlx.device_memory import pages_within
 from paged_mlx.errors import OutOfPages, fail
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+Arrays = list[list[mx.array]]  # of each layer: [k, v]
 
 
-class PoolArrays:
-    """The arrays of a :class:`~paged_mlx.PagePool`, which documents the arguments.
+class PoolStorage:
+    """Buffers that MLX never gives to another operation, because they are held here.
 
-    ``state`` holds their newest versions, ``_base`` the arrays that were evaluated when the
-    memory was taken; all versions of an array share its memory.
+    Args:
+        num_layers: Layers.
+        num_pages: Pages of each layer.
+        page_shapes: Of K and of V, ``(num_kv_heads, page_size, dim)``.
+        dtype: float32, float16 or bfloat16.
+        fill: Value of fresh pages.
+        memory_limit: Bytes that all arrays of MLX may take.
+        stream: Stream or device that fills them.
+
+    Attributes:
+        base: ``[[k0, v0], [k1, v1], ...]``, evaluated when the memory was taken; every version
+            of an array shares its memory.
+
+    Raises:
+        OutOfPages: The pages would pass the memory limit, or there is no memory for them.
     """
 
     def __init__(
         self,
         num_layers: int,
         num_pages: int,
-        page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
+        page_shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
         dtype: mx.Dtype,
-        v_head_dim: int | None,
-        *,
         fill: float,
-        memory_limit: int | None,
+        memory_limit: int,
         stream: mx.Stream | mx.Device | None,
     ):
-        v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        sizes = {
-            "num_layers": num_layers,
-            "num_pages": num_pages,
-            "page_size": page_size,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "v_head_dim": v_head_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                fail("PagePool", f"{name} must be at least 1", size)
-        if dtype not in FLOATS:
-            fail("PagePool", "dtype must be float32, float16 or bfloat16", dtype)
-        self.num_layers = num_layers
-        self.page_size = page_size
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.v_head_dim = v_head_dim
-        self.dtype = dtype
-        self.fill = fill
-        self.memory_limit = default_memory_limit() if memory_limit is None else memory_limit
-        self.stream = stream
-        token_nbytes = num_kv_heads * (head_dim + v_head_dim) * dtype.size
-        self._need("PagePool", num_layers * num_pages * page_size * token_nbytes)
-        # While the base is held here, MLX never gives its memory to another operation.
-        self._base = self._allocate(num_pages)
-        self.state = list(self._base)
+        self._fill = fill
+        self._page_shapes = page_shapes
+        self._dtype = dtype
+        self._stream = stream
+        elements = sum(heads * page_size * dim for heads, page_size, dim in page_shapes)
+        _need("PagePool", num_layers * num_pages * elements * dtype.size, memory_limit)
+        self.base: Arrays = [self._memory(num_pages) for _ in range(num_layers)]
+        try:  # running out of memory shows here and nowhere later
+            mx.eval(self.base)
+        except (MemoryError, RuntimeError) as error:
+            raise _no_memory("PagePool", num_pages) from error
 
     @property
     def num_pages(self) -> int:
-        return self.state[0].shape[0]
+        return self.base[0][0].shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages of all layers."""
-        return sum(array.nbytes for array in self._base)
+        return sum(array.nbytes for arrays in self.base for array in arrays)
 
-    @property
-    def page_nbytes(self) -> int:
-        """Bytes of one page id, K and V, all layers."""
-        return self.nbytes // self.num_pages
+    def lengthen(self, versions: Arrays, num_pages: int, memory_limit: int) -> None:
+        """Add pages to every layer, or to none; the newest ``versions`` move to the new memory."""
+        before = self.num_pages
+        added = (num_pages - before) * (self.nbytes // before)
+        _need("PagePool.grow", added + (self.nbytes + added) // len(self.base), memory_limit)
+        try:
+            for base, newest in zip(self.base, versions):
+                self._resize(base, newest, num_pages)
+        except (MemoryError, RuntimeError) as error:
+            self.shorten(versions, before)
+            raise _no_memory("PagePool.grow", num_pages) from error
 
-    def pages_within(self, nbytes: int | None = None) -> int:
-        """Return how many pages like this pool's fit in ``nbytes``, default its memory limit.
+    def shorten(self, versions: Arrays, num_pages: int) -> None:
+        """Make every layer ``num_pages`` long that is longer, one after the other."""
+        for base, newest in zip(self.base, versions):
+            if base[0].shape[0] > num_pages:
+                self._resize(base, newest, num_pages)
 
-        A limit for ``PageAllocator(..., max_pages=...)``.
+    def check(self, versions: Arrays) -> None:
+        """Prove that the newest versions lie in this memory.
+
+        Raises:
+            AssertionError: They do not; the message says which.
         """
-        return pages_within(
-            self.memory_limit if nbytes is None else nbytes,
-            num_layers=self.num_layers,
-            page_size=self.page_size,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            v_head_dim=self.v_head_dim,
-        )
+        assert len(versions) == len(self.base), "a layer is missing"
+        for layer, pairs in enumerate(zip(versions, self.base, strict=True)):
+            for letter, newest, base in zip("kv", *pairs, strict=True):
+                name = f"{letter} of layer {layer}"
+                same = _ext.data_address(newest) == _ext.data_address(base)
+                assert same, f"{name} has left the pool's memory"
+                assert newest.shape == base.shape, f"{name} has another shape"
+
+    def _resize(self, base: list[mx.array], newest: list[mx.array], num_pages: int) -> None:
+        """Give one layer other memory; a layer at a time, so that little is held twice."""
+        resized = self._memory(num_pages, newest)
+        mx.eval(resized)
+        base[:] = newest[:] = resized
 
     def _memory(self, num_pages: int, kept: list[mx.array] | None = None) -> list[mx.array]:
         """K and V of one layer in new memory: the pages kept, then fresh ones; lazy."""
-        dims = (self.head_dim, self.v_head_dim)
         return [
             _ext.pool_memory(
                 None if kept is None else kept[i],
-                (num_pages, self.num_kv_heads, self.page_size, head_dim),
-                self.fill,
-                self.dtype,
-                stream=self.stream,
+                (num_pages, *page_shape),
+                self._fill,
+                self._dtype,
+                stream=self._stream,
             )
-            for i, head_dim in enumerate(dims)
+            for i, page_shape in enumerate(self._page_shapes)
         ]
 
-    def _allocate(self, num_pages: int) -> list[mx.array]:
-        """New arrays, memory in hand: running out of it shows here and nowhere later."""
-        arrays = [array for _ in range(self.num_layers) for array in self._memory(num_pages)]
-        try:
-            mx.eval(arrays)
-        except (MemoryError, RuntimeError) as error:
-            raise _no_memory("PagePool", num_pages) from error
-        return arrays
 
-    def _need(self, op: str, nbytes: int) -> None:
-        """Refuse what would take MLX past the memory limit."""
-        active = mx.get_active_memory()
-        if active + nbytes > self.memory_limit:
-            must = (
-                f"memory_limit must be at least {active + nbytes} bytes, the {active} in use and "
-                f"{nbytes} for pages"
-            )
-            fail(op, must, self.memory_limit, OutOfPages)
-
-    def reset_versions(self) -> None:
-        """Forget pending operations; pages keep what evaluated writes left in them.
-
-        For use after an evaluation that failed: the versions that hung on it can never
-        be evaluated.
-        """
-        self.state[:] = self._base
-
-    def _lengthen(self, num_pages: int) -> None:
-        """Add pages to every layer, or to none."""
-        before = self.num_pages
-        added = (num_pages - before) * self.page_nbytes
-        self._need("PagePool.grow", added + (self.nbytes + added) // self.num_layers)
-        try:
-            for layer in range(self.num_layers):
-                self._resize_layer(layer, num_pages)
-        except (MemoryError, RuntimeError) as error:
-            self._shorten(before)
-            raise _no_memory("PagePool.grow", num_pages) from error
-
-    def _resize_layer(self, layer: int, num_pages: int) -> None:
-        """Give one layer other memory; a layer at a time, so that little is held twice."""
-        pair = slice(2 * layer, 2 * layer + 2)
-        resized = self._memory(num_pages, self.state[pair])
-        mx.eval(resized)
-        self._base[pair] = self.state[pair] = resized
-
-    def _shorten(self, num_pages: int) -> None:
-        """Make every layer ``num_pages`` long that is longer, one after the other."""
-        for layer in range(self.num_layers):
-            if self.state[2 * layer].shape[0] > num_pages:
-                self._resize_layer(layer, num_pages)
+def _need(op: str, nbytes: int, memory_limit: int) -> None:
+    """Refuse what would take MLX past the memory limit."""
+    active = mx.get_active_memory()
+    if active + nbytes > memory_limit:
+        must = (
+            f"memory_limit must be at least {active + nbytes} bytes, the {active} in use and "
+            f"{nbytes} for pages"
+        )
+        fail(op, must, memory_limit, OutOfPages)
 
 
 def _no_memory(op: str, num_pages: int) -> OutOfPages:

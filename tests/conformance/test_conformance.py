@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from paged_mlx import PagePool, PageTable
+from paged_mlx.pool import PoolLayer
 from paged_mlx.testing import (
     Backend,
     Case,
@@ -139,15 +140,15 @@ def test_programs_see_a_copy_on_write_that_copies_nothing(monkeypatch):
 
 
 def test_programs_see_reads_that_later_writes_do_not_wait_for(monkeypatch):
-    attend = PagePool.attend
+    attend = PoolLayer.attend
 
-    def attend_and_forget(pool, layer, *arguments, **options):
-        versions = list(pool.state)
-        out = attend(pool, layer, *arguments, **options)
-        pool.state[:] = versions
+    def attend_and_forget(layer, *arguments, **options):
+        versions = list(layer.arrays)
+        out = attend(layer, *arguments, **options)
+        layer.arrays[:] = versions
         return out
 
-    monkeypatch.setattr(PagePool, "attend", attend_and_forget)
+    monkeypatch.setattr(PoolLayer, "attend", attend_and_forget)
     assert any_program_fails()
 
 

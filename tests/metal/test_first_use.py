@@ -101,7 +101,7 @@ def test_a_pool_on_a_gpu_with_a_wrong_write_stays_right(tmp_path):
             pool.write(0, k, k, [9, 2, 31])
         mx.eval(pool.state)
         pool.check()
-    written = np.array(pool.state[0])
+    written = np.array(pool[0].arrays[0])
     assert all(
         (written[s // 8, :, s % 8] == np.array(k[i])).all() for i, s in enumerate([9, 2, 31])
     )

@@ -119,7 +119,7 @@ def test_a_pool_writes_keys_and_values_in_one_dispatch_and_copies_all_layers_in_
         pool.copy([(0, 5)])
         mx.eval(pool.state)
     assert launches.kernels == {"write_pages": 1, "copy_pages": 1} and launches.findings == []
-    assert mx.array_equal(pool.state[0][5, :, 3], k[0])
+    assert mx.array_equal(pool[0].arrays[0][5, :, 3], k[0])
 
 
 def test_states_are_merged():

@@ -1,5 +1,7 @@
 """A pool's memory: fresh and freed pages, growth up to a limit, and whom the pool belongs to."""
 
+from itertools import chain
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -62,10 +64,10 @@ def test_a_page_is_wiped_before_it_is_written_again_and_after_it_was_read():
     pool = make_pool(num_pages=1, allocator=allocator, wipe_freed=NAN)
     table = table_of(allocator, 4)
     write(pool, 1, range(4))
-    read, _ = pool.gather(0, [[0]], [PAGE])
+    read, _ = pool[0].gather([[0]], [PAGE])
     table.release()
     write(pool, 2, table_of(allocator, 3).slots(0, 3))
-    again, _ = pool.gather(0, [[0]], [PAGE])
+    again, _ = pool[0].gather([[0]], [PAGE])
     mx.eval(again, read)
     assert mx.all(read == 1)
     assert mx.all(again[0, :, :3] == 2) and mx.all(mx.isnan(again[0, :, 3]))
@@ -100,9 +102,9 @@ def test_without_wiping_nothing_is_done_when_pages_are_freed():
     pool = make_pool(allocator=allocator)
     table = table_of(allocator, 4)
     write(pool, 1, range(4))
-    state = list(pool.state)
+    state = list(chain(*pool.state))
     table.release()
-    assert all(a is b for a, b in zip(state, pool.state))
+    assert all(a is b for a, b in zip(state, chain(*pool.state), strict=True))
     assert not allocator._pools.wants_freed
 
 
@@ -182,16 +184,18 @@ def test_growth_that_fails_half_way_leaves_the_pool_as_it_was(monkeypatch, error
     pool = make_pool(layers=3, allocator=allocator)
     table = table_of(allocator, 16)
     write(pool, 1, range(16))
-    resize_layer = PagePool._resize_layer
+    evaluate, calls = mx.eval, []
 
-    def fail_at_the_last(pool, layer, num_pages):
-        if layer == 2:
+    def fail_at_the_last_layer(arrays):
+        calls.append(arrays)
+        if len(calls) == 3:
             raise error("no memory")
-        resize_layer(pool, layer, num_pages)
+        evaluate(arrays)
 
-    monkeypatch.setattr(PagePool, "_resize_layer", fail_at_the_last)
+    monkeypatch.setattr(pool_storage.mx, "eval", fail_at_the_last_layer)
     with pytest.raises(OutOfPages, match=r"^\[PagePool.grow\] the machine must have memory for 8"):
         table.append_tokens(1, allocator)
+    assert len(calls) > 3, "layers that were longer have become shorter"
     assert table.num_tokens == 16 and allocator.total_pages == pool.num_pages == 4
     pool.check([table])
     assert all((page(pool, 3, layer) == 1).all() for layer in range(3))
@@ -213,15 +217,15 @@ def test_a_pool_without_memory_for_it_is_a_typed_error(monkeypatch):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_memory_of_a_pool_begins_at_a_page_of_the_machines_and_keeps_what_it_must(dtype):
     pool = make_pool(num_pages=3, layers=1, dtype=dtype, fill=2.5, stream=mx.cpu)
-    k = mx.array(np.random.default_rng(0).standard_normal(pool.state[0].shape)).astype(dtype)
+    k = mx.array(np.random.default_rng(0).standard_normal(pool[0].arrays[0].shape)).astype(dtype)
     mx.eval(k)
     more, fewer = (
         _ext.pool_memory(k, (n, *k.shape[1:]), -1.5, dtype, stream=mx.cpu) for n in (5, 2)
     )
     mx.eval(more, fewer)
-    for array in (*pool.state, more, fewer):
+    for array in (*pool[0].arrays, more, fewer):
         assert _ext.data_address(array) % 4096 == 0
-    assert (pool.state[0] == 2.5).all() and (pool.state[1] == 2.5).all()
+    assert all((pages == 2.5).all() for pages in pool[0].arrays)
     assert mx.array_equal(more[:3], k) and (more[3:] == -1.5).all()
     assert mx.array_equal(fewer, k[:2])
 
@@ -297,6 +301,6 @@ def test_check_sees_each_part_disagree_with_the_others(planted):
     elif planted == "cache":
         cache._tree.by_page[0].tokens = b"\0" * 4 * PAGE
     else:
-        pool.state[1] = mx.array(pool.state[1])
+        pool.state[0][1] = mx.array(pool.state[0][1])
     with pytest.raises(AssertionError):
         pool.check([table], [cache])

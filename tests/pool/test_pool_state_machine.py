@@ -141,11 +141,11 @@ class PoolMachine(RuleBasedStateMachine):
         if compiled:
             state = self.pool.state
             step = partial(mx.compile, inputs=state, outputs=state)(
-                lambda q, words: self.pool.attend(layer, q, words)
+                lambda q, words: self.pool[layer].attend(q, words)
             )
             out = step(mx.array(q), plan.array)
         else:
-            out = self.pool.attend(layer, mx.array(q), plan)
+            out = self.pool[layer].attend(mx.array(q), plan)
         expected = np.stack(
             [naive_attention(q[i], chosen[i][1], layer) for i in range(len(chosen))]
         )

@@ -104,7 +104,7 @@ class DecodeStep:
 
     def naive_gather(self) -> mx.array:
         """K and V gathered from the pages first, then as the traditional way."""
-        k, v = self.pool.gather(0, *self._packed())
+        k, v = self.pool[0].gather(*self._packed())
         out = mx.fast.scaled_dot_product_attention(
             self.q[:, :, None], k, v, scale=self.head_dim**-0.5, mask=self.mask
         )

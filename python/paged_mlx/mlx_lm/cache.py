@@ -148,9 +148,9 @@ class PagedKVCache(stock._BaseCache):
         and one assigns zeros to values it never reads.
         """
         pool, i = self.group.placed(self.layer)
-        pages = pool.state[2 * i + side]
-        if array is not pages:
-            pool.state[2 * i + side] = mx.depends(pages, array)
+        arrays = pool[i].arrays
+        if array is not arrays[side]:
+            arrays[side] = mx.depends(arrays[side], array)
 
     @property
     def nbytes(self) -> int:

@@ -101,7 +101,7 @@ class LayerGroup:
         if layer not in self._placed:
             return []
         place = self._placed[layer]
-        return place.pool.state[2 * place.index : 2 * place.index + 2]
+        return list(place.pool[place.index].arrays)
 
     def page_nbytes(self, layer: int) -> int:
         """Bytes of one page of one layer."""
@@ -257,7 +257,7 @@ class LayerGroup:
         packed = pack([row.table for row in rows])
         skipped = min(row.table.num_freed for row in rows)
         pool, i = self.placed(layer)
-        return pool.gather(i, packed.block_tables[:, skipped:], lens - skipped * self.page_size)
+        return pool[i].gather(packed.block_tables[:, skipped:], lens - skipped * self.page_size)
 
     # Figures
 

@@ -6,6 +6,7 @@ from paged_mlx import operations
 from paged_mlx._native import _ext
 from paged_mlx.mlx_lm.gathered import GatheredKV, PagesOfLayer
 from paged_mlx.pool import PagePool
+from paged_mlx.pool_storage import Arrays
 
 
 class LazyPool(PagePool):
@@ -24,19 +25,19 @@ class LazyPool(PagePool):
         super().__init__(*sizes, **options)
 
     @property
-    def state(self) -> list[mx.array]:
+    def state(self) -> Arrays:  # type: ignore[override]
         self.settle()
         return self._state
 
     @state.setter
-    def state(self, arrays: list[mx.array]) -> None:
+    def state(self, arrays: Arrays) -> None:
         self._state = arrays
 
     @property
     def built(self) -> list[mx.array]:
         """The newest versions and the tokens that wait, with nothing settled."""
-        waiting = self._waiting.values()
-        return [*self._state, *(x for source in waiting for x in (source.keys, source.values))]
+        waiting = ((source.keys, source.values) for source in self._waiting.values())
+        return [array for arrays in (*self._state, *waiting) for array in arrays]
 
     @property
     def has_handles(self) -> bool:
@@ -47,10 +48,6 @@ class LazyPool(PagePool):
         """They have read what they read, and are never evaluated again."""
         self._fetches.clear()
 
-    @property
-    def num_pages(self) -> int:
-        return self._state[0].shape[0]
-
     def fetch(self, source: PagesOfLayer, keys=None, values=None) -> tuple[GatheredKV, GatheredKV]:
         """K and V of the whole context as handles; ``keys`` and ``values`` wait to be written.
 
@@ -59,19 +56,18 @@ class LazyPool(PagePool):
             keys, values: The step's tokens ``[batch, num_kv_heads, tokens, head_dim]``. None:
                 the pages hold them.
         """
-        i, step, state = source.place.index, source.step, self._state
+        i, step = source.place.index, source.step
         if i in self._waiting:
             self._write(self._waiting[i])
         tables = step.tables_before if keys is not None else step.tables_after
-        k_pages, v_pages = state[2 * i], state[2 * i + 1]
         *handles, new_k, new_v = operations.fetch_pages(
-            self._fetches, i, source, tables, k_pages, v_pages, keys, values, self.stream
+            self._fetches, i, source, tables, *self._state[i], keys, values, self.stream
         )
         if keys is not None:
             source.keys, source.values = new_k, new_v
             self._waiting[i] = source
             if i == 0:
-                self._remember(step.slots)
+                self.remember(step.slots)
         return tuple(handles)
 
     def attend_fetched(self, source: PagesOfLayer, q: mx.array, plan, scale, sinks) -> mx.array:
@@ -81,14 +77,14 @@ class LazyPool(PagePool):
             q: ``[batch, num_q_heads, tokens, head_dim]``, the tokens of ``plan``.
             plan: An AttentionPlan of the group's newest step.
         """
-        i, state = source.place.index, self._state
-        k_pages, v_pages = state[2 * i], state[2 * i + 1]
+        i = source.place.index
+        arrays = self._state[i]
         if source.keys is None:
             tokens = (None, None, None)
         else:
             tokens = (source.keys, source.values, source.step.slot_array)
-        out, state[2 * i], state[2 * i + 1] = operations.write_attend(
-            q, k_pages, v_pages, plan, *tokens, scale, sinks, self.stream
+        out, *arrays[:] = operations.write_attend(
+            q, *arrays, plan, *tokens, scale, sinks, self.stream
         )
         if source.keys is not None:
             source.keys = source.values = None
@@ -98,11 +94,11 @@ class LazyPool(PagePool):
     def _write(self, source: PagesOfLayer) -> None:
         """Write what waits of a layer that nobody has attended to."""
         i = source.place.index
-        pair = slice(2 * i, 2 * i + 2)
-        self._state[pair] = operations.write_pages(
+        arrays = self._state[i]
+        arrays[:] = operations.write_pages(
             _by_token(source.keys, self),
             _by_token(source.values, self),
-            *self._state[pair],
+            *arrays,
             source.step.slot_array,
             alias=True,
             stream=self.stream,

@@ -125,7 +125,7 @@ class Program:
         if self._chance(0.3):
             out = self.compiled[layer](*arguments)
         else:
-            out = self.pool.attend(layer, *arguments)
+            out = self.pool[layer].attend(*arguments)
         self.pending.append(Pending(out, *self._expected(chosen, layer, lens, q), self.step))
 
     def fork(self) -> None:
@@ -184,7 +184,7 @@ class Program:
     def _compile(self, layer: int):
         @partial(mx.compile, inputs=self.pool.state, outputs=self.pool.state)
         def step(q, words):
-            return self.pool.attend(layer, q, words)
+            return self.pool[layer].attend(q, words)
 
         return step
 
