@@ -15,6 +15,7 @@
 // Compiled with T, D, DV, ROWS (the most of an item: 4, or a multiple of 8) and
 // SIMDGROUPS (the most of a threadgroup) as macros of prefix PAGED_MLX_.
 
+#include "attend_parameters.h"
 #include "key_groups.h"
 #include "merge_simdgroups.h"
 #include "page_walk.h"
@@ -157,24 +158,8 @@ struct PutValues {
 using namespace paged_mlx;
 
 [[kernel]] void attend_tile(
-    constant AttendArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
-    const device int* plan [[buffer(PAGED_MLX_BUFFER_PLAN)]],
-    const device PAGED_MLX_T* q [[buffer(PAGED_MLX_BUFFER_Q)]],
-    const device PAGED_MLX_T* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
-    const device PAGED_MLX_T* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
-    device PAGED_MLX_T* out [[buffer(PAGED_MLX_BUFFER_OUT)]],
-    device float* lse [[buffer(PAGED_MLX_BUFFER_LSE)]],
-    device float* partial_out [[buffer(PAGED_MLX_BUFFER_PARTIAL_OUT)]],
-    device float* partial_state [[buffer(PAGED_MLX_BUFFER_PARTIAL_STATE)]],
-    const device float* alibi_slopes
-    [[buffer(PAGED_MLX_BUFFER_ALIBI), function_constant(kHasAlibi)]],
-    const device float* sinks [[buffer(PAGED_MLX_BUFFER_SINKS), function_constant(kHasSinks)]],
-    const device void* mask [[buffer(PAGED_MLX_BUFFER_MASK), function_constant(kHasMask)]],
-    uint3 group [[threadgroup_position_in_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort num_simdgroups [[simdgroups_per_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
+    PAGED_MLX_ATTEND_PARAMETERS,
+    ushort num_simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV;
   constexpr int kRows = PAGED_MLX_ROWS, kRowTiles = (kRows + 7) / 8;
   typedef PAGED_MLX_T T;

@@ -10,6 +10,7 @@
 // the threadgroup reads each row of K and V once and stages neither; what they
 // exchange, row maxima and weights, costs two barriers a step.
 
+#include "attend_parameters.h"
 #include "key_groups.h"
 #include "merge_simdgroups.h"
 #include "softmax.h"
@@ -240,24 +241,7 @@ struct PutResult {
 
 using namespace paged_mlx;
 
-[[kernel]] void attend_wide(
-    constant AttendArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
-    const device int* plan [[buffer(PAGED_MLX_BUFFER_PLAN)]],
-    const device PAGED_MLX_T* q [[buffer(PAGED_MLX_BUFFER_Q)]],
-    const device PAGED_MLX_T* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
-    const device PAGED_MLX_T* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
-    device PAGED_MLX_T* out [[buffer(PAGED_MLX_BUFFER_OUT)]],
-    device float* lse [[buffer(PAGED_MLX_BUFFER_LSE)]],
-    device float* partial_out [[buffer(PAGED_MLX_BUFFER_PARTIAL_OUT)]],
-    device float* partial_state [[buffer(PAGED_MLX_BUFFER_PARTIAL_STATE)]],
-    const device float* alibi_slopes
-    [[buffer(PAGED_MLX_BUFFER_ALIBI), function_constant(kHasAlibi)]],
-    const device float* sinks [[buffer(PAGED_MLX_BUFFER_SINKS), function_constant(kHasSinks)]],
-    const device void* mask [[buffer(PAGED_MLX_BUFFER_MASK), function_constant(kHasMask)]],
-    uint3 group [[threadgroup_position_in_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void attend_wide(PAGED_MLX_ATTEND_PARAMETERS) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV;
   constexpr int kRowTiles = PAGED_MLX_ROWS / 8, kSimdgroups = PAGED_MLX_SIMDGROUPS;
   typedef PAGED_MLX_T T;
