@@ -63,10 +63,12 @@ struct TileAttention {
       : walk(walk_), scoring(scoring_), k_pages(k_pages_), v_pages(v_pages_), at(lane) {}
 
   void begin(const device T* q, thread const RowReader& reader) {
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       rows[m] = reader.read(8 * m + at.row);
       const long row = long(rows[m].token) * reader.arguments.num_q_heads + rows[m].head;
       DimRuns<T, D>::load_query(q + row * D, at, queries.q[m]);
+#pragma clang loop unroll(full)
       for (int i = 0; i < DV / 8; i++) {
         out[m][i] = Matrix<float>(0);
       }
@@ -89,10 +91,12 @@ struct TileAttention {
       slots.enter(g);
       const KeyPair<T> pairs[1] = {key_pair<T, D, EDGE>(slots, k_pages, at)};
       Matrix<float> sums[ROW_TILES];
+#pragma clang loop unroll(full)
       for (int m = 0; m < ROW_TILES; m++) {
         sums[m] = Matrix<float>(0);
       }
       DimRuns<T, D>::template multiply<ROW_TILES, 1>(queries, pairs, at, sums);
+#pragma clang loop unroll(full)
       for (int m = 0; m < ROW_TILES; m++) {
         scores[m][g] = sums[m];
       }
@@ -101,19 +105,23 @@ struct TileAttention {
 
   template <bool EDGE>
   void weigh() {
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       float most = states[m].most;
+#pragma clang loop unroll(full)
       for (int g = 0; g < 4; g++) {
         const float2 two = elements(scores[m][g]);
         most = max(most, max(two.x, two.y));
       }
       const float factor = states[m].raise(row_max(most));
+#pragma clang loop unroll(full)
       for (int g = 0; g < 4; g++) {
         thread float2& two = elements(scores[m][g]);
         two.x = states[m].template weight<EDGE>(two.x);
         two.y = states[m].template weight<EDGE>(two.y);
         states[m].sum += two.x + two.y;
       }
+#pragma clang loop unroll(full)
       for (int i = 0; i < DV / 8; i++) {
         elements(out[m][i]) *= factor;
       }
@@ -146,6 +154,7 @@ struct PutValues {
   void operator()(int column, thread const float (&values)[N]) const {
     if (column >= begin && column < begin + Merge::kColumns) {
       threadgroup float* to = merge.value(sum, row, column - begin);
+#pragma clang loop unroll(full)
       for (int i = 0; i < N; i++) {
         to[i] = values[i];
       }
@@ -157,7 +166,7 @@ struct PutValues {
 
 using namespace paged_mlx;
 
-[[kernel]] void attend_tile(
+[[kernel, max_total_threads_per_threadgroup(32 * PAGED_MLX_SIMDGROUPS)]] void attend_tile(
     PAGED_MLX_ATTEND_PARAMETERS,
     ushort num_simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV;
@@ -189,6 +198,7 @@ using namespace paged_mlx;
   }
 
   const Merge merge{values, merge_states, num_simdgroups};
+#pragma clang loop unroll(full)
   for (int m = 0; m < kRowTiles; m++) {
     tile.states[m].sum = row_sum(tile.states[m].sum);
     const int row = 8 * m + tile.at.row;
@@ -202,6 +212,7 @@ using namespace paged_mlx;
     if (begin > 0) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
+#pragma clang loop unroll(full)
     for (int m = 0; m < kRowTiles; m++) {
       const int row = 8 * m + tile.at.row;
       if (row < kRows) {

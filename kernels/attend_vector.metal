@@ -25,18 +25,21 @@ struct KeyLane {
 // of t = part.
 inline float transposed_sum(thread const float (&sums)[8], short part) {
   float four[4], two[2];
+#pragma clang loop unroll(full)
   for (int i = 0; i < 4; i++) {
     const bool upper = part & 4;
-    four[i] = upper ? sums[i + 4] : sums[i];
-    four[i] += simd_shuffle_xor(upper ? sums[i] : sums[i + 4], 4);
+    const float low = sums[i], high = sums[i + 4];
+    four[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, 4);
   }
+#pragma clang loop unroll(full)
   for (int i = 0; i < 2; i++) {
     const bool upper = part & 2;
-    two[i] = upper ? four[i + 2] : four[i];
-    two[i] += simd_shuffle_xor(upper ? four[i] : four[i + 2], 2);
+    const float low = four[i], high = four[i + 2];
+    two[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, 2);
   }
   const bool upper = part & 1;
-  return (upper ? two[1] : two[0]) + simd_shuffle_xor(upper ? two[0] : two[1], 1);
+  const float low = two[0], high = two[1];
+  return (upper ? high : low) + simd_shuffle_xor(upper ? low : high, 1);
 }
 
 // The elements [BEGIN, N) of a row, in runs of 8 lanes x kWidth. A lane keeps
@@ -155,10 +158,12 @@ struct VectorAttention {
       : walk(walk_), scoring(scoring_), k_pages(k_pages_), v_pages(v_pages_), at(lane) {}
 
   void begin(const device T* queries, thread const RowReader& reader) {
+#pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
       rows[r] = reader.read(r);
       const long row = long(rows[r].token) * reader.arguments.num_q_heads + rows[r].head;
       LaneRuns<T, D>::load(queries + row * D, at.part, q[r]);
+#pragma clang loop unroll(full)
       for (int i = 0; i < DV / 8; i++) {
         out[r][i] = 0;
       }
@@ -187,10 +192,12 @@ struct VectorAttention {
       if (!EDGE || slots.is_live(i)) {
         LaneRuns<T, D>::template dot<ROWS>(k_pages + slots.row(i) * D, at.part, q, sum);
       }
+#pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
         sums[r][t] = sum[r];
       }
     }
+#pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
       weights[r] = transposed_sum(sums[r], at.part);
     }
@@ -200,6 +207,7 @@ struct VectorAttention {
   void score(int slot) {
     const int position = walk.position(slot);
     const bool live = !EDGE || walk.is_live(slot);
+#pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
       weights[r] = live ? scoring.of<EDGE>(weights[r], rows[r], position) : kHidden;
     }
@@ -207,10 +215,12 @@ struct VectorAttention {
 
   template <bool EDGE>
   void weigh() {
+#pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
       const float factor = states[r].raise(max(states[r].most, simd_max(weights[r])));
       weights[r] = states[r].template weight<EDGE>(weights[r]);
       states[r].sum += weights[r];
+#pragma clang loop unroll(full)
       for (int i = 0; i < DV / 8; i++) {
         out[r][i] *= factor;
       }
@@ -227,6 +237,7 @@ struct VectorAttention {
         slots.enter(t / 2);
       }
       float weight[ROWS];
+#pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
         weight[r] = simd_shuffle(weights[r], 8 * at.key + t);
       }
@@ -241,7 +252,7 @@ struct VectorAttention {
 
 using namespace paged_mlx;
 
-[[kernel]] void attend_vector(
+[[kernel, max_total_threads_per_threadgroup(32 * PAGED_MLX_SIMDGROUPS)]] void attend_vector(
     PAGED_MLX_ATTEND_PARAMETERS,
     ushort num_simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV, kRows = PAGED_MLX_ROWS;
@@ -272,6 +283,7 @@ using namespace paged_mlx;
   }
 
   const Merge merge{values, merge_states, num_simdgroups};
+#pragma clang loop unroll(full)
   for (int r = 0; r < kRows; r++) {
     vector.states[r].sum = simd_sum(vector.states[r].sum);
     if (lane == 0) {
@@ -284,6 +296,7 @@ using namespace paged_mlx;
     if (begin > 0) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
+#pragma clang loop unroll(full)
     for (int r = 0; r < kRows; r++) {
       threadgroup float* window = merge.value(4 * simdgroup + vector.at.key, r, 0);
       LaneRuns<T, DV>::put(vector.out[r], vector.at.part, begin, Merge::kColumns, window);

@@ -30,10 +30,12 @@ struct StagedQueries {
     T v[ROW_TILES][2 * WIDTH];
 
     explicit Part(thread const StagedQueries& queries) {
+#pragma clang loop unroll(full)
       for (int m = 0; m < ROW_TILES; m++) {
         const threadgroup T* row = queries.q + (8 * m + queries.at.row) * kStride;
         const threadgroup vec<T, 2>* from = reinterpret_cast<const threadgroup vec<T, 2>*>(
             row + BEGIN + WIDTH * queries.at.column);
+#pragma clang loop unroll(full)
         for (int i = 0; i < WIDTH; i++) {
           const vec<T, 2> two = from[i];
           v[m][2 * i] = two.x;
@@ -112,8 +114,10 @@ struct WideAttention {
         at(lane) {}
 
   void begin(thread const RowReader& reader, int first_row) {
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       rows[m] = reader.read(first_row + 8 * m + at.row);
+#pragma clang loop unroll(full)
       for (int i = 0; i < kUnits * kColumns / 8; i++) {
         out[m][i] = Matrix<float>(0);
       }
@@ -139,10 +143,12 @@ struct WideAttention {
   void dot(int slot) {
     GroupWalk slots(walk, slot);
     KeyPair<T> pairs[2];
+#pragma clang loop unroll(full)
     for (int g = 0; g < 2; g++) {
       slots.enter(g);
       pairs[g] = key_pair<T, D, EDGE>(slots, k_pages, at);
     }
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       scores[m][0] = Matrix<float>(0);
       scores[m][1] = Matrix<float>(0);
@@ -152,6 +158,7 @@ struct WideAttention {
   }
 
   void put_maxima() {
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       const float2 a = elements(scores[m][0]), b = elements(scores[m][1]);
       const float most = row_max(max(max(a.x, a.y), max(b.x, b.y)));
@@ -163,13 +170,16 @@ struct WideAttention {
 
   template <bool EDGE>
   void weigh() {
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       const int row = 8 * m + at.row;
       float most = states[m].most;
+#pragma clang loop unroll(full)
       for (int s = 0; s < SIMDGROUPS; s++) {
         most = max(most, maxima[s * kRows + row]);
       }
       const float factor = states[m].raise(most);
+#pragma clang loop unroll(full)
       for (int g = 0; g < 2; g++) {
         float2 two = elements(scores[m][g]);
         two.x = states[m].template weight<EDGE>(two.x);
@@ -177,6 +187,7 @@ struct WideAttention {
         states[m].sum += two.x + two.y;
         *weight_of(row, 16 * simdgroup + 8 * g + at.column) = two;
       }
+#pragma clang loop unroll(full)
       for (int i = 0; i < kUnits * kColumns / 8; i++) {
         elements(out[m][i]) *= factor;
       }
@@ -192,6 +203,7 @@ struct WideAttention {
     const device T* value = v_pages + slots.row(at.row) * DV;
     const bool live = !EDGE || slots.is_live(at.row);
     Matrix<float> p[ROW_TILES];
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       elements(p[m]) = *weight_of(8 * m + at.row, 8 * slots.group + at.column);
     }
@@ -208,6 +220,7 @@ struct WideAttention {
   // Every lane of a row gets the row's whole sum. The maxima were read before the
   // second barrier of the last step.
   void gather_sums() {
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       const float sum = row_sum(states[m].sum);
       if (at.column == 0) {
@@ -215,8 +228,10 @@ struct WideAttention {
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       states[m].sum = 0;
+#pragma clang loop unroll(full)
       for (int s = 0; s < SIMDGROUPS; s++) {
         states[m].sum += maxima[s * kRows + 8 * m + at.row];
       }
@@ -241,7 +256,7 @@ struct PutResult {
 
 using namespace paged_mlx;
 
-[[kernel]] void attend_wide(PAGED_MLX_ATTEND_PARAMETERS) {
+[[kernel, max_total_threads_per_threadgroup(32 * PAGED_MLX_SIMDGROUPS)]] void attend_wide(PAGED_MLX_ATTEND_PARAMETERS) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV;
   constexpr int kRowTiles = PAGED_MLX_ROWS / 8, kSimdgroups = PAGED_MLX_SIMDGROUPS;
   typedef PAGED_MLX_T T;
@@ -296,6 +311,7 @@ using namespace paged_mlx;
 
   const ResultWriter<T, DV> writer{
       out, lse, partial_out, partial_state, sinks, arguments.num_q_heads, item.partial};
+#pragma clang loop unroll(full)
   for (int m = 0; m < kRowTiles; m++) {
     const int row = first_row + 8 * m + wide.at.row;
     if (row >= reader.num_rows) {
@@ -305,6 +321,7 @@ using namespace paged_mlx;
     const int token = reader.token(row), head = reader.head(row);
     const int slot = row / arguments.gqa_factor;
     const float factor = finish(state.most, state.sum, writer.sink(head)).factor;
+#pragma clang loop unroll(full)
     for (int u = 0; u < Wide::kUnits; u++) {
       const int column = (u * kSimdgroups + simdgroup) * Wide::kColumns;
       if (column < DV) {

@@ -30,12 +30,14 @@ inline void score_groups(
     int slot,
     LanePlace at,
     thread Matrix<float>* scores) {
+#pragma clang loop unroll(full)
   for (int g = 0; g < GROUPS; g++) {
     const int first_slot = slot + 8 * g + at.column;
     const int first = walk.position(first_slot);
     const int second = kRagged ? walk.position(first_slot + 1) : first + 1;
     const bool first_live = !EDGE || walk.is_live(first_slot);
     const bool second_live = !EDGE || walk.is_live(first_slot + 1);
+#pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       thread float2& two = elements(scores[m * GROUPS + g]);
       two.x = first_live ? scoring.of<EDGE>(two.x, rows[m], first) : kHidden;

@@ -66,8 +66,10 @@ struct SimdgroupMerge {
       float sums[4] = {0, 0, 0, 0};
       for (int s = 0; s < num_simdgroups; s++) {
         const float weight = fast::exp2(states[2 * (s * ROWS + row)] - all.most);
+#pragma clang loop unroll(full)
         for (int k = 0; k < SUMS; k++) {
           const threadgroup float* from = value(s * SUMS + k, row, column);
+#pragma clang loop unroll(full)
           for (int j = 0; j < 4; j++) {
             sums[j] += weight * from[j];
           }

@@ -56,6 +56,7 @@ struct Run {
     if (live) {
       load(from);
     } else {
+#pragma clang loop unroll(full)
       for (int i = 0; i < W; i++) {
         v[i] = T(0.0f);
       }
@@ -82,6 +83,7 @@ struct Run<T, W, 4> {
     if (live) {
       load(from);
     } else {
+#pragma clang loop unroll(full)
       for (int i = 0; i < W; i++) {
         v[i] = T(0.0f);
       }
@@ -106,6 +108,7 @@ struct Run<T, 1, 2> {
     if (live) {
       load(from);
     } else {
+#pragma clang loop unroll(full)
       for (int i = 0; i < 1; i++) {
         v[i] = T(0.0f);
       }

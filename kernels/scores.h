@@ -74,6 +74,7 @@ struct RowReader {
 template <int N>
 inline int2 seen_by_all(thread const QueryRow (&rows)[N]) {
   int low = rows[0].low, high = rows[0].high;
+#pragma clang loop unroll(full)
   for (int i = 1; i < N; i++) {
     low = max(low, rows[i].low);
     high = min(high, rows[i].high);
@@ -85,6 +86,7 @@ inline int2 seen_by_all(thread const QueryRow (&rows)[N]) {
 template <int N>
 inline int2 seen_by_any(thread const QueryRow (&rows)[N]) {
   int low = rows[0].low, high = rows[0].high;
+#pragma clang loop unroll(full)
   for (int i = 1; i < N; i++) {
     low = min(low, rows[i].low);
     high = max(high, rows[i].high);

@@ -88,8 +88,10 @@ struct ResultWriter {
   template <typename U, int N>
   static void store(device U* to, thread const float (&values)[N], float factor) {
     constexpr int kWide = N % 4 == 0 ? 4 : 2;
+#pragma clang loop unroll(full)
     for (int i = 0; i < N; i += kWide) {
       vec<U, kWide> wide;
+#pragma clang loop unroll(full)
       for (int j = 0; j < kWide; j++) {
         wide[j] = U(values[i + j] * factor);
       }

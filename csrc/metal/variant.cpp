@@ -28,7 +28,7 @@ Variant& Variant::set(int id, int value) {
 std::string Variant::library_name() const {
   std::string name = "paged_mlx_" + kernel;
   for (const auto& [macro, value] : macros) {
-    name += "_" + macro + "=" + value;
+    name += "_" + macro + "_" + value;
   }
   return name;
 }
@@ -36,7 +36,7 @@ std::string Variant::library_name() const {
 std::string Variant::name() const {
   std::string name = library_name();
   for (const Constant& constant : constants) {
-    name += "_" + std::to_string(constant.id) + ":" + std::to_string(constant.value);
+    name += "_c" + std::to_string(constant.id) + "_" + std::to_string(constant.value);
   }
   return name;
 }

@@ -1,5 +1,7 @@
 """The code that launches the Metal kernels: variants, bodies, grids and scratch memory."""
 
+import re
+
 import metal_host
 import numpy as np
 import pytest
@@ -64,6 +66,7 @@ def test_every_function_constant_is_in_the_name_of_a_variant():
     assert len({x.name for x in launched}) == len(changes)
     assert len({x.library for x in launched}) == 1
     assert {len(x.constants) for x in launched} == {8}
+    assert all(re.fullmatch("[A-Za-z0-9_]+", x.name) for x in launched)
 
 
 @pytest.mark.parametrize("max_threads", [32, 64])
@@ -98,7 +101,7 @@ def test_long_work_is_cut_into_dispatches_that_attend_each_item_once():
 def test_rows_move_by_the_widest_unit_that_divides_them(dim, unit):
     pages, k = np.zeros((3, 2, 4, dim), np.uint16), np.zeros((1, 2, dim), np.uint16)
     (launched,) = write_pages(k, k.copy(), pages, pages.copy(), np.zeros(1, np.int32))
-    assert launched.library == f"paged_mlx_write_pages_UNIT={unit}"
+    assert launched.library == f"paged_mlx_write_pages_UNIT_{unit}"
 
 
 VARIANTS = {

@@ -1,5 +1,6 @@
 """What a Metal source declares: kernels, function constants, threadgroup variables."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -243,7 +244,9 @@ class Declarations:
         name = tokens[tokens.before(opened)]
         attributes = tokens.attributes(item.begin, opened)
         limit = attributes.get("max_total_threads_per_threadgroup")
-        max_threads = int(limit) if limit and limit.isdigit() else None
+        factors = [factor.strip() for factor in limit.split("*")] if limit else [""]
+        known = all(factor.isdigit() for factor in factors)
+        max_threads = math.prod(map(int, factors)) if known else None
         self.kernels[name] = Kernel(name, self._parameters(name, opened), max_threads)
         if tokens[item.begin] != "template":
             self.plain_kernels.append(item.begin)

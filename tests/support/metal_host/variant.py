@@ -80,7 +80,7 @@ def compile_variant(
         finally:
             source.unlink()
 
-    path = build("kernel-" + digest(compiler.identity, _shim_text(), text, *flags), make)
+    path = build("kernel-" + digest(compiler.identity, shim_text(), text, *flags), make)
     warnings = path.with_suffix(".log").read_text().splitlines()
     rejected = sorted({line for line in warnings if _REJECTED_CONVERSION.search(line)})
     library = _load(path, name, declared)
@@ -106,7 +106,7 @@ def _load(path: Path, kernel: str, declared: Declarations) -> ctypes.CDLL:
 
 
 @functools.cache
-def _shim_text() -> str:
+def shim_text() -> str:
     """Every header that a compiled kernel depends on."""
     headers = [INCLUDE / "metal_host.h", *sorted((INCLUDE / "metal_host").glob("*.h"))]
     return "".join(header.read_text() for header in headers)

@@ -35,6 +35,14 @@ struct Parameter {
   int index;
 };
 
+// What differs from lane to lane.
+METAL_HOST_INLINE unsigned own(unsigned index) {
+#ifdef METAL_HOST_OPAQUE
+  asm("# lane" : "+r"(index));
+#endif
+  return index;
+}
+
 // A position as whatever the kernel declares: a scalar or a vector.
 template <class A> METAL_HOST_INLINE A position(const unsigned* xyz) {
   typedef __remove_cv(A) Value;
@@ -72,8 +80,8 @@ template <class A> struct Argument {
     else if constexpr (P.binding == kThreadsPerThreadgroup) return position<A>(t->threads_per_threadgroup);
     else if constexpr (P.binding == kThreadgroupsPerGrid) return position<A>(t->threadgroups_per_grid);
     else if constexpr (P.binding == kThreadsPerGrid) return position<A>(t->threads_per_grid);
-    else if constexpr (P.binding == kIndexInThreadgroup) return (A)t->index_in_threadgroup;
-    else if constexpr (P.binding == kLane) return (A)t->lane;
+    else if constexpr (P.binding == kIndexInThreadgroup) return (A)own(t->index_in_threadgroup);
+    else if constexpr (P.binding == kLane) return (A)own(t->lane);
     else if constexpr (P.binding == kSimdgroup) return (A)t->simdgroup;
     else if constexpr (P.binding == kNumSimdgroups) return (A)t->num_simdgroups;
     else if constexpr (P.binding == kThreadsPerSimdgroup) return (A)32;

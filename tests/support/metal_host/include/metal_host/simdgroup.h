@@ -52,6 +52,11 @@ struct Lanes {
 template <class Out, class Combine, class In> METAL_HOST_INLINE Out meet(In in, int kind) {
   return Out();
 }
+#elif defined METAL_HOST_OPAQUE
+template <class Combine> struct Opaque;
+template <class Out, class Combine, class In> METAL_HOST_INLINE Out meet(In in, int kind) {
+  return Opaque<Combine>::run(in);
+}
 #else
 template <class Combine> METAL_HOST_UNCOUNTED void combine_rows(char (*rows)[128], uint mask) {
   Combine::run(Lanes{rows, mask});
@@ -67,6 +72,22 @@ template <class Out, class Combine, class In> METAL_HOST_INLINE Out meet(In in, 
   __builtin_memcpy((void*)&out, row, sizeof(Out));
   return out;
 }
+#endif
+
+#ifdef METAL_HOST_OPAQUE
+// One instruction that nobody looks into, in place of a meeting: what remains is the
+// kernel's own code, as a compiler for the GPU would see it.
+template <class T> METAL_HOST_INLINE T opaque(T value, int source) {
+  if constexpr (__is_same(T, float)) {
+    asm volatile("# simd" : "+x"(value) : "r"(source));
+  } else {
+    asm volatile("# simd" : "+r"(value) : "r"(source));
+  }
+  return value;
+}
+template <class Combine> struct Opaque {
+  template <class T> static METAL_HOST_INLINE T run(T value) { return opaque(value, 0); }
+};
 #endif
 
 // The value of each group of `width` lanes becomes `op` over its lanes, in order.
@@ -153,6 +174,12 @@ template <class T> struct Shuffle {
   }
 };
 
+#ifdef METAL_HOST_OPAQUE
+template <class T> struct Opaque<Shuffle<T>> {
+  static METAL_HOST_INLINE T run(Shuffled<T> in) { return opaque(in.value, in.source); }
+};
+#endif
+
 struct Ballot {
   METAL_HOST_UNCOUNTED static void run(Lanes lanes) {
     uint votes = 0;
@@ -193,7 +220,11 @@ template <class T> METAL_HOST_INLINE T shuffle(T value, int source, T fill, int 
   mine.source = source;
   return meet<T, Shuffle<T>>(mine, kind);
 }
+#ifdef METAL_HOST_OPAQUE
+METAL_HOST_INLINE int lane() { return 0; }
+#else
 METAL_HOST_INLINE int lane() { return (int)metal_host_lane(); }
+#endif
 METAL_HOST_INLINE int quad_start() { return lane() & ~3; }
 METAL_HOST_INLINE uint ballot(bool vote) { return meet<uint, Ballot>((uint)vote, kMeetBallot); }
 

@@ -114,6 +114,15 @@ template <class D, class A, class B, class C> struct Product8x8 {
   }
 };
 
+#ifdef METAL_HOST_OPAQUE
+template <class D, class A, class B, class C> struct Opaque<Product8x8<D, A, B, C>> {
+  static METAL_HOST_INLINE Product8x8Out<D> run(Product8x8In<A, B, C> in) {
+    asm("# multiply" : "+x"(in.c[0]), "+x"(in.c[1]) : "x"(in.a[0]), "x"(in.a[1]), "x"(in.b[0]), "x"(in.b[1]));
+    return {{(D)in.c[0], (D)in.c[1]}};
+  }
+};
+#endif
+
 } // namespace metal_host
 
 namespace metal {

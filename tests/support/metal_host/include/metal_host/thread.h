@@ -45,7 +45,11 @@ enum MetalHostAtomic { kAtomicLoad, kAtomicStore, kAtomicUpdate };
 
 // Entry points of the runtime. A meeting is known by the address it returns to,
 // so each must stay one call in the kernel's code.
+#ifdef METAL_HOST_OPAQUE
+#define METAL_HOST_MEETING __attribute__((noinline, convergent))
+#else
 #define METAL_HOST_MEETING __attribute__((noinline, convergent, noduplicate))
+#endif
 extern "C" {
 #ifndef METAL_HOST_ADDRESS_SPACES
 METAL_HOST_MEETING void metal_host_collective(MetalHostCombine combine, void* row, int in_bytes, int out_bytes, int kind);

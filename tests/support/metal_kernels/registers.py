@@ -1,0 +1,66 @@
+"""Every variant of the attention kernels that can be chosen, and its footprint."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from metal_host.registers import Footprint
+from metal_host.registers import footprint as footprint_of_text
+
+from .launcher import KERNELS, choose_body
+
+#: Head dims of models. Of other dims the widest loads are narrower, nothing else differs.
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
+_TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
+# No option, pages of 16 tokens.
+_CONSTANTS = {id: False for id in (0, 1, 2, 3, 4, 5, 7)} | {6: 16}
+
+
+class Variant(NamedTuple):
+    kernel: str
+    dtype: str
+    head_dim: int
+    rows: int
+    simdgroups: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.dtype}-{self.head_dim}x{self.rows}"
+
+
+def variants() -> list[Variant]:
+    """What ``choose_body`` answers for any number of rows."""
+    chosen = {}
+    for dtype in _TYPES:
+        for head_dim in HEAD_DIMS:
+            for rows in (*range(1, 34), 1000):
+                body = choose_body(rows, head_dim, head_dim, dtype)
+                variant = Variant(body.kernel, dtype, head_dim, body.rows, body.simdgroups)
+                chosen[variant] = True
+    return list(chosen)
+
+
+def few() -> list[Variant]:
+    """The most rows of each kernel at three head dims."""
+    most: dict[tuple, Variant] = {}
+    for variant in variants():
+        if (variant.dtype, variant.head_dim) in (
+            ("float16", 128),
+            ("float16", 256),
+            ("float32", 64),
+        ):
+            most[variant.kernel, variant.dtype, variant.head_dim] = variant
+    return list(most.values())
+
+
+def footprint(variant: Variant) -> Footprint:
+    """What a stock compiler makes of a variant's text."""
+    macros = {
+        "T": _TYPES[variant.dtype],
+        "D": variant.head_dim,
+        "DV": variant.head_dim,
+        "ROWS": variant.rows,
+        "SIMDGROUPS": variant.simdgroups,
+    }
+    text = "".join(f"#define PAGED_MLX_{macro} {value}\n" for macro, value in macros.items())
+    text += (KERNELS / f"{variant.kernel}.metal").read_text()
+    return footprint_of_text(text, variant.kernel, [KERNELS], _CONSTANTS)
