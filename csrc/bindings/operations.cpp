@@ -201,14 +201,16 @@ void bind_diagnostics(nb::module_& m) {
   m.def(
       "attention_body",
       [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype) {
-        const metal::Body body = metal::choose_body(rows, head_dim, v_head_dim, cpu_dtype(dtype));
+        const cpu::DType type = cpu_dtype(dtype);
+        const PlanKind kind = kind_of(rows, metal::kind_rows(head_dim, v_head_dim, type));
+        const metal::Body body = metal::choose_body(kind, rows, head_dim, v_head_dim, type);
         return nb::make_tuple(body.kernel, body.rows);
       },
       "rows"_a,
       "head_dim"_a,
       "v_head_dim"_a,
       "dtype"_a,
-      "(kernel, rows) of the Metal body that attends items of at most `rows` rows per KV head.");
+      "(kernel, rows) of the Metal body that attends a GPU's items of at most `rows` rows per KV head.");
   m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU backend.");
   m.def("isa_names", &cpu::isa_names, "Instruction sets that this machine runs, the best last.");

@@ -261,6 +261,7 @@ void bind_plan(nb::module_& m) {
              bool share_prefixes,
              int fixed_partition,
              int workers,
+             int cores,
              bool kernels) {
             PlanInput geometry;
             geometry.num_pages = num_pages;
@@ -273,7 +274,7 @@ void bind_plan(nb::module_& m) {
             new (self) NativePlan(
                 Step(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens),
                 geometry,
-                target_of({kernels, workers, cpu_dtype(dtype), head_dim, v_head_dim}),
+                target_of({kernels, workers, cores, cpu_dtype(dtype), head_dim, v_head_dim}),
                 options);
           },
           nb::kw_only(),
@@ -295,6 +296,7 @@ void bind_plan(nb::module_& m) {
           "share_prefixes"_a,
           "fixed_partition"_a,
           "workers"_a,
+          "cores"_a = 0,
           "kernels"_a)
       .def(
           "advance",

@@ -35,26 +35,44 @@ int wide_words(int row_tiles, int v_head_dim, int simdgroups) {
   return row_tiles * (columns / 4 + 4);
 }
 
+bool wide_fits(int row_tiles, int head_dim, int v_head_dim, int size) {
+  return wide_words(row_tiles, v_head_dim, kSimdgroups) <= kStateWords &&
+      wide_bytes(row_tiles, head_dim, size, kSimdgroups) <= kThreadgroupBytes;
+}
+
 } // namespace
 
-Body choose_body(int rows, int head_dim, int v_head_dim, DType dtype) {
+KindRows kind_rows(int head_dim, int v_head_dim, DType dtype) {
   const int size = itemsize(dtype);
-  if (rows <= 2 && rows * std::max(head_dim, v_head_dim) <= 512) {
-    return {"attend_vector", std::max(rows, 1), kSimdgroups};
-  }
-  for (int most : {4, 8, 16}) {
-    const int row_tiles = (most + 7) / 8;
-    if (rows <= most && tile_words(row_tiles, head_dim, v_head_dim, size) <= kStateWords) {
-      return {"attend_tile", most, kSimdgroups};
+  KindRows most;
+  most.vector = 2 * std::max(head_dim, v_head_dim) <= 512 ? 2 : 1;
+  most.tile = most.vector;
+  for (int rows : {4, 8, 16}) {
+    if (tile_words((rows + 7) / 8, head_dim, v_head_dim, size) <= kStateWords) {
+      most.tile = rows;
     }
   }
-  int row_tiles = 4;
-  while (row_tiles > 1 &&
-         (4 * row_tiles >= rows || wide_words(row_tiles, v_head_dim, kSimdgroups) > kStateWords ||
-          wide_bytes(row_tiles, head_dim, size, kSimdgroups) > kThreadgroupBytes)) {
-    row_tiles /= 2;
+  most.wide = 32;
+  while (most.wide > 8 && !wide_fits(most.wide / 8, head_dim, v_head_dim, size)) {
+    most.wide /= 2;
   }
-  return {"attend_wide", 8 * row_tiles, kSimdgroups};
+  return most;
+}
+
+Body choose_body(PlanKind kind, int rows, int head_dim, int v_head_dim, DType dtype) {
+  const KindRows most = kind_rows(head_dim, v_head_dim, dtype);
+  kind = std::max(kind, kind_of(rows, most));
+  if (kind == kVectorItem) {
+    return {"attend_vector", std::max(rows, 1), kSimdgroups};
+  }
+  if (kind == kTileItem) {
+    return {"attend_tile", rows <= 4 ? 4 : rows <= 8 ? 8 : 16, kSimdgroups};
+  }
+  int wide = most.wide;
+  while (wide > 8 && wide / 2 >= rows) {
+    wide /= 2;
+  }
+  return {"attend_wide", wide, kSimdgroups};
 }
 
 } // namespace paged_mlx::metal

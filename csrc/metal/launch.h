@@ -7,6 +7,7 @@
 
 #include "cpu/attention.h"
 #include "metal/encoder.h"
+#include "plan/cost.h"
 
 namespace paged_mlx::metal {
 
@@ -84,13 +85,18 @@ void merge_states(Encoder& encoder, const MergeStatesCall& call);
 // The old contents of a buffer that a write could not reuse.
 void copy_buffer(Encoder& encoder, Buffer from, Buffer to, int64_t bytes);
 
-// The body that attends items of at most `rows` rows per KV head.
+// How a kernel attends items of one kind.
 struct Body {
   const char* kernel;
   int rows;       // that a threadgroup attends
   int simdgroups; // of a threadgroup
 };
 
-Body choose_body(int rows, int head_dim, int v_head_dim, DType dtype);
+// Most rows per KV head that an item of each kind has on this GPU, by what its bodies hold.
+KindRows kind_rows(int head_dim, int v_head_dim, DType dtype);
+
+// The body that attends items of a kind, of at most `rows` rows per KV head. Where a plan made
+// for another device puts more rows into a kind than its bodies hold, that of the next kind.
+Body choose_body(PlanKind kind, int rows, int head_dim, int v_head_dim, DType dtype);
 
 } // namespace paged_mlx::metal

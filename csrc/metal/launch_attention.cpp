@@ -131,19 +131,20 @@ double work_of(const AttendCall& call, const PlanItem& item) {
   return keys * item.row_count * header(call).num_q_heads * (call.head_dim + call.v_head_dim);
 }
 
-// The items [begin, end) are of one kind: one dispatch, or several when they
+// The items [begin, end) are of `kind`: one dispatch, or several when they
 // would hold the GPU for long.
 void attend_items(
     Encoder& encoder,
     const AttendCall& call,
     const Partials& partials,
+    PlanKind kind,
     int begin,
     int end) {
   int rows = 0;
   for (int i = begin; i < end; i++) {
     rows = std::max(rows, items(call)[i].row_count * gqa_factor(call));
   }
-  const Body body = choose_body(rows, call.head_dim, call.v_head_dim, call.dtype);
+  const Body body = choose_body(kind, rows, call.head_dim, call.v_head_dim, call.dtype);
   int simdgroups = 0;
   const Variant variant = fitting_variant(encoder, call, body, simdgroups);
   const size_t row_tiles = (rows + body.rows - 1) / body.rows;
@@ -196,11 +197,12 @@ void attend(Encoder& encoder, const AttendCall& call) {
   const Partials partials = make_partials(encoder, call);
   encoder.begin_concurrent();
   int begin = 0;
-  for (int count : plan.num_items) {
-    if (count > 0) {
-      attend_items(encoder, call, partials, begin, begin + count);
+  for (const PlanKind kind : {kVectorItem, kTileItem, kWideItem}) {
+    const int end = begin + plan.num_items[kind];
+    if (end > begin) {
+      attend_items(encoder, call, partials, kind, begin, end);
     }
-    begin += count;
+    begin = end;
   }
   encoder.end_concurrent();
   if (plan.num_merges > 0) {

@@ -1,6 +1,6 @@
 #include "ops/plan_target.h"
 
-#include <limits>
+#include <algorithm>
 
 #include "cpu/dispatch.h"
 #include "metal/gpu_cores.h"
@@ -13,10 +13,11 @@ namespace {
 constexpr int kHostCores = 8;
 
 PlanTarget kernels_target(const TargetOptions& options, int itemsize) {
-  const metal::Body widest = metal::choose_body(
-      std::numeric_limits<int>::max(), options.head_dim, options.v_head_dim, options.dtype);
-  const int cores = metal::gpu_cores();
-  return metal_target(cores > 0 ? cores : kHostCores, itemsize, widest.rows);
+  const int cores = options.cores > 0 ? options.cores : metal::gpu_cores();
+  return gpu_target(
+      cores > 0 ? cores : kHostCores,
+      itemsize,
+      metal::kind_rows(options.head_dim, options.v_head_dim, options.dtype));
 }
 
 } // namespace
@@ -27,6 +28,7 @@ PlanTarget target_of(const TargetOptions& options) {
                                       : cpu_target(cpu::num_threads(), itemsize, cpu::kernels().lanes);
   if (options.workers > 0) {
     target.workers = options.workers;
+    target.least_workers = std::min(target.least_workers, target.workers);
   }
   return target;
 }

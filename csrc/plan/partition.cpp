@@ -1,15 +1,11 @@
 // Long ranges are cut so that every worker has something to do.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "segments.h"
 
 namespace paged_mlx {
 
 namespace {
-
-constexpr double kRounding = 1e-6; // of a division
 
 // Cost of what one worker does at a time: a whole item, or one KV head of it.
 double unit_cost(const PlanInput& input, const Segment& segment, const PlanTarget& target) {
@@ -46,7 +42,7 @@ std::vector<PageRange> cut_fixed(const PlanInput& input, const PageRange& range,
 
 } // namespace
 
-double item_budget(
+double total_cost(
     const PlanInput& input,
     const std::vector<Segment>& segments,
     const PlanTarget& target) {
@@ -54,25 +50,13 @@ double item_budget(
   for (const Segment& segment : segments) {
     total += unit_cost(input, segment, target);
   }
-  const double workers = target.heads_in_parallel
-      ? std::max(1.0, double(target.workers) / input.num_kv_heads)
-      : target.workers;
-  if (workers <= 1 || total < 2 * target.min_item_cost) {
-    return std::numeric_limits<double>::infinity();
-  }
-  // As many items for every worker: the third of three items for two would be waited for.
-  const double per_worker = total / (workers * target.min_item_cost);
-  if (per_worker < 1) {
-    return target.min_item_cost;
-  }
-  const double count = std::min(std::round(per_worker), double(target.items_per_worker));
-  return total / (workers * count);
+  return total;
 }
 
 std::vector<PageRange> cut(
     const PlanInput& input,
     const Segment& segment,
-    double item_budget,
+    double budget,
     const PlanTarget& target,
     const PlanOptions& options) {
   const PageRange& range = segment.range;
@@ -82,17 +66,13 @@ std::vector<PageRange> cut(
   if (options.fixed_partition > 0) {
     return cut_fixed(input, range, options.fixed_partition);
   }
-  const double cost = unit_cost(input, segment, target);
   const int entries = range.entry_end - range.entry_begin;
-  int count = 1;
-  if (cost > 1.5 * item_budget) {
-    count = int(std::min(std::ceil(cost / item_budget - kRounding), 1e6));
-    count = std::min({count, range.num_keys() / target.min_partition, entries});
-  }
+  const int count = piece_count(
+      unit_cost(input, segment, target), budget, range.num_keys(), entries, target);
   std::vector<PageRange> pieces;
-  for (int i = 0; i < std::max(1, count); i++) {
-    const int begin = range.entry_begin + int(int64_t(entries) * i / std::max(1, count));
-    const int end = range.entry_begin + int(int64_t(entries) * (i + 1) / std::max(1, count));
+  for (int i = 0; i < count; i++) {
+    const int begin = range.entry_begin + int(int64_t(entries) * i / count);
+    const int end = range.entry_begin + int(int64_t(entries) * (i + 1) / count);
     pieces.push_back(piece(input, range, begin, end));
   }
   return pieces;

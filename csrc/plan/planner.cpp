@@ -259,14 +259,15 @@ PlanNotes make_plan(
     const TakeWords& take) {
   PlanNotes notes;
   const std::vector<Segment> segments = make_segments(input, target, options, notes.decisions);
-  const double budget = item_budget(input, segments, target);
+  const double budget =
+      item_budget(total_cost(input, segments, target), input.num_kv_heads, target);
   std::vector<Draft> drafts;
   drafts.reserve(segments.size());
   for (size_t i = 0; i < segments.size(); i++) {
     const int rows = segments[i].tokens.size() * input.gqa_factor();
     for (const PageRange& range : cut(input, segments[i], budget, target, options)) {
       const double cost = attend_cost(rows, range.num_keys(), target);
-      drafts.push_back({int(i), range, kind_of(rows, target), cost});
+      drafts.push_back({int(i), range, kind_of(rows, target.rows), cost});
     }
   }
   sort_drafts(drafts);

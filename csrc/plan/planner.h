@@ -5,6 +5,7 @@
 //   sharing.cpp    rows x pages: prefix runs that several sequences share, then
 //                  what each sequence has for itself
 //   partition.cpp  long ranges are cut so that every worker has something to do
+// cost.cpp weighs, targets.cpp holds the figures of each device.
 // planner.cpp strings them together and writes the words of plan_format.h.
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "plan/cost.h"
 #include "plan_format.h"
 
 namespace paged_mlx {
@@ -50,25 +52,6 @@ struct PlanInput {
   bool ragged() const {
     return page_starts != nullptr;
   }
-};
-
-// What one backend can do at once and what things cost it. The unit of cost is
-// one key of one KV head read from memory. A key costs an item of R rows
-// max(1, key_cost + R * row_cost) of its body; benchmarks/fit_cost_model.py fits
-// these costs for the CPU.
-struct PlanTarget {
-  int workers = 1;              // items that run at the same time
-  bool heads_in_parallel = false; // KV heads of one item run on workers of their own
-  int vector_rows = 2;          // most rows per KV head of a vector item
-  int tile_rows = 16;           // most rows per KV head of a tile item
-  int wide_rows = 384;          // rows per KV head that a wide item is cut to
-  int min_partition = 256;      // tokens; a shorter range is not cut
-  double min_item_cost = 4096;  // a step that costs less than two of these is not cut
-  int items_per_worker = 4;     // more than one, so that uneven items balance
-  double key_cost[kNumPlanKinds] = {0, 0, 0};          // one key, whatever the rows, by body
-  double row_cost[kNumPlanKinds] = {0.05, 0.05, 0.05}; // one key for one row, by body
-  double item_cost[kNumPlanKinds] = {64, 64, 64}; // start an item, by body
-  double partial_cost[kNumPlanKinds] = {8, 8, 8}; // one row's partial result, by body: made, merged
 };
 
 struct PlanOptions {

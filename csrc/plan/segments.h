@@ -70,14 +70,9 @@ struct Segment {
 
 // Most query tokens of one tile.
 inline int tile_tokens(const PlanInput& input, const PlanTarget& target) {
-  const int tokens = target.wide_rows / input.gqa_factor();
+  const int tokens = target.rows.wide / input.gqa_factor();
   return tokens > 1 ? tokens : 1;
 }
-
-PlanKind kind_of(int rows, const PlanTarget& target);
-
-// Cost of `rows` rows per KV head against `keys` keys.
-double attend_cost(int rows, int64_t keys, const PlanTarget& target);
 
 // First position that the token at `position` may see.
 inline int window_begin(const PlanInput& input, int position) {
@@ -105,12 +100,12 @@ std::vector<Segment> make_segments(
 std::vector<PageRange> cut(
     const PlanInput& input,
     const Segment& segment,
-    double item_budget,
+    double budget,
     const PlanTarget& target,
     const PlanOptions& options);
 
-// Cost that one item may have so that every worker is busy.
-double item_budget(
+// Cost of the segments in units that run one at a time: whole items, or KV heads of them.
+double total_cost(
     const PlanInput& input,
     const std::vector<Segment>& segments,
     const PlanTarget& target);

@@ -1,6 +1,6 @@
 // Rows x pages: every query token against every key it may see, exactly once.
 //
-// A sequence's tokens are cut into tiles of at most wide_rows rows. Sequences
+// A sequence's tokens are cut into tiles of at most rows.wide rows. Sequences
 // of one tile (decode, short verify) may share what their tables begin with:
 // a run of equal page ids is read once for all of them when that costs less.
 // Runs nest: a group that shares a run is split by the next page, and so on.
@@ -176,12 +176,12 @@ class Sharing {
       rows += own;
       decision.cost_alone += attend_cost(own, keys, target_);
       // A row leaves one partial of what is shared and one of what follows.
-      decision.cost_shared += own * target_.partial_cost[kind_of(own, target_)];
+      decision.cost_shared += own * target_.partial_cost[kind_of(own, target_.rows)];
     }
     const int most = tile_tokens() * in_.gqa_factor();
     for (int left = rows; left > 0; left -= most) {
       const int together = std::min(left, most);
-      const PlanKind kind = kind_of(together, target_);
+      const PlanKind kind = kind_of(together, target_.rows);
       decision.cost_shared += attend_cost(together, keys, target_) + target_.item_cost[kind] +
           together * target_.partial_cost[kind];
     }
@@ -215,17 +215,6 @@ class Sharing {
 };
 
 } // namespace
-
-PlanKind kind_of(int rows, const PlanTarget& target) {
-  return rows <= target.vector_rows ? kVectorItem
-      : rows <= target.tile_rows    ? kTileItem
-                                    : kWideItem;
-}
-
-double attend_cost(int rows, int64_t keys, const PlanTarget& target) {
-  const PlanKind kind = kind_of(rows, target);
-  return double(keys) * std::max(1.0, target.key_cost[kind] + rows * target.row_cost[kind]);
-}
 
 int entry_start(const PlanInput& input, int sequence, int entry) {
   return input.ragged() ? input.page_starts[int64_t(sequence) * input.max_pages + entry]

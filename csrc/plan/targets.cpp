@@ -1,10 +1,33 @@
 #include "plan/targets.h"
 
+#include <mutex>
+
 namespace paged_mlx {
 
 namespace {
 
-// Of benchmarks/results/cost_model_<isa>.json; of the two types of 16 bits the dearer.
+// By device, for elements of 2 bytes and of 4. Those of the GPU follow from arithmetic about the
+// hardware: four threadgroups of four simdgroups keep a core busy while others wait for memory,
+// and a threadgroup reads 32 keys a simdgroup in one step.
+constexpr Thresholds kThresholds[2][2] = {
+    {{1, 0, 4, 128, 4096, 0}, {1, 0, 4, 128, 2048, 0}},
+    {{4, 2, 1, 16, 128, 64}, {4, 2, 1, 16, 128, 64}},
+};
+
+struct Measured {
+  std::mutex mutex;
+  std::optional<Thresholds> of[2][2];
+};
+
+Measured& measured() {
+  static Measured all;
+  return all;
+}
+
+int column(int itemsize) {
+  return itemsize == 4;
+}
+
 struct BodyCosts {
   double key, row, item, partial;
 };
@@ -26,41 +49,55 @@ void set_costs(PlanTarget& target, PlanKind kind, const BodyCosts& costs) {
   target.partial_cost[kind] = costs.partial;
 }
 
+PlanTarget target_on(PlanDevice device, int cores, int itemsize) {
+  PlanTarget target;
+  target.thresholds = thresholds(device, itemsize);
+  target.measured = thresholds_are_measured(device, itemsize);
+  target.workers = cores * target.thresholds.workers_per_core;
+  target.least_workers = cores * target.thresholds.least_workers_per_core;
+  return target;
+}
+
 } // namespace
+
+Thresholds thresholds(PlanDevice device, int itemsize) {
+  Measured& all = measured();
+  const std::lock_guard lock(all.mutex);
+  return all.of[int(device)][column(itemsize)].value_or(
+      kThresholds[int(device)][column(itemsize)]);
+}
+
+bool thresholds_are_measured(PlanDevice device, int itemsize) {
+  Measured& all = measured();
+  const std::lock_guard lock(all.mutex);
+  return all.of[int(device)][column(itemsize)].has_value();
+}
+
+void set_thresholds(PlanDevice device, int itemsize, const std::optional<Thresholds>& measured_) {
+  Measured& all = measured();
+  const std::lock_guard lock(all.mutex);
+  all.of[int(device)][column(itemsize)] = measured_;
+}
 
 PlanTarget cpu_target(int threads, int itemsize, int lanes) {
   const bool float32 = itemsize == 4;
   const CpuCosts& costs = lanes == 16 ? (float32 ? kAvx512Float32 : kAvx512Halves)
                                       : (float32 ? kNarrowFloat32 : kNarrowHalves);
-  PlanTarget target;
-  target.workers = threads;
+  PlanTarget target = target_on(PlanDevice::cpu, threads, itemsize);
+  target.rows = {2, costs.tile_rows, 384};
   target.heads_in_parallel = false;
-  target.vector_rows = 2;
-  target.tile_rows = costs.tile_rows;
-  target.wide_rows = 384;
-  target.min_partition = 128;
-  target.min_item_cost = float32 ? 2048 : 4096;
-  target.items_per_worker = 4;
   set_costs(target, kVectorItem, {1, 0, costs.tile.item, costs.tile.partial});
   set_costs(target, kTileItem, costs.tile);
   set_costs(target, kWideItem, costs.wide);
   return target;
 }
 
-// Four threadgroups of four simdgroups keep a core busy while others wait for
-// memory. The costs weigh a core's arithmetic against its share of the memory's
-// bandwidth; they are not fitted to measurements.
-PlanTarget metal_target(int cores, int itemsize, int wide_rows) {
-  constexpr int kThreadgroupsPerCore = 4;
-  PlanTarget target;
-  target.workers = cores * kThreadgroupsPerCore;
+// The costs weigh a core's arithmetic against its share of the memory's bandwidth; they are
+// not fitted to measurements.
+PlanTarget gpu_target(int cores, int itemsize, const KindRows& rows) {
+  PlanTarget target = target_on(PlanDevice::gpu, cores, itemsize);
+  target.rows = rows;
   target.heads_in_parallel = true;
-  target.vector_rows = 2;
-  target.tile_rows = 16;
-  target.wide_rows = wide_rows;
-  target.min_partition = 256;
-  target.min_item_cost = 512;
-  target.items_per_worker = 1;
   const double product = itemsize == 4 ? 0.5 : 1; // beside the bytes of a key
   set_costs(target, kVectorItem, {0, 0.12 * product, 64, 4});
   set_costs(target, kTileItem, {0, 0.06 * product, 64, 4});

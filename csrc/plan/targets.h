@@ -1,16 +1,27 @@
-// What each backend can do at once and what things cost it.
+// What each backend can do at once and what things cost it: the one table of figures.
 #pragma once
 
-#include "planner.h"
+#include <optional>
+
+#include "plan/cost.h"
 
 namespace paged_mlx {
+
+enum class PlanDevice { cpu, gpu };
 
 // The CPU backend with `threads` threads and vectors of `lanes` floats, for elements of
 // `itemsize` bytes.
 PlanTarget cpu_target(int threads, int itemsize, int lanes);
 
-// A GPU of `cores` cores. `wide_rows`: rows that a threadgroup of its widest
-// body attends.
-PlanTarget metal_target(int cores, int itemsize, int wide_rows);
+// A GPU of `cores` cores whose bodies attend `rows` rows.
+PlanTarget gpu_target(int cores, int itemsize, const KindRows& rows);
+
+// Thresholds of a device for elements of `itemsize` bytes: those measured on this machine, or
+// those of the table.
+Thresholds thresholds(PlanDevice device, int itemsize);
+bool thresholds_are_measured(PlanDevice device, int itemsize);
+
+// Puts thresholds measured on this machine in place of the table's; none: the table's again.
+void set_thresholds(PlanDevice device, int itemsize, const std::optional<Thresholds>& measured);
 
 } // namespace paged_mlx

@@ -128,17 +128,31 @@ _FAULTS = {
             "            (entry_start(input, range.sequence, begin) - range.key_begin) / partition;",
             "partitions of a window",
         ),
+    ],
+    "cost.cpp": [
         (
             "nothing is ever cut",
-            "if (cost > 1.5 * item_budget) {",
-            "if (cost > 1e30 * item_budget) {",
+            "if (cost <= 1.5 * budget) {",
+            "if (cost <= 1e30 * budget) {",
             "16 workers",
         ),
         (
             "short steps are cut",
-            "total < 2 * target.min_item_cost",
-            "total < 0 * target.min_item_cost",
+            "total < 2.0 * t.min_item_cost",
+            "total < 0.0 * t.min_item_cost",
             "a short step",
+        ),
+        (
+            "a short step on a GPU is not cut for its cores",
+            "return least > 1 ?",
+            "return least > 1e9 ?",
+            "a short step of a large GPU",
+        ),
+        (
+            "KV heads of a GPU's item are forgotten",
+            "target.heads_in_parallel ? num_kv_heads : 1;",
+            "1;",
+            "a short step of a large GPU",
         ),
     ],
     "sharing.cpp": [

@@ -11,6 +11,7 @@ import numpy as np
 from paged_mlx import fast
 from plan_coverage import partial_slots
 from plan_steps import BAD_STEPS, assert_exact, distinct_tables, make
+from threadgroups import MODELS, items_of
 
 from .mutant import Mutant
 
@@ -52,6 +53,12 @@ def _short_step():
             make(distinct_tables([keys], PAGE), [keys], page_size=PAGE, workers=16).num_partials
             == 0
         )
+
+
+def _large_gpu():
+    # 2 threadgroups for each of 40 cores: 10 items of 8 KV heads.
+    assert items_of(MODELS["Llama-3.1-8B, Qwen3-8B"], cores=40, context_len=256) == 10
+    assert items_of(MODELS["Llama-3.1-8B, Qwen3-8B"], cores=40, context_len=250) == 1
 
 
 def _longest_first():
@@ -204,6 +211,7 @@ CASES: dict[str, Callable[[], object]] = {
     "partitions of a window": _partitions_of_a_window,
     "16 workers": _busy_workers,
     "a short step": _short_step,
+    "a short step of a large GPU": _large_gpu,
     "longest first": _longest_first,
     "every kind": _every_kind,
     "two tiles": lambda: _exact([130], query_lens=[120], q_heads=8, kv_heads=1),

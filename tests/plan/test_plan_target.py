@@ -1,5 +1,7 @@
 """What a plan is made for: the device that will run it."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,9 +9,12 @@ from metal_on_host import metal_on_host
 from paged_mlx import fast
 from paged_mlx._native import _ext
 from paged_mlx.testing import Case, backends
+from threadgroups import CHIPS, CONTEXTS, MODELS, PAGE_SIZE, items_of, table
 
 HOST_CORES = 8
 THREADGROUPS_PER_CORE = 4
+THREADGROUPS_PER_BUSY_CORE = 2
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def decode_plan(
@@ -29,7 +34,36 @@ def decode_plan(
 
 def test_kernels_get_a_short_context_in_one_item_and_no_merge():
     with metal_on_host():
-        assert decode_plan(1000).num_items == {"vector": 0, "tile": 1, "wide": 0}
+        plan = decode_plan(255)
+    assert plan.num_items == {"vector": 0, "tile": 1, "wide": 0} and plan.num_merges == 0
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("model", MODELS)
+def test_one_sequence_fills_a_gpu_from_256_tokens_on(model, chip):
+    heads, cores = MODELS[model], CHIPS[chip]
+    for context_len in (*range(256, 1100, 16), *CONTEXTS):
+        threadgroups = heads[1] * items_of(heads, cores, context_len)
+        pages = context_len // PAGE_SIZE
+        assert threadgroups >= min(THREADGROUPS_PER_BUSY_CORE * cores, heads[1] * pages)
+        most = THREADGROUPS_PER_CORE * cores + heads[1]  # the last row of items is not split
+        assert threadgroups <= most or items_of(heads, cores, context_len) == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_context_that_one_threadgroup_reads_in_few_steps_is_not_cut(model):
+    for cores in CHIPS.values():
+        assert items_of(MODELS[model], cores, 255) == 1
+
+
+def test_sequences_that_fill_a_gpu_are_not_cut():
+    heads = MODELS["Llama-3.1-8B, Qwen3-8B"]
+    assert items_of(heads, CHIPS["M1"], 1000, batch=4) == 4
+    assert items_of(heads, CHIPS["M4 Max"], 1000, batch=20) == 20
+
+
+def test_the_table_of_threadgroups_in_the_docs_is_up_to_date():
+    assert table() in (ROOT / "docs/metal.md").read_text()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])

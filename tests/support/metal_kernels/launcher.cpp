@@ -217,7 +217,8 @@ int run_copy_buffer(Run run, int limit, Memory from, Memory to, int64_t bytes) {
 }
 
 void choose_body_of(int rows, int head_dim, int v_head_dim, int dtype, Body* body) {
-  *body = choose_body(rows, head_dim, v_head_dim, DType(dtype));
+  const auto kind = paged_mlx::kind_of(rows, kind_rows(head_dim, v_head_dim, DType(dtype)));
+  *body = choose_body(kind, rows, head_dim, v_head_dim, DType(dtype));
 }
 
 }
