@@ -31,7 +31,7 @@ class Stack:
         self.packer = BlockTable()
         self.q = mx.random.normal((BATCH, Q_HEADS, DIM), key=mx.random.key(0)).astype(mx.float16)
         self.append(CONTEXT)
-        self.canary, self.trails = self.pool.canary, [table.trail for table in self.tables]
+        self.canary, self.hashes = self.pool.canary, [table.token_hash for table in self.tables]
 
     def append(self, count: int):
         """Append ``count`` tokens to every sequence and write them in every layer."""
@@ -48,8 +48,8 @@ class Stack:
         """One token for every sequence, forgotten afterwards."""
         pool, canary = self.pool, self.canary if watched else None
         pool.canary = canary
-        for table, trail in zip(self.tables, self.trails):
-            table.trail = trail if watched else None
+        for table, token_hash in zip(self.tables, self.hashes):
+            table.token_hash = token_hash if watched else None
         slots = append_batch(self.tables, [1] * BATCH, self.allocator).slots
         if canary is not None:
             canary.note(self.tables, [[1]] * BATCH, slots)

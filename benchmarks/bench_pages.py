@@ -7,7 +7,6 @@ fork, a token. One thread does everything, so CPU time is the time that it takes
 import random
 
 import numpy as np
-from paged_mlx.pages.append import append_batch
 from paged_mlx.pages.block_table import BlockTable, pack
 from paged_mlx.pages.canary import Canary
 from paged_mlx.pages.policies import (
@@ -16,7 +15,7 @@ from paged_mlx.pages.policies import (
     LRUPageAllocator,
     PageAllocator,
 )
-from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.table import PageTable, append_batch
 from paged_mlx.prefix.cache import PrefixCache
 from paged_mlx.prefix.hash import page_hashes
 
@@ -127,11 +126,11 @@ def watching(batch, length=1000, steps=4):
     def verify():
         for _ in range(steps):
             for table in tables:
-                canary.verify(table, table.trail)
+                canary.verify(table)
 
     def read():
         for _ in range(steps):
-            canary.begin(tables[0], tables[0].trail.tokens)  # something has changed
+            canary.begin(tables[0], tables[0].token_hash.tokens)  # something has changed
             canary.read(0, tables)
 
     return [("append and note", note), ("verify one by one", verify), ("read the batch", read)]

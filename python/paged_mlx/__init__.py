@@ -19,9 +19,10 @@ from paged_mlx.errors import (  # noqa: E402
     UnknownPage,
     UseAfterFree,
 )
-from paged_mlx.pages.append import AppendPlan, append_batch  # noqa: E402
+from paged_mlx.pages.append import Appended  # noqa: E402
 from paged_mlx.pages.block_table import BlockTable, PackedTables, pack  # noqa: E402
 from paged_mlx.pages.canary import Canary, CorruptPage  # noqa: E402
+from paged_mlx.pages.page_map import PageTableEntry  # noqa: E402
 from paged_mlx.pages.policies import (  # noqa: E402
     BuddyPageAllocator,
     FIFOPageAllocator,
@@ -30,7 +31,7 @@ from paged_mlx.pages.policies import (  # noqa: E402
 )
 from paged_mlx.pages.table import (  # noqa: E402
     PageTable,
-    PageTableEntry,
+    append_batch,
     copy_on_write,
     share_prefix,
 )
@@ -52,7 +53,7 @@ def __getattr__(name):
 
 
 __all__ = [
-    "AppendPlan",
+    "Appended",
     "AttentionPlan",
     "BlockTable",
     "BuddyPageAllocator",

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 from page_helpers import table_of
-from paged_mlx.pages.append import append_batch
 from paged_mlx.pages.block_table import BlockTable, pack
 from paged_mlx.pages.policies import PageAllocator
-from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.table import PageTable, append_batch
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@
 import pytest
 from page_helpers import run
 from paged_mlx.errors import OutOfPages
-from paged_mlx.pages.append import append_batch
 from paged_mlx.pages.policies import LRUPageAllocator, PageAllocator
-from paged_mlx.pages.table import PageTable, copy_on_write
+from paged_mlx.pages.table import PageTable, append_batch, copy_on_write
 from paged_mlx.prefix.cache import PrefixCache
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from page_helpers import FailingPool, RecordingPool, snapshot, table_of
 from paged_mlx.errors import OutOfPages
-from paged_mlx.pages.append import append_batch
+from paged_mlx.pages.page_map import PageTableEntry
 from paged_mlx.pages.policies import FIFOPageAllocator, PageAllocator
-from paged_mlx.pages.table import PageTable, PageTableEntry, share_prefix
+from paged_mlx.pages.table import PageTable, append_batch, share_prefix
 
 
 @pytest.fixture

@@ -11,25 +11,28 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paged_mlx.errors import DoubleFree, OutOfPages, UnknownPage, UseAfterFree
-from paged_mlx.pages.append import append_batch
 from paged_mlx.pages.block_table import BlockTable, pack
+from paged_mlx.pages.observers import Pool
+from paged_mlx.pages.page_map import NO_PAGE
 from paged_mlx.pages.policies import (
     BuddyPageAllocator,
     FIFOPageAllocator,
     LRUPageAllocator,
     PageAllocator,
 )
-from paged_mlx.pages.table import NO_PAGE, PageTable, copy_on_write, share_prefix
+from paged_mlx.pages.table import PageTable, append_batch, copy_on_write, share_prefix
+from paged_mlx.pages.tokens import TOKEN_BYTES
 from paged_mlx.prefix.cache import PrefixCache
 from paged_mlx.prefix.events import CacheCleared, PagesStored
-from paged_mlx.prefix.hash import TOKEN_BYTES, ExtraKey
+from paged_mlx.prefix.hash import ExtraKey
 
 WIPED = -7
 
 
-class SlotPool:
+class SlotPool(Pool):
     """Slots that hold tokens, and a note of who may be right about them."""
 
+    num_pages = 2**31
     wants_freed = True
 
     def __init__(self, page_size):
@@ -49,9 +52,6 @@ class SlotPool:
                     source * self.page_size + offset, WIPED
                 )
         self.tokens.update(copied)
-
-    def grow(self, num_pages):
-        pass
 
     def freed(self, page_ids):
         self.told_free.update(page_ids)
@@ -237,7 +237,7 @@ class PageMachine(RuleBasedStateMachine):
             assert shared and self.state() == before
             return
         if not copied and shared:  # the pool was full, and the cache let go of the page
-            assert self.state()[1] == before[1] and not self.allocator.is_watched(page_id)
+            assert self.state()[1] == before[1] and page_id not in self.allocator.evictors.held
             assert sequence.table.logical_to_physical(position)[0] == page_id
         assert shared or not copied
         page_id, offset = sequence.table.logical_to_physical(position)
@@ -313,7 +313,7 @@ class PageMachine(RuleBasedStateMachine):
             if (
                 keep
                 and isinstance(self.allocator, LRUPageAllocator)
-                and not self.allocator.is_watched(page_id)
+                and page_id not in self.allocator.evictors.held
             ):
                 self.allocator.cache_page(page_id)
             self.stray.remove(page_id)

@@ -75,7 +75,7 @@ def test_a_pool_without_a_canary_records_nothing(allocator):
     pool.write(0, mx.zeros((3, HEADS, DIM)), mx.zeros((3, HEADS, DIM)),
                table.append_tokens(3, allocator).slots)  # fmt: skip
     attend(pool, table)
-    assert pool.canary is None and table.trail is None and allocator.pools == [pool]
+    assert pool.canary is None and table.token_hash is None and allocator.pools == [pool]
 
 
 def test_use_after_free_is_named(pool, allocator):
@@ -141,7 +141,7 @@ def test_a_write_that_fails_is_not_followed(pool, allocator):
 def test_swapped_pages_are_named_even_right_after_a_good_read(pool):
     table = sequence(pool, [7] * 12)
     attend(pool, table)
-    table._pages[0], table._pages[1] = table._pages[1], table._pages[0]
+    table.map.ids[0], table.map.ids[1] = table.map.ids[1], table.map.ids[0]
     assert_corrupt(pool, table, "other position", 0)
 
 
@@ -158,13 +158,13 @@ def test_a_stale_slot_after_truncate_is_named(pool, allocator):
 
 def test_a_page_of_another_sequence_is_named(pool):
     table, other = sequence(pool, list(range(8))), sequence(pool, list(range(50, 58)))
-    table._pages[1] = other._pages[1]
+    table.map.ids[1] = other.map.ids[1]
     assert_corrupt(pool, table, "other sequence", 4)
 
 
 def test_a_page_after_another_beginning_is_named(pool):
     table, other = sequence(pool, [1, 2, 3, 4, 5]), sequence(pool, [9, 2, 3, 4, 5])
-    table._pages[1] = other._pages[1]
+    table.map.ids[1] = other.map.ids[1]
     assert_corrupt(pool, table, "other beginning", 4)
 
 
@@ -210,7 +210,7 @@ def test_tokens_that_were_never_noted_are_an_error(pool, allocator):
         attend(pool, table)
     with pytest.raises(ValueError, match=r"^\[note\] tokens must be the 3 of the table"):
         pool.canary.note([table], [[1, 2]], plan.slots)
-    assert table.trail is None
+    assert table.token_hash is None
     pool.canary.note([table], [[1, 2, 3]], plan.slots)
     write(pool, plan.slots)
     attend(pool, table)
@@ -273,7 +273,7 @@ def test_a_life_of_pages_keeps_the_canary_alive(pool, allocator):
         elif action == 2:
             table.truncate(rng.randrange(1, table.num_tokens + 1))
         elif action == 3:
-            cache.insert(table.trail.tokens, table)
+            cache.insert(table.token_hash.tokens, table)
         elif action == 4:
             target = PageTable(PAGE)
             share_prefix(table, target, rng.randrange(1, table.num_tokens + 1),

@@ -17,8 +17,8 @@ from paged_mlx import (
     pool_storage,
 )
 from paged_mlx._native import _ext
-from paged_mlx.pages.append import append_batch
 from paged_mlx.pages.policies import LRUPageAllocator
+from paged_mlx.pages.table import append_batch
 
 HEADS, DIM, PAGE = 2, 8, 4
 NAN = float("nan")
@@ -105,7 +105,7 @@ def test_without_wiping_nothing_is_done_when_pages_are_freed():
     state = list(chain(*pool.state))
     table.release()
     assert all(a is b for a, b in zip(state, chain(*pool.state), strict=True))
-    assert not allocator._pools.wants_freed
+    assert not allocator._wants_freed
 
 
 # Memory.
@@ -295,7 +295,7 @@ def test_check_sees_each_part_disagree_with_the_others(planted):
     if planted == "leaked page":
         allocator.allocate_page()
     elif planted == "unknown holder":
-        table._pages[0] = 3
+        table.map.ids[0] = 3
     elif planted == "free list":
         allocator._free.append(0)
     elif planted == "cache":

@@ -4,7 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
-from paged_mlx.prefix.hash import ExtraKey, pack_tokens, page_hashes, root_hash
+from paged_mlx.pages.tokens import pack_tokens
+from paged_mlx.prefix.hash import ExtraKey, page_hashes, root_hash
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 from page_helpers import run, snapshot, table_of
+from paged_mlx.pages.page_map import NO_PAGE
 from paged_mlx.pages.policies import PageAllocator
-from paged_mlx.pages.table import NO_PAGE, PageTable
+from paged_mlx.pages.table import PageTable
 from paged_mlx.prefix.cache import PrefixCache
 from paged_mlx.prefix.hash import ExtraKey, page_hashes
 

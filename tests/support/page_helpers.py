@@ -1,14 +1,16 @@
 """Stand-ins that the tests of the page manager share."""
 
+from paged_mlx.pages.observers import Pool
 from paged_mlx.pages.table import PageTable
 
 
-class RecordingPool:
-    """A pool without arrays that remembers what it was told."""
+class RecordingPool(Pool):
+    """A pool without arrays that remembers what it was told; by default of any length."""
 
-    def __init__(self, num_pages=None):
-        if num_pages is not None:
-            self.num_pages = num_pages
+    page_size = 4
+
+    def __init__(self, num_pages=2**31):
+        self.num_pages = num_pages
         self.copies = []
 
     def copy(self, pairs):

@@ -11,7 +11,7 @@ from paged_mlx.mlx_lm.checkpoints import states_of
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import layers_of, rows_of
 from paged_mlx.mlx_lm.prompt_run import PromptRun, prefixes_of, tokens_in
-from paged_mlx.prefix.hash import TOKEN_BYTES
+from paged_mlx.pages.tokens import TOKEN_BYTES
 
 
 def install(module) -> None:

@@ -17,7 +17,7 @@ from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes, fingerprint, layers_of
 from paged_mlx.mlx_lm.prompt_run import tokens_in
 from paged_mlx.mlx_lm.sequence import SequencePages
-from paged_mlx.prefix.hash import pack_tokens, unpack_tokens
+from paged_mlx.pages.tokens import pack_tokens, unpack_tokens
 
 FIRST_PAGES = 64
 PAGES_BEFORE_EVICTION = 4096  # a pool with a prefix cache grows to, then it evicts

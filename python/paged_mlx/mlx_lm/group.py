@@ -12,9 +12,9 @@ from paged_mlx.mlx_lm.gathered import LayerPlace, PagesOfLayer
 from paged_mlx.mlx_lm.lazy_pool import LazyPool
 from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.step import Step
-from paged_mlx.pages.append import append_batch
 from paged_mlx.pages.block_table import BlockTable, pack
 from paged_mlx.pages.policies import PageAllocator
+from paged_mlx.pages.table import append_batch
 
 GROWTH = 32  # pools grow by what is missing, and by one in so many pages at least
 RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch

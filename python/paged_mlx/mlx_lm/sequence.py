@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 
 from paged_mlx.pages.table import PageTable
-from paged_mlx.prefix.hash import TOKEN_BYTES, pack_tokens
+from paged_mlx.pages.tokens import TOKEN_BYTES, pack_tokens
 
 _names = itertools.count()
 
@@ -74,7 +74,7 @@ class SequencePages:
             return self._fork_for(layer)
 
     def _fork_for(self, layer: int) -> "SequencePages":
-        content = (self.table._version, self.table.num_tokens)
+        content = (self.table.map.version, self.table.num_tokens)
         alive = []
         found = None
         for entry in self._forks:

@@ -12,27 +12,38 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from paged_mlx.errors import (
     DoubleFree,
     OutOfPages,
+    PageError,
+    UnknownPage,
     UseAfterFree,
     fail,
     whole_number,
 )
-from paged_mlx.pages.observers import AttachedPools
-from paged_mlx.pages.page_checks import check_counts, check_holders
-from paged_mlx.pages.page_counts import PageCounts, fail_free
-from paged_mlx.prefix.eviction import Evictor, Evictors
+from paged_mlx.pages.observers import Evictor, Evictors, Pool
 
 MAX_SLOTS = 2**31 - 1  # a slot is an int32
 
 
-class PageAllocator(PageCounts):
+class PageAllocator:
     """Hands out page ids and counts who holds them; the page freed last is reused first.
+
+    Every operation is O(1) per page.
+
+    >>> import paged_mlx
+    >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=16)
+    >>> page_id = allocator.allocate_page()
+    >>> allocator.share_page(page_id)
+    >>> allocator.free_page(page_id), allocator.free_page(page_id)
+    (False, True)
+    >>> allocator
+    PageAllocator(64 pages of 16, 0 used)
 
     Args:
         total_pages: Pages in the pool; ids are ``[0, total_pages)``.
@@ -40,7 +51,15 @@ class PageAllocator(PageCounts):
         max_pages: Where growth on demand ends; default ``total_pages``, so no growth.
         slab_pages: Pages added by each growth on demand; default ``total_pages``.
 
-    Every operation is O(1) per page.
+    Attributes:
+        total_pages: Pages in the pool, free or not.
+        page_size: Tokens in a page.
+        max_pages: Pages that the pool may grow to on demand.
+        counts: How often each page is held, ``int32 [total_pages]``, read-only.
+        evictors: Who gives pages back when none is free, see ``observers.Evictors``.
+
+    Raises:
+        ValueError: A size is no whole number, or there would be more slots than an int32 counts.
     """
 
     def __init__(
@@ -52,23 +71,38 @@ class PageAllocator(PageCounts):
         slab_pages: int | None = None,
     ) -> None:
         name = type(self).__name__
-        super().__init__(whole_number(name, "total_pages", total_pages, 1))
-        self._page_size = whole_number(name, "page_size", page_size, 1)
-        self._max_pages = whole_number(
-            name, "max_pages", self._total if max_pages is None else max_pages, self._total
+        total = whole_number(name, "total_pages", total_pages, 1)
+        self.page_size = whole_number(name, "page_size", page_size, 1)
+        self.max_pages = (
+            total if max_pages is None else whole_number(name, "max_pages", max_pages, total)
         )
-        self._slab_pages = whole_number(
-            name, "slab_pages", self._total if slab_pages is None else slab_pages, 1
+        self._slab_pages = (
+            total if slab_pages is None else whole_number(name, "slab_pages", slab_pages, 1)
         )
-        if self._max_pages * self._page_size > MAX_SLOTS:
-            fail(
-                name,
-                f"total_pages * page_size must be at most {MAX_SLOTS}, because a slot is an int32",
-                self._max_pages * self._page_size,
-            )
-        self._evictors = Evictors()
-        self._pools = AttachedPools()
-        self._reset_free(range(self._total))
+        self._check_slots(name, "total_pages * page_size", self.max_pages)
+        self.evictors = Evictors()
+        self._pools: WeakValueDictionary[int, Pool] = WeakValueDictionary()
+        self._wants_freed = False
+        self._set_counts(array("i", bytes(4 * total)))
+        self._reset_free(range(total))
+
+    def _check_slots(self, function: str, name: str, num_pages: int) -> None:
+        if num_pages * self.page_size > MAX_SLOTS:
+            must = f"{name} must be at most {MAX_SLOTS}, because a slot is an int32"
+            fail(function, must, num_pages * self.page_size)
+
+    def _set_counts(self, refs: array[int]) -> None:
+        """One buffer, several views: ``_refs`` is fast for one page, ``_counts`` for many."""
+        self.total_pages = len(refs)
+        self._refs = refs
+        self._counts = np.frombuffer(refs, dtype=np.int32)
+        self.counts = memoryview(refs).toreadonly()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.total_pages} pages of {self.page_size}, "
+            f"{self.num_used} used)"
+        )
 
     # The free list: the only part that a policy changes.
 
@@ -80,15 +114,13 @@ class PageAllocator(PageCounts):
         """Remove a page from the free list; None when that is empty."""
         return self._free.pop() if self._free else None
 
-    def _take(self, num_pages: int) -> list[int]:
-        """Remove ``num_pages`` pages from the free list, which has that many."""
+    def _take(self, num_pages: int) -> list[int] | None:
+        """Remove ``num_pages`` pages from the free list; None when it has less."""
+        if num_pages > len(self._free):
+            return None
         taken = self._free[: -num_pages - 1 : -1]
         del self._free[len(self._free) - num_pages :]
         return taken
-
-    def _put_one(self, page_id: int) -> None:
-        """Add a page whose last reference is gone to the free list."""
-        self._free.append(page_id)
 
     def _put(self, page_ids: Sequence[int]) -> None:
         """Add pages whose last reference is gone to the free list."""
@@ -106,29 +138,27 @@ class PageAllocator(PageCounts):
     # Figures.
 
     @property
-    def max_pages(self) -> int:
-        """Pages the pool may grow to on demand."""
-        return self._max_pages
-
-    @property
-    def page_size(self) -> int:
-        """Tokens in a page."""
-        return self._page_size
-
-    @property
     def num_used(self) -> int:
         """Pages that somebody holds."""
-        return self._total - self.num_free
+        return self.total_pages - self.num_free
 
     @property
     def num_evictable(self) -> int:
         """Pages that evictors hold and nobody else."""
-        return sum(evictor.num_evictable for evictor in self._evictors)
+        return sum(evictor.num_evictable for evictor in self.evictors)
 
     @property
     def num_available(self) -> int:
         """Pages that an allocation could get: free, evictable, or not grown yet."""
-        return self.num_free + self.num_evictable + self._max_pages - self._total
+        return self.num_free + self.num_evictable + self.max_pages - self.total_pages
+
+    def ref_count(self, page_id: int) -> int:
+        """How many tables and caches hold the page; 0 for a free page.
+
+        Raises:
+            UnknownPage: The id is not of this pool.
+        """
+        return self._refs[self._known("ref_count", page_id)]
 
     def fragmentation(self) -> float:
         """How far the free pages are from forming one run, from 0 (not at all) to 1.
@@ -157,11 +187,10 @@ class PageAllocator(PageCounts):
             OutOfPages: The pool may grow, and there is no memory to.
         """
         page_id = self._take_one()
-        if page_id is None:
-            if not self._make_room(1):
-                return None
+        if page_id is None and self._make_room(1):
             page_id = self._take_one()
-        self._refs[page_id] = 1
+        if page_id is not None:
+            self._refs[page_id] = 1
         return page_id
 
     def allocate_pages(self, num_pages: int) -> list[int] | None:
@@ -170,15 +199,13 @@ class PageAllocator(PageCounts):
         Raises:
             OutOfPages: The pool may grow, and there is no memory to; nothing is taken.
         """
-        num_pages = whole_number("allocate_pages", "num_pages", num_pages)
-        if num_pages > self.num_free and not self._make_room(num_pages):
-            return None
-        if not num_pages:
-            return []
+        if type(num_pages) is not int or num_pages < 0:
+            num_pages = whole_number("allocate_pages", "num_pages", num_pages)
         page_ids = self._take(num_pages)
-        refs = self._refs
-        for page_id in page_ids:
-            refs[page_id] = 1
+        if page_ids is None and self._make_room(num_pages):
+            page_ids = self._take(num_pages)
+        for page_id in page_ids or ():
+            self._refs[page_id] = 1
         return page_ids
 
     def share_page(self, page_id: int) -> None:
@@ -188,93 +215,68 @@ class PageAllocator(PageCounts):
             UseAfterFree: Nobody holds the page.
             UnknownPage: The id is not of this pool.
         """
-        page_id = self._known("share_page", page_id)
-        count = self._refs[page_id]
-        if not count:
-            fail_free("share_page", page_id, UseAfterFree)
-        self._refs[page_id] = count + 1
-        if count == 1 and page_id in self._evictors.watched:
-            self._evictors.busy((page_id,))
+        page_id = self._held("share_page", page_id, UseAfterFree)
+        self._refs[page_id] += 1
+        if self._refs[page_id] == 2 and page_id in self.evictors.held:
+            self.evictors.busy((page_id,))
 
-    def free_page(self, page_id: int) -> None:
+    def free_page(self, page_id: int) -> bool:
         """Remove a holder; the page becomes free with its last one.
 
         Stale bytes stay in the arrays: nothing outside a context is ever read.
+
+        Returns:
+            Whether the page is free now.
 
         Raises:
             DoubleFree: Nobody holds the page.
             UnknownPage: The id is not of this pool.
         """
-        page_id = self._known("free_page", page_id)
-        count = self._refs[page_id] - 1
-        if count < 0:
-            fail_free("free_page", page_id, DoubleFree)
-        self._refs[page_id] = count
-        if not count:
-            self._put_one(page_id)
-            if self._pools.wants_freed:
-                self._pools.freed((page_id,))
-        elif count == 1 and page_id in self._evictors.watched:
-            self._evictors.idle((page_id,))
+        page_id = self._held("free_page", page_id, DoubleFree)
+        self._refs[page_id] -= 1
+        left = self._refs[page_id]
+        if not left:
+            self._put((page_id,))
+            if self._wants_freed:
+                self._tell_freed((page_id,))
+        elif left == 1 and page_id in self.evictors.held:
+            self.evictors.idle((page_id,))
+        return not left
 
     def share_pages(self, page_ids: array[int] | Sequence[int]) -> None:
         """``share_page`` for many different pages at once, all or nothing."""
-        ids = self._distinct("share_pages", page_ids)
-        before = self._held("share_pages", ids, UseAfterFree)
-        self._counts[ids] = before + 1
-        if self._evictors.watched:
-            self._evictors.busy(ids[before == 1].tolist())
+        ids = self._all_held("share_pages", page_ids, UseAfterFree)
+        self._counts[ids] += 1
+        if self.evictors.held:
+            self.evictors.busy(ids[self._counts[ids] == 2].tolist())
 
     def free_pages(self, page_ids: array[int] | Sequence[int]) -> None:
         """``free_page`` for many different pages at once, all or nothing."""
-        ids = self._distinct("free_pages", page_ids)
-        before = self._held("free_pages", ids, DoubleFree)
-        self._counts[ids] = before - 1
-        freed = ids[before == 1].tolist()
+        ids = self._all_held("free_pages", page_ids, DoubleFree)
+        self._counts[ids] -= 1
+        left = self._counts[ids]
+        freed = ids[left == 0].tolist()
         self._put(freed)
-        if freed and self._pools.wants_freed:
-            self._pools.freed(freed)
-        if self._evictors.watched:
-            self._evictors.idle(ids[before == 2].tolist())
+        if freed and self._wants_freed:
+            self._tell_freed(freed)
+        if self.evictors.held:
+            self.evictors.idle(ids[left == 1].tolist())
 
-    # Evictors.
-
-    def add_evictor(self, evictor: Evictor) -> None:
-        """Ask ``evictor`` for pages, after those added before it, when none is free."""
-        self._evictors.add(evictor)
-
-    def remove_evictor(self, evictor: Evictor) -> None:
-        """Ask ``evictor`` no more.
-
-        Raises:
-            ValueError: It was never added, or still watches pages.
-        """
-        self._evictors.remove(evictor)
-
-    def watch(self, page_id: int, evictor: Evictor) -> None:
-        """Tell ``evictor`` whenever it becomes, or stops being, the page's only holder.
-
-        The evictor holds a reference already.
+    def hold(self, page_id: int, evictor: Evictor) -> None:
+        """Add an evictor to a page's holders, to be told when it is, or is not, the only one.
 
         Raises:
             UseAfterFree: Nobody holds the page.
-            PageError: Another evictor watches it.
+            PageError: Another evictor holds it.
         """
-        if not self._refs[self._known("watch", page_id)]:
-            fail_free("watch", page_id, UseAfterFree)
-        self._evictors.watch(page_id, evictor)
+        page_id = self._held("hold", page_id, UseAfterFree)
+        self.evictors.start(page_id, evictor)
+        self._refs[page_id] += 1
 
-    def unwatch(self, page_id: int) -> None:
-        """End ``watch``."""
-        self._evictors.unwatch(page_id)
-
-    def is_watched(self, page_id: int) -> bool:
-        """Whether an evictor watches the page."""
-        return page_id in self._evictors.watched
-
-    def forget_pages(self, page_ids: Iterable[int]) -> None:
-        """Have the evictors that watch these pages let go of them; other holders keep them."""
-        self._evictors.forget(page_ids)
+    def let_go(self, page_id: int) -> bool:
+        """Undo ``hold``; return whether the page is free now."""
+        self.evictors.stop(page_id)
+        return self.free_page(page_id)
 
     def _make_room(self, num_pages: int) -> bool:
         """Grow, then evict, until ``num_pages`` are free; change nothing if that cannot be.
@@ -284,38 +286,104 @@ class PageAllocator(PageCounts):
         """
         if num_pages > self.num_available:
             return False
-        while num_pages > self.num_free and self._total < self._max_pages:
+        before = self.total_pages
+        while num_pages > self.num_free and self.total_pages < self.max_pages:
             try:
-                self.grow(min(self._slab_pages, self._max_pages - self._total))
+                self.grow(min(self._slab_pages, self.max_pages - self.total_pages))
             except OutOfPages:
                 if num_pages > self.num_free + self.num_evictable:
                     raise
                 break
-        for evictor in self._evictors:
-            if num_pages > self.num_free:
-                evictor.evict(num_pages - self.num_free)
+        try:
+            for evictor in self.evictors:
+                if num_pages > self.num_free:
+                    evictor.evict(num_pages - self.num_free)
+        except BaseException:
+            self.shrink(self.total_pages - before)
+            raise
         return num_pages <= self.num_free
+
+    # Which ids may be used.
+
+    def _known(self, function: str, page_id: int) -> int:
+        """Return a page id of this pool, as an int."""
+        if type(page_id) is not int:
+            try:
+                page_id = whole_number(function, "page_id", page_id)
+            except ValueError:
+                self._fail_unknown(function, page_id)
+        if not 0 <= page_id < self.total_pages:
+            self._fail_unknown(function, page_id)
+        return page_id
+
+    def _held(self, function: str, page_id: int, error: type[PageError]) -> int:
+        """Return the id of a page that somebody holds, as an int."""
+        if type(page_id) is not int or not 0 <= page_id < self.total_pages:
+            page_id = self._known(function, page_id)
+        if not self._refs[page_id]:
+            self._fail_free(function, page_id, error)
+        return page_id
+
+    def _all_held(
+        self, function: str, page_ids: array[int] | Sequence[int], error: type[PageError]
+    ) -> np.ndarray:
+        """Return the ids of held pages, each given once. A table's pages, an array, differ."""
+        if isinstance(page_ids, array):
+            ids = np.frombuffer(page_ids, np.int32) if page_ids else np.empty(0, np.int32)
+        else:
+            try:
+                ids = np.array([self._known(function, page_id) for page_id in page_ids], np.int32)
+            except TypeError:
+                fail(function, "page_ids must be a sequence of page ids", repr(page_ids))
+            if len(set(ids.tolist())) < len(ids):
+                fail(function, "page_ids must be different pages", "one twice", PageError)
+        if ids.size and int(ids.view(np.uint32).max()) >= self.total_pages:
+            self._fail_unknown(function, int(ids[np.argmax(ids.view(np.uint32))]))
+        counts = self._counts[ids]
+        if not counts.all():
+            self._fail_free(function, int(ids[np.argmin(counts)]), error)
+        return ids
+
+    def _fail_unknown(self, function: str, page_id: object) -> NoReturn:
+        must = f"page_id must be in [0, {self.total_pages}), the pages of this pool"
+        fail(function, must, repr(page_id), UnknownPage)
+
+    def _fail_free(self, function: str, page_id: int, error: type[PageError]) -> NoReturn:
+        must = "page_id must be held by somebody, because free pages are reused"
+        fail(function, must, f"{page_id}, which is free", error)
 
     # Pools.
 
-    def attach(self, pool: Any) -> None:
-        """Tell a pool, see ``AttachedPools``, which pages to copy and how many there are.
+    def attach(self, pool: Pool) -> None:
+        """Tell a pool which pages to copy, which are freed if it asks, and how many there are.
 
         The pool is referenced weakly. Attaching twice is the same as once.
 
         Raises:
             ValueError: The pool has fewer pages than ids exist, or pages of another size.
         """
-        self._pools.add(pool, self)
+        if not isinstance(pool, Pool):
+            fail("attach", "pool must have all that observers.Pool has", repr(pool))
+        if pool.page_size != self.page_size:
+            must = f"pool.page_size must be {self.page_size}, as the allocator's"
+            fail("attach", must, pool.page_size)
+        if pool.num_pages < self.total_pages:
+            must = f"pool.num_pages must be at least {self.total_pages}, as the allocator's"
+            fail("attach", must, pool.num_pages)
+        pool.attached(self)
+        self._pools[id(pool)] = pool
+        self._wants_freed |= pool.wants_freed
 
-    def detach(self, pool: Any) -> None:
+    def detach(self, pool: Pool) -> None:
         """Undo ``attach``; a pool that is not attached is left alone."""
-        self._pools.remove(pool)
+        if self._pools.pop(id(pool), None) is not None:
+            self._wants_freed = any(attached.wants_freed for attached in self.pools)
+            pool.detached()
 
     @property
-    def pools(self) -> list[Any]:
+    def pools(self) -> list[Pool]:
         """The attached pools that are still alive."""
-        return list(self._pools)
+        return list(self._pools.values())
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Have every attached pool copy whole pages, in one operation for all layers.
@@ -323,11 +391,17 @@ class PageAllocator(PageCounts):
         Args:
             pairs: ``(source, target)`` page ids; each page is held by somebody.
         """
-        for page_id in (page_id for pair in pairs for page_id in pair):
-            if not self._refs[self._known("copy_pages", page_id)]:
-                fail_free("copy_pages", page_id, UseAfterFree)
+        for pair in pairs:
+            for page_id in pair:
+                self._held("copy_pages", page_id, UseAfterFree)
         if pairs:
-            self._pools.copy(pairs)
+            for pool in self._pools.values():
+                pool.copy(list(pairs))
+
+    def _tell_freed(self, page_ids: Sequence[int]) -> None:
+        for pool in self.pools:
+            if pool.wants_freed:
+                pool.freed(page_ids)
 
     # Size.
 
@@ -336,20 +410,15 @@ class PageAllocator(PageCounts):
 
         An error of a pool that cannot grow passes through; the allocator is as before.
         """
-        total = self._total + whole_number("grow", "num_pages", num_pages, 1)
-        if total * self._page_size > MAX_SLOTS:
-            fail(
-                "grow",
-                f"num_pages must keep slots below {MAX_SLOTS}, because a slot is an int32",
-                num_pages,
-            )
-        self._pools.grow(total)
-        added = range(self._total, total)
-        counts = self._refs[:]
-        counts.extend(0 for _ in added)
-        self._set_counts(counts)
-        self._total, self._max_pages = total, max(total, self._max_pages)
-        self._put(added[::-1])
+        before = self.total_pages
+        total = before + whole_number("grow", "num_pages", num_pages, 1)
+        self._check_slots("grow", "num_pages, and those there are, times page_size", total)
+        for pool in self.pools:
+            if pool.num_pages < total:
+                pool.grow(total)
+        self._set_counts(self._refs + array("i", bytes(4 * (total - before))))
+        self.max_pages = max(total, self.max_pages)
+        self._put(range(before, total)[::-1])
 
     def shrink(self, num_pages: int | None = None) -> int:
         """Remove up to ``num_pages`` free pages (default: all) from the top of the id range.
@@ -357,23 +426,22 @@ class PageAllocator(PageCounts):
         Returns:
             Pages removed. A page in use, and every id below it, stays; so does page 0.
         """
-        wanted = (
-            self._total - 1 if num_pages is None else whole_number("shrink", "num_pages", num_pages)
-        )
+        before = self.total_pages
+        wanted = before if num_pages is None else whole_number("shrink", "num_pages", num_pages)
         used = np.flatnonzero(self._counts)
-        lowest = max(int(used[-1]) + 1 if used.size else 1, self._total - wanted)
-        if lowest >= self._total:
+        lowest = max(int(used[-1]) + 1 if used.size else 1, before - wanted)
+        if lowest >= before:
             return 0
-        self._pools.shrink(lowest)
-        removed, self._total = self._total - lowest, lowest
+        for pool in self.pools:
+            pool.shrink(lowest)
         self._set_counts(self._refs[:lowest])
         self._reset_free(np.flatnonzero(self._counts == 0).tolist())
-        return removed
+        return before - lowest
 
     # Checks.
 
     def check(self, tables: Iterable[Any] | None = None, caches: Iterable[Any] = ()) -> None:
-        """Prove that reference counts, free list and watchers agree.
+        """Prove that reference counts, free list and evictors agree.
 
         Args:
             tables: Every page table on this allocator; then each count must equal its holders.
@@ -382,10 +450,37 @@ class PageAllocator(PageCounts):
         Raises:
             AssertionError: With what disagrees.
         """
-        check_counts(self)
+        counts, free = self._counts, sorted(self._free_ids())
+        assert len(free) == self.num_free, (
+            f"num_free is {self.num_free}, the free list has {len(free)} pages"
+        )
+        assert (counts >= 0).all(), "a reference count is negative"
+        assert free == np.flatnonzero(counts == 0).tolist(), (
+            "the free list is not the pages of count 0, each once"
+        )
+        for page_id in self.evictors.held:
+            assert counts[page_id] > 0, f"page {page_id} is held by an evictor and free"
+        for evictor in self.evictors:
+            if evictor is not self:
+                evictor.check()
         if tables is not None:
-            check_holders(self, [*tables, *caches])
+            self._check_holders([*tables, *caches])
+
+    def _check_holders(self, holders: Sequence[Any]) -> None:
+        """Prove that every count is the number of holders; each has ``page_ids``."""
+        held = self._own_references()
+        for holder in holders:
+            ids = np.asarray(holder.page_ids, dtype=np.int64)
+            assert not ids.size or (0 <= ids.min() and ids.max() < len(held)), (
+                f"{holder!r} holds an unknown page"
+            )
+            assert len(np.unique(ids)) == len(ids), f"{holder!r} holds a page twice"
+            held[ids] += 1
+        for page_id in np.flatnonzero(held != self._counts).tolist():
+            raise AssertionError(
+                f"page {page_id} has ref_count {self._counts[page_id]} and {held[page_id]} holders"
+            )
 
     def _own_references(self) -> np.ndarray:
         """References that the allocator itself holds, per page."""
-        return np.zeros(self._total, dtype=np.int64)
+        return np.zeros(self.total_pages, dtype=np.int64)

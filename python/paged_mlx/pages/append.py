@@ -1,144 +1,113 @@
-"""Making room for new tokens, for one table or a batch: plan, then do.
+"""Making room for new tokens, for one sequence or a batch: plan, then do.
 
-The plan counts the pages that all tables need together, those for copies of shared tail
-pages included; they are taken at once or not at all, and only then do the tables change.
+The plan counts the pages that all sequences need together, those for copies of shared tail
+pages included; they are taken at once or not at all, and only then do the page maps change.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from paged_mlx.errors import OutOfPages, fail, whole_number
 from paged_mlx.pages.allocator import PageAllocator
-
-if TYPE_CHECKING:
-    from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.page_map import PageMap, new_version
 
 
 @dataclass(frozen=True, slots=True)
-class AppendPlan:
-    """What an append has decided.
+class Appended:
+    """What an append has done.
 
     Attributes:
-        copies: ``(source, target)`` page ids, announced to the attached pools already.
-        slots: ``int32 [tokens]``, the slot of each new token, in order.
+        slots: ``int32 [tokens]``, where to write each new token, in order.
+        copies: ``(source, target)`` page ids that the attached pools have copied.
     """
 
-    copies: list[tuple[int, int]]
     slots: np.ndarray
+    copies: list[tuple[int, int]]
 
 
-def append_batch(
-    tables: Sequence[PageTable], num_tokens: Sequence[int], allocator: PageAllocator
-) -> AppendPlan:
-    """``append_tokens`` for a batch: all tables or none, one copy operation for all.
-
-    Args:
-        tables: Different tables of one allocator.
-        num_tokens: New tokens of each.
-
-    Returns:
-        The plan of the whole batch: slots are those of the first table, then the second's.
-
-    Raises:
-        OutOfPages: There are too few pages for all; nothing has changed.
-        ValueError: An argument is wrong.
-    """
-    counts = [
-        count
-        if type(count) is int and count >= 0
-        else whole_number("append_tokens", "num_tokens", count)
-        for count in num_tokens
-    ]
-    slots = _one_each_in_place(tables, counts, allocator)
+def append(
+    maps: Sequence[PageMap], num_tokens: Sequence[int], allocator: PageAllocator
+) -> Appended:
+    """Append ``num_tokens[i]`` tokens to ``maps[i]``, to all or to none; see ``append_batch``."""
+    counts = _checked_counts(num_tokens, len(maps))
+    slots = _one_each_in_place(maps, counts, allocator)
     if slots is not None:
-        return AppendPlan([], slots)
-    needs = _new_pages(tables, counts, allocator)
-    copied = _shared_tails(tables, counts, allocator)
-    copies, page_ids = [], []
-    if copied or any(needs):
-        copies, page_ids = _make_room(tables, counts, copied, sum(needs), allocator)
-    runs: list[np.ndarray | int] = []
-    first = 0
-    for table, count, need in zip(tables, counts, needs):
+        return Appended(slots, [])
+    needs, num_new = _new_pages(maps, counts, allocator)
+    rows = _shared_tails(maps, counts, allocator)
+    copies: list[tuple[int, int]] = []
+    page_ids: list[int] = []
+    if rows or num_new:
+        rows, page_ids = _take_pages(maps, counts, rows, num_new, allocator)
+        copies = _own_tails(maps, rows, page_ids, num_new, allocator)
+    runs, first = [], 0
+    for pages, count, need in zip(maps, counts, needs):
         if count:
-            table._allocator = allocator
-        runs.append(table._extend(count, page_ids[first : first + need] if need else []))
-        first += need
-    return AppendPlan(copies, _joined(runs))
+            pages.allocator = allocator
+            runs.append(_extend(pages, count, page_ids[first : first + need]))
+            first += need
+    return Appended(np.concatenate(runs) if runs else np.empty(0, np.int32), copies)
+
+
+def _checked_counts(num_tokens: Sequence[int], num_maps: int) -> list[int]:
+    try:
+        counts = list(num_tokens)
+    except TypeError:
+        fail("append_tokens", "num_tokens must be a sequence of counts", repr(num_tokens))
+    if len(counts) != num_maps:
+        must = f"num_tokens must have one count per table, {num_maps}"
+        fail("append_tokens", must, len(counts))
+    for index, count in enumerate(counts):
+        if type(count) is not int or count < 0:
+            counts[index] = whole_number("append_tokens", "num_tokens", count)
+    return counts
 
 
 def _one_each_in_place(
-    tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator
+    maps: Sequence[PageMap], counts: list[int], allocator: PageAllocator
 ) -> np.ndarray | None:
-    """Append one token to each table where that takes no page, as most steps of decoding do.
+    """Append one token to each where that takes no page, as most steps of decoding do.
 
     Returns:
         The slots. None: it is not so simple, and nothing has changed.
     """
-    if len(counts) != len(tables) or len(set(map(id, tables))) < len(tables):
+    if counts.count(1) < len(counts) or len(set(map(id, maps))) < len(maps):
         return None
-    for table, count in zip(tables, counts):
-        if count != 1 or table._allocator is not allocator or not table._room():
+    for pages in maps:
+        if not pages.room or pages.allocator is not allocator:
             return None
-        if allocator.ref_count(table._pages[-1]) > 1:
+        if allocator.counts[pages.ids[-1]] > 1:
             return None
-    return np.array([table._extend(1, []) for table in tables], np.int32)
-
-
-def _make_room(
-    tables: Sequence[PageTable],
-    counts: list[int],
-    copied: list[int],
-    num_new: int,
-    allocator: PageAllocator,
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Give the rows in ``copied`` tail pages of their own; return the copies and new pages.
-
-    All or nothing.
-    """
-    if copied and len(copied) + num_new > allocator.num_available:
-        excess = len(copied) + num_new - allocator.num_available
-        _own_cached_tails([tables[row]._pages[-1] for row in copied], excess, allocator)
-        copied = _shared_tails(tables, counts, allocator)
-    targets, page_ids = _take_pages(len(copied), num_new, allocator)
-    still = _shared_tails(tables, counts, allocator) if copied else copied
-    if len(still) < len(copied):  # an eviction has made a table its tail's last holder
-        allocator.free_pages(targets[len(still) :])
-        targets = targets[: len(still)]
-    copies = [(tables[row]._pages[-1], target) for row, target in zip(still, targets)]
-    _announce(copies, targets + page_ids, allocator)
-    for row, target in zip(still, targets):
-        tables[row]._replace(-1, target)
-    return copies, page_ids
+    slots = []
+    for pages in maps:
+        slots.append((pages.ids[-1] + 1) * pages.page_size - pages.room)
+        pages.num_tokens += 1
+        pages.room -= 1
+    return np.array(slots, np.int32)
 
 
 def _new_pages(
-    tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator
-) -> list[int]:
-    """Return how many pages each table needs beyond its tail page; check the arguments."""
-    if len(tables) != len(counts):
-        fail(
-            "append_tokens", f"num_tokens must have one count per table, {len(tables)}", len(counts)
-        )
-    if len(tables) > 1 and len(set(map(id, tables))) < len(tables):
+    maps: Sequence[PageMap], counts: list[int], allocator: PageAllocator
+) -> tuple[list[int], int]:
+    """Return how many pages each needs beyond its tail page, and their sum; check the maps."""
+    if len(set(map(id, maps))) < len(maps):
         fail("append_tokens", "tables must be different ones", "one twice")
-    size = allocator.page_size
     needs = []
-    for table, count in zip(tables, counts):
-        if table._allocator is not allocator or table._page_size != size:
-            table._check_allocator("append_tokens", allocator)
-        missing = count - table._room()
-        needs.append(-(-missing // size) if missing > 0 else 0)
-    return needs
+    for pages, count in zip(maps, counts):
+        if pages.allocator is not allocator:
+            pages.check_allocator("append_tokens", allocator)
+        missing = count - pages.room
+        needs.append(-(-missing // pages.page_size) if missing > 0 else 0)
+    return needs, sum(needs)
 
 
 def _shared_tails(
-    tables: Sequence[PageTable], counts: list[int], allocator: PageAllocator
+    maps: Sequence[PageMap], counts: list[int], allocator: PageAllocator
 ) -> list[int]:
     """Return the rows that would write to a tail page others hold too.
 
@@ -146,13 +115,47 @@ def _shared_tails(
     """
     rows: list[int] = []
     leaving: dict[int, int] = {}
-    for row, (table, count) in enumerate(zip(tables, counts)):
-        if count and table._room():
-            tail = table._pages[-1]
-            if allocator.ref_count(tail) - leaving.get(tail, 0) > 1:
+    for row, (pages, count) in enumerate(zip(maps, counts)):
+        if count and pages.room:
+            tail = pages.ids[-1]
+            if allocator.counts[tail] - leaving.get(tail, 0) > 1:
                 rows.append(row)
                 leaving[tail] = leaving.get(tail, 0) + 1
     return rows
+
+
+def _take_pages(
+    maps: Sequence[PageMap],
+    counts: list[int],
+    rows: list[int],
+    num_new: int,
+    allocator: PageAllocator,
+) -> tuple[list[int], list[int]]:
+    """Take ``num_new`` pages and one for each of ``rows`` to copy to, or none at all.
+
+    Returns:
+        The rows that copy still, fewer where caches have let go of their tail pages meanwhile,
+        and the pages. A fresh pool's lower ids are the new pages, those to copy to follow.
+    """
+    page_ids = allocator.allocate_pages(len(rows) + num_new)
+    if page_ids is None and rows:
+        excess = len(rows) + num_new - allocator.num_available
+        _own_cached_tails([maps[row].ids[-1] for row in rows], excess, allocator)
+        rows = _shared_tails(maps, counts, allocator)
+        page_ids = allocator.allocate_pages(len(rows) + num_new)
+    if page_ids is None:
+        fail(
+            "append_tokens",
+            f"the pool must have {len(rows) + num_new} pages to give, {len(rows)} of them "
+            "for copies",
+            f"{allocator.num_available} of {allocator.total_pages}",
+            OutOfPages,
+        )
+    if rows and allocator.evictors.held:  # a cache may have given up a tail page just now
+        rows = _shared_tails(maps, counts, allocator)
+        for page_id in page_ids[num_new + len(rows) :]:
+            allocator.free_page(page_id)
+    return rows, page_ids[: num_new + len(rows)]
 
 
 def _own_cached_tails(tails: list[int], excess: int, allocator: PageAllocator) -> None:
@@ -163,38 +166,52 @@ def _own_cached_tails(tails: list[int], excess: int, allocator: PageAllocator) -
     cached = [
         tail
         for tail in dict.fromkeys(tails)
-        if allocator.is_watched(tail) and allocator.ref_count(tail) == tails.count(tail) + 1
+        if tail in allocator.evictors.held and allocator.counts[tail] == tails.count(tail) + 1
     ]
     if len(cached) >= excess:
-        allocator.forget_pages(cached[:excess])
+        allocator.evictors.forget(cached[:excess])
 
 
-def _take_pages(
-    num_copies: int, num_new: int, allocator: PageAllocator
-) -> tuple[list[int], list[int]]:
-    """Take pages to copy to and new pages, all or none; a fresh pool's lower ids are the new."""
-    wanted = num_copies + num_new
-    page_ids = allocator.allocate_pages(wanted) if wanted else []
-    if page_ids is None:
-        fail(
-            "append_tokens",
-            f"the pool must have {wanted} pages to give, {num_copies} of them for copies",
-            f"{allocator.num_available} of {allocator.total_pages}",
-            OutOfPages,
-        )
-    return page_ids[num_new:], page_ids[:num_new]
-
-
-def _announce(copies: list[tuple[int, int]], taken: list[int], allocator: PageAllocator) -> None:
-    """Have the pools copy; if one cannot, give back what was taken."""
+def _own_tails(
+    maps: Sequence[PageMap],
+    rows: list[int],
+    page_ids: list[int],
+    num_new: int,
+    allocator: PageAllocator,
+) -> list[tuple[int, int]]:
+    """Give each of ``rows`` a copy of its tail page; if a pool cannot copy, give all pages back."""
+    copies = []
+    for row, target in zip(rows, page_ids[num_new:]):
+        copies.append((maps[row].ids[-1], target))
     try:
         allocator.copy_pages(copies)
     except BaseException:
-        allocator.free_pages(taken)
+        allocator.free_pages(page_ids)
         raise
+    for row, (source, target) in zip(rows, copies):
+        maps[row].ids[-1] = target
+        maps[row].version = new_version()
+        allocator.free_page(source)
+    return copies
 
 
-def _joined(slots: list[np.ndarray | int]) -> np.ndarray:
-    if all(type(slot) is int for slot in slots):
-        return np.array(slots, np.int32)
-    return np.concatenate([np.atleast_1d(np.asarray(slot, np.int32)) for slot in slots])
+def _extend(pages: PageMap, count: int, new: list[int]) -> np.ndarray:
+    """Append ``count`` tokens, on the tail page as far as it takes them and on the ``new`` pages.
+
+    Returns:
+        Their slots.
+    """
+    size, room, old = pages.page_size, pages.room, len(pages.ids)
+    if new:
+        first = pages.num_tokens + room  # position of the first new page
+        if pages.starts is None and first < old * size:  # the tail page is sealed part-filled
+            pages.starts = array("i", range(0, old * size, size))
+        if pages.starts is not None:
+            pages.starts.extend(range(first, first + len(new) * size, size))
+        pages.ids.extend(new)
+        pages.version = new_version()
+    pages.num_tokens += count
+    pages.room = room + len(new) * size - count
+    run = np.array(pages.ids[old - 1 :] if room else new, np.int32) * np.int32(size)
+    slots = (run[:, None] + np.arange(size, dtype=np.int32)).ravel()
+    return slots[size - room if room else 0 :][:count]

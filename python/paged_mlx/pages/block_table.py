@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged_mlx.errors import fail, whole_number
-from paged_mlx.pages.table import NO_PAGE, PageTable
+from paged_mlx.pages.page_map import NO_PAGE, PageMap
+from paged_mlx.pages.table import PageTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,20 @@ class BlockTable:
     Rows whose pages are unchanged since the last ``update`` are not touched: a decode step
     rewrites one row in ``page_size``. The arrays of ``update`` are views of buffers that the
     next ``update`` changes; a plan has read them by then.
+
+    Attributes:
+        rows_written: Rows that the last ``update`` has rewritten.
     """
 
     def __init__(self) -> None:
         self._ids = np.full((0, 0), NO_PAGE, np.int32)
         self._versions: list[int] = []  # what each row of the buffer holds
         self._lens: list[int] = []  # entries of each row of the buffer
-        self.rows_written = 0  # rows rewritten by the last update
+        self.rows_written = 0
+
+    def __repr__(self) -> str:
+        rows, columns = len(self._versions), self._ids.shape[1]
+        return f"BlockTable({rows} rows of {columns} pages, {self.rows_written} just written)"
 
     def update(
         self, tables: Sequence[PageTable], query_lens: Sequence[int] | None = None
@@ -74,38 +82,22 @@ class BlockTable:
             Arrays that are valid until the next ``update``. ``block_tables`` may be wider
             than the longest table.
         """
-        self._check(tables)
+        maps = _maps_of(tables)
         changed = [
             row
-            for row, (table, version) in enumerate(zip(tables, self._versions))
-            if table._version != version
+            for row, (pages, version) in enumerate(zip(maps, self._versions))
+            if pages.version != version
         ]
-        changed.extend(range(len(self._versions), len(tables)))
+        changed.extend(range(len(self._versions), len(maps)))
+        context_lens = np.array([pages.num_tokens for pages in maps], np.int32)
+        cu_seqlens = None if query_lens is None else _cu_seqlens(query_lens, context_lens)
         if changed:
-            self._reserve(len(tables), max(len(tables[row]._pages) for row in changed))
+            self._reserve(len(maps), max(len(maps[row].ids) for row in changed))
         for row in changed:
-            self._write_row(row, tables[row])
+            self._write_row(row, maps[row])
         self.rows_written = len(changed)
-        batch = len(tables)
-        context_lens = np.array([table._num_tokens for table in tables], np.int32)
-        starts, lens = self._ragged(tables, context_lens)
-        return PackedTables(
-            self._ids[:batch], context_lens, _cu_seqlens(query_lens, context_lens), starts, lens
-        )
-
-    def _check(self, tables: Sequence[PageTable]) -> None:
-        if not len(tables):
-            fail(
-                "pack",
-                "tables must have at least one table, because a batch of none has no shape",
-                "0",
-            )
-        size = tables[0]._page_size
-        for table in tables:
-            if table._page_size != size:
-                fail(
-                    "pack", f"tables must have one page_size, {size} as the first", table._page_size
-                )
+        starts, lens = self._ragged(maps, context_lens)
+        return PackedTables(self._ids[: len(maps)], context_lens, cu_seqlens, starts, lens)
 
     def _reserve(self, batch: int, max_pages: int) -> None:
         """Make the buffer large enough, with room to grow; keep what it holds."""
@@ -118,38 +110,57 @@ class BlockTable:
         grown[: self._ids.shape[0], : self._ids.shape[1]] = self._ids
         self._ids = grown
 
-    def _write_row(self, row: int, table: PageTable) -> None:
+    def _write_row(self, row: int, pages: PageMap) -> None:
         if row == len(self._versions):
             self._versions.append(0)
             self._lens.append(0)
-        count = len(table._pages)
+        count = len(pages.ids)
         target = self._ids[row]
         if count:
-            target[:count] = np.frombuffer(table._pages, np.int32)
+            target[:count] = np.frombuffer(pages.ids, np.int32)
         if count < self._lens[row]:
             target[count : self._lens[row]] = NO_PAGE
-        self._versions[row], self._lens[row] = table._version, count
+        self._versions[row], self._lens[row] = pages.version, count
 
     def _ragged(
-        self, tables: Sequence[PageTable], context_lens: np.ndarray
+        self, maps: Sequence[PageMap], context_lens: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return page_starts and page_lens, or two times None when every table is uniform."""
-        if all(table._starts is None for table in tables):
+        ragged = [row for row, pages in enumerate(maps) if pages.starts is not None]
+        if not ragged:
             return None, None
-        size, width = tables[0]._page_size, self._ids.shape[1]
+        size, width = maps[0].page_size, self._ids.shape[1]
         starts = np.arange(0, width * size, size, dtype=np.int64)
         starts = np.minimum(starts, context_lens[:, None]).astype(np.int32)
-        for row, table in enumerate(tables):
-            if table._starts is not None:
-                starts[row, : len(table._starts)] = table._starts
+        for row in ragged:
+            starts[row, : len(maps[row].ids)] = maps[row].starts
         lens = np.diff(starts, axis=1, append=context_lens[:, None])
         return starts, lens.astype(np.int32, copy=False)
 
 
-def _cu_seqlens(query_lens: Sequence[int] | None, context_lens: np.ndarray) -> np.ndarray | None:
-    if query_lens is None:
-        return None
-    lens = np.array([whole_number("pack", "query_lens", length) for length in query_lens], np.int64)
+def _maps_of(tables: Sequence[PageTable]) -> list[PageMap]:
+    """Return the page maps of tables, which must be of one page size."""
+    try:
+        maps = [table.map for table in tables]
+    except (TypeError, AttributeError):
+        fail("pack", "tables must be a list of PageTables", repr(tables))
+    if not maps:
+        must = "tables must have at least one table, because a batch of none has no shape"
+        fail("pack", must, "0")
+    size = maps[0].page_size
+    for pages in maps:
+        if pages.page_size != size:
+            must = f"tables must have one page_size, {size} as the first"
+            fail("pack", must, pages.page_size)
+    return maps
+
+
+def _cu_seqlens(query_lens: Sequence[int], context_lens: np.ndarray) -> np.ndarray:
+    try:
+        checked = [whole_number("pack", "query_lens", length) for length in query_lens]
+    except TypeError:
+        fail("pack", "query_lens must be a sequence of lengths", repr(query_lens))
+    lens = np.array(checked)
     if len(lens) != len(context_lens):
         fail("pack", f"query_lens must have one length per table, {len(context_lens)}", len(lens))
     if (lens > context_lens).any():

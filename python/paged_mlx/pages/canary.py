@@ -1,11 +1,11 @@
 """A check that pages hold what their tables say: every slot remembers who wrote it.
 
-A sequence leaves a *trail*: after each token a 64-bit mark that depends on all tokens so
-far. Writing a token puts its mark on the slot; copies carry marks along. Before pages are
-read, the marks in them are compared with the trail, so a page that is swapped, repeated,
+Each sequence has a rolling hash of its tokens. Writing a token notes on its slot the
+sequence, position, token and hash; copies carry the notes along. Before pages are read, the
+notes in them are compared with the sequence's hashes, so a page that is swapped, repeated,
 foreign, stale, free or not copied is found at once, and the error names it.
 
-The marks are bookkeeping on the host, beside the arrays: nothing is evaluated, and without
+The notes are bookkeeping on the host, beside the arrays: nothing is evaluated, and without
 a canary nothing is recorded. They tell what was written where, not which bits came out.
 
 ``PagePool(..., canary=True)`` has one. Each step: append, ``note`` whose tokens they are,
@@ -21,9 +21,14 @@ import numpy as np
 
 from paged_mlx.errors import fail
 from paged_mlx.pages.allocator import PageAllocator
+from paged_mlx.pages.observers import Pool
+from paged_mlx.pages.page_map import PageTableEntry
 from paged_mlx.pages.table import PageTable
-from paged_mlx.pages.token_hash import Trail, extend_all
-from paged_mlx.prefix.hash import Tokens
+from paged_mlx.pages.token_hash import RollingHash, extend_all
+from paged_mlx.pages.tokens import Tokens
+
+_NOTE = np.dtype([("hash", "u8"), ("sequence", "i4"), ("position", "i4"), ("token", "i4")])
+_NOTHING = np.array((0, -1, 0, 0), _NOTE)
 
 
 class CorruptPage(AssertionError):
@@ -37,12 +42,12 @@ class CorruptPage(AssertionError):
     """
 
     def __init__(self, kind: str, position: int, page_id: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(f"{kind}: {message}")
         self.kind, self.position, self.page_id = kind, position, page_id
 
 
-class Canary:
-    """The marks of every slot of an allocator, which it follows as an attached pool does.
+class Canary(Pool):
+    """The notes on every slot of an allocator, which it follows as an attached pool does.
 
     Args:
         allocator: Whose pages.
@@ -52,47 +57,46 @@ class Canary:
     wants_freed = True
 
     def __init__(self, allocator: PageAllocator, num_layers: int = 0) -> None:
+        self.page_size = allocator.page_size
         self._allocator = allocator
-        self._page_size = allocator.page_size
         self._sequences = itertools.count()
-        self._marks = np.zeros((0, self._page_size), np.uint64)
-        self._writers = np.zeros((0, self._page_size), np.int32)
-        self._positions = np.zeros((0, self._page_size), np.int32)
-        self._tokens = np.zeros((0, self._page_size), np.int32)
-        self._due = np.zeros((num_layers, 0, self._page_size), bool)  # noted, not written yet
+        self._notes = np.full((0, self.page_size), _NOTHING)
+        self._due = np.zeros((num_layers, 0, self.page_size), bool)  # noted, not written yet
         self._num_due = np.zeros(num_layers, np.int64)
         self._verified: object = None  # what was found right, until something changes
         self.grow(allocator.total_pages)
         allocator.attach(self)
 
+    def __repr__(self) -> str:
+        noted = int((self._notes["sequence"] >= 0).sum())
+        return (
+            f"Canary({self.num_pages} pages of {self.page_size}, {len(self._due)} layers, "
+            f"{noted} slots noted)"
+        )
+
     # Told as an attached pool.
 
     @property
     def num_pages(self) -> int:
-        """Pages that there are marks for."""
-        return len(self._marks)
+        """Pages that there are notes for."""
+        return len(self._notes)
 
     def grow(self, num_pages: int) -> None:
         """Make room for more pages, never written."""
-        added = ((0, num_pages - self.num_pages), (0, 0))
-        self._marks = np.pad(self._marks, added)
-        self._writers = np.pad(self._writers, added, constant_values=-1)
-        self._positions = np.pad(self._positions, added)
-        self._tokens = np.pad(self._tokens, added)
-        self._due = np.pad(self._due, ((0, 0), *added))
+        added = num_pages - self.num_pages
+        self._notes = np.concatenate([self._notes, np.full((added, self.page_size), _NOTHING)])
+        self._due = np.pad(self._due, ((0, 0), (0, added), (0, 0)))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy the marks of whole pages."""
+        """Copy the notes of whole pages."""
         sources, targets = (list(pages) for pages in zip(*pairs))
-        for array in (self._marks, self._writers, self._positions, self._tokens):
-            array[targets] = array[sources]
+        self._notes[targets] = self._notes[sources]
         self._set_due(targets, self._due[:, sources])
 
     def freed(self, page_ids: Sequence[int]) -> None:
-        """Forget the marks of pages that became free."""
+        """Forget the notes of pages that became free."""
         page_ids = list(page_ids)
-        self._marks[page_ids] = 0
-        self._writers[page_ids] = -1
+        self._notes[page_ids] = _NOTHING
         self._set_due(page_ids, False)
 
     def _set_due(self, page_ids: list[int], due: np.ndarray | bool) -> None:
@@ -103,16 +107,6 @@ class Canary:
 
     # Writing.
 
-    def trail(self, tokens: Tokens = ()) -> Trail:
-        """Return the trail of a new sequence; ``tokens`` are those it found in the cache."""
-        trail = Trail(self._sequences)
-        trail.extend(tokens)
-        return trail
-
-    def fork(self, trail: Trail) -> Trail:
-        """Return the trail of a sequence that begins with all tokens of another."""
-        return trail.fork()
-
     def begin(self, table: PageTable, tokens: Tokens) -> None:
         """Say which tokens a table found in the prefix cache.
 
@@ -122,7 +116,9 @@ class Canary:
         if len(tokens) != table.num_tokens:
             must = f"tokens must be all tokens of the table, {table.num_tokens}"
             fail("begin", must, len(tokens))
-        table.trail = self.trail(tokens)
+        token_hash = RollingHash(self._sequences)
+        token_hash.extend(tokens)
+        table.token_hash = token_hash
         self._verified = None
 
     def note(
@@ -133,51 +129,53 @@ class Canary:
         Args:
             tables: Those that were appended to.
             tokens: The new tokens of each.
-            slots: ``AppendPlan.slots``, of the first table's tokens, then the second's.
+            slots: ``int32 [tokens]``, of the first table's tokens, then the second's, as the
+                append has returned them; -1: the token is not written.
 
         Raises:
             ValueError: A table's tokens, noted or new, are not those it has room for.
         """
-        for table, added in zip(tables, tokens, strict=True):
-            known = 0 if table.trail is None else len(table.trail)
-            if known + len(added) != table.num_tokens:
+        slots, counts = np.asarray(slots), [len(added) for added in tokens]
+        if len(counts) != len(tables):
+            fail("note", f"tokens must be those of {len(tables)} tables", len(counts))
+        for table, count in zip(tables, counts):
+            known = 0 if table.token_hash is None else len(table.token_hash)
+            if known + count != table.num_tokens:
                 must = (
                     f"tokens must be the {table.num_tokens - known} of the table that "
                     "were not noted yet"
                 )
-                fail("note", must, len(added))
-        for table in tables:
-            if table.trail is None:
-                table.trail = self.trail()
-        self._note("note", [table.trail for table in tables], tokens, slots)
-
-    def wrote(self, trail: Trail, tokens: Tokens, slots: np.ndarray) -> None:
-        """Note that a sequence's next tokens are written to ``slots``; -1 skips a token.
-
-        Raises:
-            ValueError: There is not one slot for each token.
-        """
-        self._note("wrote", [trail], [tokens], slots)
-
-    def _note(
-        self, op: str, trails: Sequence[Trail], tokens: Sequence[Tokens], slots: np.ndarray
-    ) -> None:
-        slots, counts = np.asarray(slots), [len(added) for added in tokens]
+                fail("note", must, count)
         if slots.shape != (sum(counts),):
-            fail(op, f"slots must have one slot per token, {sum(counts)}", slots.shape)
-        if not counts:
-            return
+            fail("note", f"slots must have one slot per token, {sum(counts)}", slots.shape)
+        hashes = []
+        for table in tables:
+            if table.token_hash is None:
+                table.token_hash = RollingHash(self._sequences)
+            hashes.append(table.token_hash)
+        if hashes:
+            self._write_notes(hashes, tokens, counts, slots)
+
+    def _write_notes(
+        self,
+        hashes: Sequence[RollingHash],
+        tokens: Sequence[Tokens],
+        counts: list[int],
+        slots: np.ndarray,
+    ) -> None:
+        notes = np.empty(len(slots), _NOTE)
+        notes["hash"] = extend_all(hashes, tokens)
+        notes["sequence"] = np.repeat([one.sequence for one in hashes], counts)
+        notes["position"] = np.concatenate(
+            [np.arange(len(one) - count, len(one)) for one, count in zip(hashes, counts)]
+        )
+        notes["token"] = np.concatenate(
+            [one.tokens[len(one) - count :] for one, count in zip(hashes, counts)]
+        )
         written = slots >= 0
-        marks = extend_all(trails, tokens)
-        ends = np.repeat([len(trail) for trail in trails], counts)
-        after = np.repeat(np.cumsum(counts), counts)  # tokens up to the end of this sequence's
         slots = slots[written]
-        self._marks.reshape(-1)[slots] = marks[written]
-        self._writers.reshape(-1)[slots] = _each(trails, counts)[written]
-        self._positions.reshape(-1)[slots] = (ends - after + np.arange(len(marks)))[written]
-        added = [trail.tokens[len(trail) - count :] for trail, count in zip(trails, counts)]
-        self._tokens.reshape(-1)[slots] = np.concatenate(added)[written]
-        due = self._due.reshape(len(self._due), self._marks.size)
+        self._notes.reshape(-1)[slots] = notes[written]
+        due = self._due.reshape(len(self._due), self._notes.size)
         self._num_due += len(slots) - due[:, slots].sum(1)
         due[:, slots] = True
         self._verified = None
@@ -189,14 +187,17 @@ class Canary:
             CorruptPage: A page of it is free.
         """
         slots = slots[slots >= 0]
-        free = self._allocator._counts[slots // self._page_size] == 0
+        free = self._counts_of(slots // self.page_size) == 0
         if free.any():
-            page_id = int(slots[np.argmax(free)]) // self._page_size
-            message = f"free page: nobody holds page {page_id}, which layer {layer} writes to"
+            page_id = int(slots[np.argmax(free)]) // self.page_size
+            message = f"nobody holds page {page_id}, which layer {layer} writes to"
             raise CorruptPage("free page", -1, page_id, message)
         due = self._due[layer].reshape(-1)
         self._num_due[layer] -= np.count_nonzero(due[slots])
         due[slots] = False
+
+    def _counts_of(self, page_ids: np.ndarray) -> np.ndarray:
+        return np.asarray(self._allocator.counts)[page_ids]
 
     # Reading.
 
@@ -218,40 +219,76 @@ class Canary:
     def _verify_batch(self, tables: Sequence[PageTable], pages: bytes) -> None:
         """Verify tables; ``pages`` are the entries of all, one after the other."""
         page_ids = np.frombuffer(pages, np.int32)
-        held = self._allocator._counts[page_ids].all()
-        marks, end = self._marks[page_ids].reshape(-1), 0
+        held = self._counts_of(page_ids).all()
+        hashes, end = self._notes["hash"][page_ids].reshape(-1), 0
         for table in tables:
-            start, end = end, end + len(table._pages) * self._page_size
-            trail, length = table.trail, table._num_tokens
-            alike = held and table._starts is None and not table._num_freed
-            if not alike or trail is None or len(trail) != length:
-                self._verify_noted(table)
-            elif (marks[start : start + length] != trail.marks).any():
-                self._verify_noted(table)
+            start, end = end, end + len(table.map.ids) * self.page_size
+            noted = table.token_hash
+            alike = held and table.map.starts is None and not table.map.num_freed
+            if not alike or noted is None or len(noted) != table.map.num_tokens:
+                self.verify(table)
+            elif (hashes[start : start + len(noted)] != noted.hashes).any():
+                self.verify(table)
 
-    def _verify_noted(self, table: PageTable) -> None:
-        noted = 0 if table.trail is None else len(table.trail)
-        if table.num_tokens and table.trail is None:
-            fail("read", "table must have noted tokens, see Canary.note", repr(table))
-        if noted < table.num_tokens:
-            page_id, offset = table.logical_to_physical(noted)
+    def verify(self, table: PageTable) -> None:
+        """Compare the pages of a table with the tokens noted for it.
+
+        Raises:
+            CorruptPage: They differ; names the first position that does.
+            ValueError: The table's tokens were never noted, or more than it has.
+        """
+        noted, length = table.token_hash, table.num_tokens
+        if noted is None:
+            if length:
+                fail("read", "table must have noted tokens, see Canary.note", repr(table))
+            return
+        if len(noted) < length:
+            page_id, offset = table.logical_to_physical(len(noted))
             message = (
-                f"never written: slot {offset} of page {page_id} must hold position {noted} of "
-                f"sequence {table.trail.sequence}, which has noted {noted} tokens"
+                f"slot {offset} of page {page_id} must hold position {len(noted)} of "
+                f"sequence {noted.sequence}, which has noted {len(noted)} tokens"
             )
-            raise CorruptPage("never written", noted, page_id, message)
-        if noted:
-            self.verify(table, table.trail)
+            raise CorruptPage("never written", len(noted), page_id, message)
+        if len(noted) > length:
+            fail("read", f"table must have the {len(noted)} tokens noted for it", repr(table))
+        entries = table.entries
+        for entry in entries:
+            if not self._allocator.counts[entry.physical_page_id]:
+                message = (
+                    f"nobody holds page {entry.physical_page_id}, at position {entry.logical_start}"
+                )
+                raise CorruptPage("free page", entry.logical_start, entry.physical_page_id, message)
+        for entry in entries:
+            expected = noted.hashes[entry.logical_start : entry.logical_end]
+            wrong = self._notes["hash"][entry.physical_page_id, : len(expected)] != expected
+            if wrong.any():
+                raise self._corrupt(noted, entry, int(np.argmax(wrong)))
+
+    def _corrupt(self, noted: RollingHash, entry: PageTableEntry, offset: int) -> CorruptPage:
+        """Say what a slot holds instead of a sequence's token."""
+        page_id, position = entry.physical_page_id, entry.logical_start + offset
+        _, sequence, at, token = self._notes[page_id, offset].tolist()
+        expected = int(noted.tokens[position])
+        kind, holds = "other beginning", f"token {token} at position {at} of sequence {sequence}"
+        if sequence < 0:
+            kind, holds = "never written", "nothing"
+        elif at != position or token != expected:
+            kind = "other position" if at != position else "other token"
+            kind = kind if sequence == noted.sequence else "other sequence"
+        message = (
+            f"slot {offset} of page {page_id} must hold token {expected} "
+            f"at position {position} of sequence {noted.sequence}; it holds {holds}"
+        )
+        return CorruptPage(kind, position, page_id, message)
 
     def _verify_layer(self, layer: int, table: PageTable) -> None:
         for entry in table.entries:
-            length = entry.logical_end - entry.logical_start
-            due = self._due[layer, entry.physical_page_id, :length]
+            start, page_id = entry.logical_start, entry.physical_page_id
+            due = self._due[layer, page_id, : entry.logical_end - start]
             if due.any():
-                offset = int(np.argmax(due))
-                position, page_id = entry.logical_start + offset, entry.physical_page_id
+                position = start + int(np.argmax(due))
                 message = (
-                    f"missed layer: slot {offset} of page {page_id} must hold position "
+                    f"slot {position - start} of page {page_id} must hold position "
                     f"{position}; layer {layer} has not written it"
                 )
                 raise CorruptPage("missed layer", position, page_id, message)
@@ -265,66 +302,11 @@ class Canary:
         due = self._due.sum((1, 2))
         assert (self._num_due == due).all(), f"{self._num_due} slots to be written, found {due}"
 
-    def verify(self, table: PageTable, trail: Trail) -> None:
-        """Compare the pages of a table with the trail of its sequence.
-
-        Raises:
-            CorruptPage: They differ; names the first position that does.
-            ValueError: The table and the trail have different lengths.
-        """
-        if table.num_tokens != len(trail):
-            fail("verify", f"trail must have {table.num_tokens} tokens, as its table", len(trail))
-        page_ids = table.page_ids
-        free = self._allocator.ref_counts(table._pages[table.num_freed :]) == 0
-        if free.any():
-            index = int(np.argmax(free))
-            page_id, position = page_ids[index], table.entries[index].logical_start
-            message = f"free page: nobody holds page {page_id}, at position {position}"
-            raise CorruptPage("free page", position, page_id, message)
-        if not table.is_ragged and not table.num_freed:
-            self._compare(table, trail, self._marks[page_ids].reshape(-1)[: len(trail)], 0)
-            return
-        for entry in table.entries:
-            length = entry.logical_end - entry.logical_start
-            marks = self._marks[entry.physical_page_id, :length]
-            self._compare(table, trail, marks, entry.logical_start)
-
-    def _compare(self, table: PageTable, trail: Trail, marks: np.ndarray, start: int) -> None:
-        wrong = marks != trail.marks[start : start + len(marks)]
-        if wrong.any():
-            raise self._corrupt(table, trail, start + int(np.argmax(wrong)))
-
-    def _corrupt(self, table: PageTable, trail: Trail, position: int) -> CorruptPage:
-        """Say what a slot holds instead of a sequence's token."""
-        page_id, offset = table.logical_to_physical(position)
-        place = page_id, offset
-        writer, found = int(self._writers[place]), int(self._positions[place])
-        token, expected = int(self._tokens[place]), int(trail.tokens[position])
-        if writer < 0:
-            kind, holds = "never written", "nothing"
-        else:
-            holds = f"token {token} at position {found} of sequence {writer}"
-            kind = "other beginning"
-            if found != position:
-                kind = "other position" if writer == trail.sequence else "other sequence"
-            elif token != expected:
-                kind = "other token" if writer == trail.sequence else "other sequence"
-        message = (
-            f"{kind}: slot {offset} of page {page_id} must hold token {expected} "
-            f"at position {position} of sequence {trail.sequence}; it holds {holds}"
-        )
-        return CorruptPage(kind, position, page_id, message)
-
-
-def _each(trails: Sequence[Trail], counts: Sequence[int]) -> np.ndarray:
-    """Return the sequence number of each token."""
-    return np.repeat([trail.sequence for trail in trails], counts)
-
 
 def _state_of(tables: Sequence[PageTable]) -> tuple[bytes, list[int], list[int]]:
     """Return all of the tables that bears on what they should hold; equal means unchanged."""
     return (
-        b"".join([table._pages for table in tables]),
-        [table._version for table in tables],
-        [table._num_tokens for table in tables],
+        b"".join([table.map.ids for table in tables]),
+        [table.map.version for table in tables],
+        [table.map.num_tokens for table in tables],
     )

@@ -1,74 +1,139 @@
-"""The pools that hold the arrays of an allocator's pages, and what they are told."""
+"""Who an allocator tells about its pages: pools, which hold the bytes, and evictors."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from paged_mlx.errors import fail
+from paged_mlx.errors import PageError, fail
 
 
-class AttachedPools:
-    """Pools, referenced weakly.
+@runtime_checkable
+class Pool(Protocol):
+    """Something that has bytes, or notes, for every page of an allocator.
 
-    A pool has ``copy(pairs)``. If it has ``num_pages`` it has at least as many as there are
-    ids; then ``grow(num_pages)`` makes it larger and ``shrink(num_pages)``, if it can, smaller.
-    If it can, it is told to whom it belongs, ``attached(allocator)`` and ``detached()``, and,
-    if ``wants_freed`` is true, which pages become free, ``freed(page_ids)``.
+    A class that inherits from it defines ``num_pages``, ``page_size`` and ``copy``; the rest
+    does nothing by default.
 
-    ``wants_freed``: whether any of them does.
+    Attributes:
+        num_pages: Pages that it has bytes for, at least as many as there are ids.
+        page_size: Tokens in a page.
+        wants_freed: Whether it is to be told which pages become free.
+    """
+
+    num_pages: int
+    page_size: int
+    wants_freed: bool = False
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages, ``(source, target)`` each, before any later write."""
+
+    def freed(self, page_ids: Sequence[int]) -> None:
+        """These pages have no holder any more."""
+
+    def grow(self, num_pages: int) -> None:
+        """Make it ``num_pages`` long."""
+        fail("grow", f"the attached pools must be able to grow to {num_pages} pages", repr(self))
+
+    def shrink(self, num_pages: int) -> None:
+        """No id of ``num_pages`` or above is left."""
+
+    def attached(self, allocator: Any) -> None:
+        """It belongs to this allocator now; an error refuses that."""
+
+    def detached(self) -> None:
+        """It belongs to no allocator now."""
+
+
+@runtime_checkable
+class Evictor(Protocol):
+    """Something that holds pages only because they might be useful again."""
+
+    num_evictable: int  # pages that ``evict`` could free now
+
+    def evict(self, num_pages: int) -> int:
+        """Free up to ``num_pages`` pages that no table holds; return how many."""
+        return 0
+
+    def forget(self, page_ids: Sequence[int]) -> int:
+        """Let go of these pages, whoever else holds them; return how many."""
+        return 0
+
+    def pages_idle(self, page_ids: Sequence[int]) -> None:
+        """The evictor is now the only holder of these pages."""
+
+    def pages_busy(self, page_ids: Sequence[int]) -> None:
+        """Somebody else now holds these pages too."""
+
+    def check(self) -> None:
+        """Raise an AssertionError if what it holds is not in order."""
+
+
+class Evictors:
+    """An allocator's evictors, in the order they are asked, and which pages each one holds.
+
+    Attributes:
+        held: The evictor of each page that one holds.
     """
 
     def __init__(self) -> None:
-        self._pools: list[weakref.ref[Any]] = []
-        self.wants_freed = False
+        self._evictors: list[Evictor] = []
+        self.held: dict[int, Evictor] = {}
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter([pool for pool in (ref() for ref in self._pools) if pool is not None])
+    def __iter__(self) -> Iterator[Evictor]:
+        return iter(self._evictors)
 
-    def add(self, pool: Any, allocator: Any) -> None:
-        total_pages, page_size = allocator.total_pages, allocator.page_size
-        if getattr(pool, "page_size", page_size) != page_size:
-            must = f"pool.page_size must be {page_size}, as the allocator's"
-            fail("attach", must, pool.page_size)
-        if getattr(pool, "num_pages", total_pages) < total_pages:
-            must = f"pool.num_pages must be at least {total_pages}, as the allocator's"
-            fail("attach", must, pool.num_pages)
-        if hasattr(pool, "attached"):
-            pool.attached(allocator)
-        if not any(attached is pool for attached in self):
-            self._pools.append(weakref.ref(pool))
-            self.wants_freed |= getattr(pool, "wants_freed", False)
+    def __repr__(self) -> str:
+        return f"Evictors({len(self._evictors)} evictors, {len(self.held)} pages)"
 
-    def remove(self, pool: Any) -> None:
-        if not any(attached is pool for attached in self):
-            return
-        self._pools = [ref for ref in self._pools if ref() is not None and ref() is not pool]
-        self.wants_freed = any(getattr(pool, "wants_freed", False) for pool in self)
-        if hasattr(pool, "detached"):
-            pool.detached()
+    def add(self, evictor: Evictor) -> None:
+        """Ask ``evictor`` for pages, after those added before it, when none is free."""
+        if not isinstance(evictor, Evictor):
+            fail("add", "evictor must have all that observers.Evictor has", repr(evictor))
+        self._evictors.append(evictor)
 
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        for pool in self:
-            pool.copy(list(pairs))
+    def remove(self, evictor: Evictor) -> None:
+        """Ask ``evictor`` no more.
 
-    def freed(self, page_ids: Sequence[int]) -> None:
-        for pool in self:
-            if getattr(pool, "wants_freed", False):
-                pool.freed(page_ids)
+        Raises:
+            ValueError: It was never added, or still holds pages.
+        """
+        if evictor not in self._evictors or evictor in self.held.values():
+            must = "evictor must be one that was added and holds no page"
+            fail("remove", must, repr(evictor))
+        self._evictors.remove(evictor)
 
-    def grow(self, total_pages: int) -> None:
-        """Make every pool large enough, or none that cannot say how to grow."""
-        short = [pool for pool in self if getattr(pool, "num_pages", total_pages) < total_pages]
-        for pool in short:
-            if not hasattr(pool, "grow"):
-                must = f"the attached pools must be able to grow to {total_pages} pages"
-                fail("grow", must, repr(pool))
-        for pool in short:
-            pool.grow(total_pages)
+    def forget(self, page_ids: Iterable[int]) -> None:
+        """Have the evictors that hold these pages let go of them; other holders keep them."""
+        for evictor, held in self._by_evictor(page_ids):
+            evictor.forget(held)
 
-    def shrink(self, total_pages: int) -> None:
-        for pool in self:
-            if hasattr(pool, "shrink"):
-                pool.shrink(total_pages)
+    def start(self, page_id: int, evictor: Evictor) -> None:
+        """Note that ``evictor`` holds a page; at most one does."""
+        if page_id in self.held:
+            fail("hold", "page_id must be held by one evictor alone", page_id, PageError)
+        self.held[page_id] = evictor
+
+    def stop(self, page_id: int) -> None:
+        """Note that the page's evictor holds it no more."""
+        if page_id not in self.held:
+            fail("let_go", "page_id must be held by an evictor", repr(page_id), PageError)
+        del self.held[page_id]
+
+    def idle(self, page_ids: Iterable[int]) -> None:
+        """Tell the evictors of these pages that nobody else holds them any more."""
+        for evictor, held in self._by_evictor(page_ids):
+            evictor.pages_idle(held)
+
+    def busy(self, page_ids: Iterable[int]) -> None:
+        """Tell the evictors of these pages that somebody else holds them now."""
+        for evictor, held in self._by_evictor(page_ids):
+            evictor.pages_busy(held)
+
+    def _by_evictor(self, page_ids: Iterable[int]) -> list[tuple[Evictor, list[int]]]:
+        told: dict[int, tuple[Evictor, list[int]]] = {}
+        for page_id in page_ids:
+            evictor = self.held.get(page_id)
+            if evictor is not None:
+                told.setdefault(id(evictor), (evictor, []))[1].append(page_id)
+        return list(told.values())

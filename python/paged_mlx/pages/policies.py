@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -22,11 +23,10 @@ class FIFOPageAllocator(PageAllocator):
     def _take_one(self) -> int | None:
         return self._queue.popleft() if self._queue else None
 
-    def _take(self, num_pages: int) -> list[int]:
+    def _take(self, num_pages: int) -> list[int] | None:
+        if num_pages > len(self._queue):
+            return None
         return [self._queue.popleft() for _ in range(num_pages)]
-
-    def _put_one(self, page_id: int) -> None:
-        self._queue.append(page_id)
 
     def _put(self, page_ids: Sequence[int]) -> None:
         self._queue.extend(page_ids)
@@ -47,7 +47,12 @@ class LRUPageAllocator(PageAllocator):
     page that a table holds is never taken.
 
     Args:
-        on_evict: Called with each page id that is evicted, before it is reused or written.
+        on_evict: Called with the id of each page that is to be evicted, before any of them is
+            freed, wiped or reused. If it raises, nothing is evicted and the call that asked
+            for pages changes nothing.
+
+    Raises:
+        ValueError: A size is wrong, or ``on_evict`` cannot be called.
     """
 
     def __init__(
@@ -59,11 +64,16 @@ class LRUPageAllocator(PageAllocator):
         max_pages: int | None = None,
         slab_pages: int | None = None,
     ) -> None:
+        if on_evict is not None and not callable(on_evict):
+            fail("LRUPageAllocator", "on_evict must be a function of a page id", repr(on_evict))
         super().__init__(total_pages, page_size, max_pages=max_pages, slab_pages=slab_pages)
         self._cached: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._on_evict = on_evict
-        self.add_evictor(self)
+        self.evictors.add(self)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, {len(self._cached)} cached)"
 
     def cache_page(self, page_id: int) -> None:
         """Keep a page after its last table let go of it, until its place is needed.
@@ -72,18 +82,20 @@ class LRUPageAllocator(PageAllocator):
             UseAfterFree: Nobody holds the page now.
             PageError: It is cached already, here or by a prefix cache.
         """
-        self.watch(page_id, self)
-        self.share_page(page_id)
+        self.hold(page_id, self)
         self._cached.add(page_id)
 
     def uncache_page(self, page_id: int) -> None:
         """Undo ``cache_page``; the page becomes free if no table holds it."""
-        if page_id not in self._cached:
-            fail("uncache_page", "page_id must be cached", page_id, PageError)
+        self._check_cached("uncache_page", (page_id,))
         self._cached.discard(page_id)
         self._idle.pop(page_id, None)
-        self.unwatch(page_id)
-        self.free_page(page_id)
+        self.let_go(page_id)
+
+    def _check_cached(self, function: str, page_ids: Sequence[int]) -> None:
+        for page_id in page_ids:
+            if self._known(function, page_id) not in self._cached:
+                fail(function, "page_id must be cached", page_id, PageError)
 
     @property
     def cached_pages(self) -> list[int]:
@@ -92,32 +104,30 @@ class LRUPageAllocator(PageAllocator):
 
     @property
     def num_evictable(self) -> int:
-        return len(self._idle) + sum(e.num_evictable for e in self._evictors if e is not self)
+        return len(self._idle) + sum(e.num_evictable for e in self.evictors if e is not self)
 
     def evict(self, num_pages: int) -> int:
         """Free up to ``num_pages`` cached pages that no table holds, oldest first."""
-        evicted = 0
-        while evicted < num_pages and self._idle:
-            page_id = next(iter(self._idle))
-            self.uncache_page(page_id)
-            evicted += 1
-            if self._on_evict is not None:
-                self._on_evict(page_id)
-        return evicted
+        num_pages = whole_number("evict", "num_pages", num_pages)
+        return self.forget(list(islice(self._idle, num_pages)))
 
     def forget(self, page_ids: Sequence[int]) -> int:
         """Stop caching these pages; those that no table holds become free."""
+        self._check_cached("forget", page_ids)
+        if self._on_evict is not None:
+            for page_id in page_ids:
+                self._on_evict(page_id)
         for page_id in page_ids:
             self.uncache_page(page_id)
-            if self._on_evict is not None:
-                self._on_evict(page_id)
         return len(page_ids)
 
     def pages_idle(self, page_ids: Sequence[int]) -> None:
+        """Evict these pages when room is wanted, after those that are idle already."""
         for page_id in page_ids:
             self._idle[page_id] = None
 
     def pages_busy(self, page_ids: Sequence[int]) -> None:
+        """Keep these pages, which a table holds again."""
         for page_id in page_ids:
             self._idle.pop(page_id, None)
 
@@ -143,14 +153,10 @@ class BuddyPageAllocator(PageAllocator):
     """
 
     def _reset_free(self, page_ids: Iterable[int]) -> None:
-        self._runs: list[dict[int, None]] = [{} for _ in range(self._max_pages.bit_length())]
+        self._runs: list[dict[int, None]] = []
         self._loose = list(page_ids)[::-1]
         self._num_free = len(self._loose)
         self._merge()
-
-    def _put_one(self, page_id: int) -> None:
-        self._loose.append(page_id)
-        self._num_free += 1
 
     def _put(self, page_ids: Sequence[int]) -> None:
         self._loose.extend(page_ids)
@@ -158,7 +164,7 @@ class BuddyPageAllocator(PageAllocator):
 
     def _merge(self) -> None:
         """Make runs of the loose pages."""
-        while len(self._runs) < self._max_pages.bit_length():
+        while len(self._runs) < self.max_pages.bit_length():
             self._runs.append({})
         for page_id in self._loose:
             self._add_run(page_id, 0)
@@ -189,7 +195,9 @@ class BuddyPageAllocator(PageAllocator):
             return self._loose.pop()
         return self._take_run(0)
 
-    def _take(self, num_pages: int) -> list[int]:
+    def _take(self, num_pages: int) -> list[int] | None:
+        if num_pages > self._num_free:
+            return None
         self._merge()
         taken: list[int] = []
         while len(taken) < num_pages:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 from paged_mlx.errors import PageError, fail, whole_number
 from paged_mlx.pages.allocator import PageAllocator
-from paged_mlx.pages.table import NO_PAGE, PageTable
-from paged_mlx.prefix.cached_page import CachedPage
+from paged_mlx.pages.observers import Evictor
+from paged_mlx.pages.page_map import NO_PAGE
+from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.tokens import TOKEN_BYTES, Tokens, pack_tokens, unpack_tokens
 from paged_mlx.prefix.events import (
     CacheCleared,
     CacheEvent,
@@ -28,17 +30,8 @@ from paged_mlx.prefix.events import (
     PagesStored,
 )
 from paged_mlx.prefix.eviction import EvictionPolicy, EvictionQueue, least_recently_used
-from paged_mlx.prefix.hash import (
-    TOKEN_BYTES,
-    ExtraKey,
-    HashPage,
-    Tokens,
-    hash_page,
-    pack_keys,
-    pack_tokens,
-    unpack_tokens,
-)
-from paged_mlx.prefix.tree import PrefixTree
+from paged_mlx.prefix.hash import ExtraKey, HashPage, hash_page, pack_keys
+from paged_mlx.prefix.tree import CachedPage, PrefixTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +48,7 @@ class PrefixMatch:
     page_ids: list[int]
 
 
-class PrefixCache:
+class PrefixCache(Evictor):
     """Remembers which pages hold which tokens.
 
     Args:
@@ -93,7 +86,7 @@ class PrefixCache:
         self._tree = PrefixTree(self._page_size, self._window, hash_page, self.stats)
         self._num_idle = 0
         self._time = 0
-        allocator.add_evictor(self)
+        allocator.evictors.add(self)
 
     # Figures.
 
@@ -142,7 +135,7 @@ class PrefixCache:
         packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
         if table.num_tokens:
             fail("reuse", "table must be empty", f"{table.num_tokens} tokens")
-        table._check_allocator("reuse", self._allocator)
+        table.map.check_allocator("reuse", self._allocator)
         pages, behind, num_tokens = self._tree.find(packed[:-TOKEN_BYTES], packed_keys)
         self.stats.add_query(len(packed) // TOKEN_BYTES, num_tokens, self._page_size)
         if num_tokens:
@@ -150,7 +143,7 @@ class PrefixCache:
             for page in pages:
                 page.hits += 1
             page_ids = [NO_PAGE] * behind + [page.page_id for page in pages]
-            table._adopt(page_ids, num_tokens, self._allocator)
+            table.adopt(page_ids, num_tokens, self._allocator)
         return num_tokens
 
     def _touch(self, pages: Iterable[CachedPage]) -> None:
@@ -193,7 +186,7 @@ class PrefixCache:
         num_tokens = len(packed) // TOKEN_BYTES
         if num_tokens > table.num_tokens:
             fail("insert", f"table must hold all tokens, {num_tokens}", table.num_tokens)
-        table._check_allocator("insert", self._allocator)
+        table.map.check_allocator("insert", self._allocator)
         page_ids = table.leading_pages(num_tokens, tail)
         known, fresh = self._tree.compare(packed, packed_keys, page_ids)
         for place, page_id in fresh:
@@ -214,7 +207,7 @@ class PrefixCache:
                 "tokens must be those that the table's pages hold",
                 f"others for page {page_id}, at position {place.depth * self._page_size}",
             )
-        if cached is None and self._allocator.is_watched(page_id):
+        if cached is None and page_id in self._allocator.evictors.held:
             fail(
                 "insert",
                 "table must hold pages that nobody else caches",
@@ -236,8 +229,7 @@ class PrefixCache:
         """Take a reference to a page, and make it findable where it belongs."""
         if page_id in self._tree.by_page:
             self._forget([self._tree.by_page[page_id]])
-        self._allocator.share_page(page_id)
-        self._allocator.watch(page_id, self)
+        self._allocator.hold(page_id, self)
         self._tree.hold(place, page_id)
         place.created = place.last_used = self._time
         place.priority = priority
@@ -349,7 +341,7 @@ class PrefixCache:
     def close(self) -> None:
         """Drop every page and stop being the allocator's evictor."""
         self.reset()
-        self._allocator.remove_evictor(self)
+        self._allocator.evictors.remove(self)
 
     def _let_go(self, page: CachedPage, tell: bool = True) -> None:
         """Give up a page; a gap stays in its place while later pages follow."""
@@ -362,8 +354,7 @@ class PrefixCache:
         before = self._tree.drop(page)
         if before is not None:
             self._offer(before)
-        self._allocator.unwatch(page_id)
-        self._allocator.free_page(page_id)
+        self._allocator.let_go(page_id)
         if tell:
             self._events.add(PageRemoved, page.page_hash)
 

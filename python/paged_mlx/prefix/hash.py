@@ -9,17 +9,13 @@ depend on process, machine or Python version.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
-import numpy as np
-
 from paged_mlx.errors import fail, whole_number
+from paged_mlx.pages.tokens import TOKEN_BYTES, Tokens, pack_tokens
 
-TOKEN_BYTES = 4  # a token id is packed as a little-endian int32
-
-Tokens = Sequence[int] | np.ndarray
 HashPage = Callable[[bytes, bytes, bytes], bytes]
 
 
@@ -62,34 +58,6 @@ def page_hashes(tokens: Tokens, page_size: int, keys: Iterable[ExtraKey] = ()) -
         parent = page_hash.digest()
         hashes.append(parent)
     return hashes
-
-
-def pack_tokens(tokens: Tokens) -> bytes:
-    """Return token ids as little-endian int32.
-
-    Raises:
-        ValueError: A token is no whole number, or does not fit.
-    """
-    try:
-        if isinstance(tokens, (list, tuple)):
-            return struct.pack(f"<{len(tokens)}i", *tokens)
-        array = np.asarray(tokens)
-        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size):
-            packed = array.astype("<i4", copy=False)
-            if array.dtype == packed.dtype or (packed == array).all():
-                return packed.tobytes()
-    except (struct.error, TypeError, ValueError):
-        pass
-    fail(
-        "pack_tokens",
-        "tokens must be a sequence of token ids, whole numbers below 2**31",
-        "something else",
-    )
-
-
-def unpack_tokens(packed: bytes) -> tuple[int, ...]:
-    """Undo ``pack_tokens``."""
-    return struct.unpack(f"<{len(packed) // TOKEN_BYTES}i", packed)
 
 
 def pack_keys(keys: Iterable[ExtraKey], page_size: int) -> dict[int, bytes]:
