@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10+ and a C++ compiler, nothing else.
+# `make demo` and `make test` need Python 3.10+ and a C++20 compiler, nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -36,26 +36,26 @@ help:
 demo: build
 	$(PY) examples/demo.py
 
-test: build
+test: build $(VENV)/.test-packages
 	$(PY) -m pytest
 
-test-long: build
+test-long: build $(VENV)/.test-packages
 	$(PY) -m pytest -m "long or not long"
 
-test-mlx-lm-versions: build
+test-mlx-lm-versions: build $(VENV)/.test-packages
 	$(PY) tests/support/mlx_lm_versions.py $(VERSIONS)
 
-test-mlx-lm-own: build
+test-mlx-lm-own: build $(VENV)/.test-packages
 	$(PY) tests/support/mlx_lm_own_tests.py $(VERSIONS)
 
-test-mlx-vlm: build
+test-mlx-vlm: build $(VENV)/.test-packages
 	$(PY) tests/support/mlx_vlm_tests.py
 
-sanitize: build
+sanitize: build $(VENV)/.test-packages
 	$(PY) tests/support/sanitize.py
 
-mutants: build
-	cd tests && PYTHONPATH=support "$(abspath $(PY))" -m mutants
+mutants: build $(VENV)/.test-packages
+	cd tests && PYTHONPATH=support "$(CURDIR)/$(PY)" -m mutants
 
 bench: build $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks
@@ -65,20 +65,26 @@ bench-peers: build $(PEERS)/.installed
 
 build: $(VENV)/.built
 
-$(VENV)/.tools: pyproject.toml
-	@echo "[1/2] virtual environment in $(VENV)"
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(BUILD_TOOLS)
-	$(PY) cmake/install_requirements.py
+# What the demo needs comes first and is small; the tests' own packages come with the first test.
+$(VENV)/.packages: pyproject.toml cmake/install.py
+	@$(PYTHON) cmake/install.py check
+	@echo "[1/2] packages into $(VENV): MLX, mlx-lm and build tools, about 450 MB on disk"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(BUILD_TOOLS)
+	@$(PY) cmake/install.py packages demo
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.tools $(NATIVE)
-	@echo "[2/2] native module"
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-	  --config-settings=editable.rebuild=false --editable .
+$(VENV)/.built: $(VENV)/.packages $(NATIVE)
+	@echo "[2/2] native module: 2 to 5 minutes the first time"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) cmake/install.py module
 	@touch $@
 
-$(BENCH)/.installed: $(VENV)/.tools
+$(VENV)/.test-packages: $(VENV)/.packages
+	@echo "packages of the tests, about 550 MB on disk: the largest is a compiler"
+	@$(PY) cmake/install.py packages test
+	@touch $@
+
+$(BENCH)/.installed: $(VENV)/.test-packages
 	$(PY) benchmarks/layer_environment.py $(BENCH)
 	$(call install-if-any,$(BENCH),$(TORCH))
 	@touch $@

@@ -38,7 +38,11 @@ def main() -> int:
     arguments = read_arguments()
     screen = make_screen(plain=arguments.plain or not sys.stdout.isatty())
     started = time.perf_counter()
-    model, tokenizer = smollm2.load(screen.say)
+    try:
+        model, tokenizer = smollm2.load(screen.say)
+    except RuntimeError as error:  # no network, no room: one sentence says it
+        print(error, file=sys.stderr)
+        return 2
     with paged_mlx.enable(model, page_size=PAGE_SIZE) as paged:
         run = Run(model, tokenizer, paged, arguments.tokens, screen)
         run.prefill()
@@ -84,9 +88,10 @@ class Answer:
 
 @dataclass
 class Memory:
-    """Bytes of K and V at their peaks."""
+    """Bytes of K and V at their peaks: allocated, and in use where pages tell."""
 
     pages: int = 0
+    pages_in_use: int = 0
     stock: int = 0
 
 
@@ -166,7 +171,8 @@ class Run:
         page_map = self.group.page_map()
         if len(page_map) == len(self.answers):
             self.page_map = page_map
-        self.memory.pages = max(self.memory.pages, self.paged.nbytes_used)
+        self.memory.pages = max(self.memory.pages, self.paged.nbytes)
+        self.memory.pages_in_use = max(self.memory.pages_in_use, self.paged.nbytes_used)
         self.memory.stock = max(self.memory.stock, self.stock.prompt_cache_nbytes)
 
     @property
@@ -190,4 +196,7 @@ def split_prompts(tokenizer) -> tuple[list[int], list[list[int]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -164,9 +164,11 @@ def pool_strip(run) -> str:
 
 
 def memory_rows(run):
-    pages, stock = run.memory.pages, run.memory.stock
-    yield "pages in use", f"{pages / MIB:7.1f} MiB"
-    yield "mlx-lm's contiguous caches", f"{stock / MIB:7.1f} MiB, {stock / pages:.1f} times as much"
+    memory = run.memory
+    ratio = memory.stock / memory.pages
+    yield "pages, allocated", f"{memory.pages / MIB:7.1f} MiB"
+    yield "of these in use", f"{memory.pages_in_use / MIB:7.1f} MiB"
+    yield "mlx-lm's caches, allocated", f"{memory.stock / MIB:7.1f} MiB, {ratio:.2f} times as much"
 
 
 def conclusion(run) -> str:

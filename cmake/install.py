@@ -1,0 +1,95 @@
+"""Set-up of the virtual environment, with progress: what the Makefile runs.
+
+python cmake/install.py check              # a Python and a compiler that can build the module
+python cmake/install.py packages EXTRA     # what pyproject.toml asks for at run time and for EXTRA
+python cmake/install.py module             # the native module, editable
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+#: A step of ninja's: "[3/42] Building CXX object ...".
+STEP = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+def check() -> None:
+    """Say what is missing before anything is downloaded."""
+    if sys.version_info < (3, 10):
+        found = ".".join(map(str, sys.version_info[:3]))
+        sys.exit(
+            f"paged_mlx needs Python 3.10 or newer; {sys.executable} is {found}. "
+            "Name another one: make PYTHON=python3.12"
+        )
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(compiler[0]) is None:
+        advice = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
+        sys.exit(
+            f"paged_mlx needs a C++20 compiler, and there is no {compiler[0]}: {advice}, or set CXX."
+        )
+
+
+def packages(extra: str) -> None:
+    """Install the dependencies of the project and of one of its extras."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import pip._vendor.tomli as tomllib
+    with open("pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"][extra]
+    run([*PIP, "install", "--progress-bar", "off", *wanted], "packages")
+
+
+def module() -> None:
+    """Build the native module and install the project in place."""
+    options = ["--no-deps", "--no-build-isolation", "--config-settings=editable.rebuild=false"]
+    run([*PIP, "install", "-v", *options, "--editable", "."], "native module")
+
+
+def run(command: list[str], what: str) -> None:
+    """Run a command; a line of progress now and then, all of its output if it fails."""
+    started, shown = time.monotonic(), 0.0
+    lines: deque[str] = deque(maxlen=400)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    for line in process.stdout:
+        lines.append(line)
+        now = time.monotonic()
+        step = STEP.search(line)
+        if step or line.startswith(("Collecting", "Downloading", "  Downloading")):
+            if now - shown >= (0.2 if sys.stdout.isatty() else 15):
+                shown = now
+                say(f"      {what}: {step[0] if step else line.strip()}, {now - started:.0f} s")
+    if process.wait():
+        say("")
+        sys.exit("".join(lines) + f"\n{what}: failed; its output is above.")
+    say(f"      {what}: done in {time.monotonic() - started:.0f} s")
+    print(flush=True)
+
+
+def say(text: str) -> None:
+    """Show progress: on a terminal over the line before, else on a line of its own."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        print(f"\r\x1b[K{text[: width - 1]}", end="", flush=True)
+    elif text:
+        print(text, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    name, *rest = arguments
+    {"check": check, "packages": packages, "module": module}[name](*rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
