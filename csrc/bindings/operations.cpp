@@ -192,6 +192,11 @@ void bind_diagnostics(nb::module_& m) {
       "has_host_launch",
       &has_host_launch,
       "Whether operations on the CPU go through the Metal launch code.");
+  m.def(
+      "set_node_work",
+      &metal::set_node_work,
+      "multiply_adds"_a,
+      "Multiply-adds after which attention on kernels becomes another node; 0: as usual.");
   m.def("gpu_cores", &metal::gpu_cores, "Cores of the GPU; 0: there is none.");
   m.def(
       "cores_of_architecture",

@@ -50,9 +50,8 @@ class Encoder {
   virtual void begin_concurrent() = 0;
   virtual void end_concurrent() = 0;
 
-  // A place where the work may be handed to the GPU, so that no command buffer
-  // holds it for long.
-  virtual void pause() = 0;
+  // The next output counts for this share of what a command buffer may hold.
+  virtual void add_work(double share) = 0;
 };
 
 } // namespace paged_mlx::metal

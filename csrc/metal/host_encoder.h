@@ -47,7 +47,7 @@ class HostEncoder : public Encoder {
   void dispatch(Size groups, Size group) override;
   void begin_concurrent() override {}
   void end_concurrent() override {}
-  void pause() override {}
+  void add_work(double) override {}
 
  private:
   void bind(int index, Buffer buffer);

@@ -7,16 +7,13 @@
 
 #include "cpu/attention.h"
 #include "metal/encoder.h"
+#include "metal/long_work.h"
 #include "plan/cost.h"
 
 namespace paged_mlx::metal {
 
 using cpu::DType;
 using cpu::MaskKind;
-
-// Multiply-adds of one dispatch, after which the GPU may turn to other work: a
-// fraction of a second on the slowest GPU that runs MLX.
-inline constexpr double kDispatchWork = 2e11;
 
 // The fields mean what they mean in cpu::AttentionArgs.
 struct AttendCall {
@@ -32,7 +29,8 @@ struct AttendCall {
   MaskKind mask_kind;
   Buffer mask;
   int64_t mask_head_stride, mask_token_stride;
-  double dispatch_work = kDispatchWork;
+  ItemRange items;                   // what this call attends
+  Buffer partial_out, partial_state; // of all ranges of a plan; null: scratch memory
 };
 
 void attend(Encoder& encoder, const AttendCall& call);

@@ -96,6 +96,9 @@ struct Partials {
 
 Partials make_partials(Encoder& encoder, const AttendCall& call) {
   const PlanHeader& plan = header(call);
+  if (call.partial_out) {
+    return {call.partial_out, call.partial_state};
+  }
   if (plan.num_partials == 0) {
     return {call.lse, call.lse}; // bound, never touched
   }
@@ -125,14 +128,8 @@ void bind(Encoder& encoder, const AttendCall& call, const Partials& partials) {
   }
 }
 
-// Multiply-adds of an item, all KV heads.
-double work_of(const AttendCall& call, const PlanItem& item) {
-  const double keys = std::max(0, item.key_end - item.key_begin);
-  return keys * item.row_count * header(call).num_q_heads * (call.head_dim + call.v_head_dim);
-}
-
-// The items [begin, end) are of `kind`: one dispatch, or several when they
-// would hold the GPU for long.
+// The call's part of the items [begin, end), which are of `kind`. The body is that of
+// all of them, so that no bit depends on where the plan is cut.
 void attend_items(
     Encoder& encoder,
     const AttendCall& call,
@@ -140,6 +137,11 @@ void attend_items(
     PlanKind kind,
     int begin,
     int end) {
+  const int first = std::max(begin, call.items.begin);
+  const int count = std::min(end, call.items.end) - first;
+  if (count <= 0) {
+    return;
+  }
   int rows = 0;
   for (int i = begin; i < end; i++) {
     rows = std::max(rows, items(call)[i].row_count * gqa_factor(call));
@@ -149,24 +151,12 @@ void attend_items(
   const Variant variant = fitting_variant(encoder, call, body, simdgroups);
   const size_t row_tiles = (rows + body.rows - 1) / body.rows;
   AttendArguments arguments = arguments_of(call);
-  for (int first = begin; first < end;) {
-    double work = 0;
-    int next = first;
-    while (next < end && (next == first || work < call.dispatch_work)) {
-      work += work_of(call, items(call)[next++]);
-    }
-    arguments.items = header(call).items + first * int(sizeof(PlanItem) / sizeof(int32_t));
-    encoder.set_variant(variant);
-    bind(encoder, call, partials);
-    encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
-    encoder.dispatch(
-        {size_t(arguments.num_kv_heads), size_t(next - first), row_tiles},
-        {size_t(32 * simdgroups)});
-    if (work >= call.dispatch_work) {
-      encoder.pause();
-    }
-    first = next;
-  }
+  arguments.items = header(call).items + first * int(sizeof(PlanItem) / sizeof(int32_t));
+  encoder.set_variant(variant);
+  bind(encoder, call, partials);
+  encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
+  encoder.dispatch(
+      {size_t(arguments.num_kv_heads), size_t(count), row_tiles}, {size_t(32 * simdgroups)});
 }
 
 void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& partials) {
@@ -195,17 +185,16 @@ void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& pa
 void attend(Encoder& encoder, const AttendCall& call) {
   const PlanHeader& plan = header(call);
   const Partials partials = make_partials(encoder, call);
+  encoder.add_work(share_of_node(call.words, call.items, call.head_dim + call.v_head_dim));
   encoder.begin_concurrent();
   int begin = 0;
   for (const PlanKind kind : {kVectorItem, kTileItem, kWideItem}) {
     const int end = begin + plan.num_items[kind];
-    if (end > begin) {
-      attend_items(encoder, call, partials, kind, begin, end);
-    }
+    attend_items(encoder, call, partials, kind, begin, end);
     begin = end;
   }
   encoder.end_concurrent();
-  if (plan.num_merges > 0) {
+  if (plan.num_merges > 0 && call.items.end >= begin) {
     merge_partials(encoder, call, partials);
   }
 }

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "mlx/allocator.h"
 
@@ -16,13 +17,17 @@ const mx::array& array_of(Buffer buffer) {
   return *static_cast<const mx::array*>(buffer);
 }
 
-// One element of the same buffer. MLX commits a command buffer when the arrays
-// it binds add up to some 40M elements; ordering goes by buffer. So a pool is
-// bound by a view that counts for one.
-mx::array one_element(const mx::array& a) {
+// The same buffer, counted as so many elements. MLX commits a command buffer, once a node
+// is done, when the buffers it binds add up to some 40M elements; ordering goes by buffer.
+mx::array counted(const mx::array& a, size_t elements) {
   mx::array view({1}, a.dtype(), nullptr, {});
-  view.copy_shared_buffer(a, {1}, {true, true, true}, 1);
+  view.copy_shared_buffer(a, {1}, {true, true, true}, elements);
   return view;
+}
+
+// A pool counts for one element, whatever its size.
+mx::array one_element(const mx::array& a) {
+  return counted(a, 1);
 }
 
 } // namespace
@@ -80,7 +85,8 @@ void MlxEncoder::set_input(int index, Buffer buffer) {
 }
 
 void MlxEncoder::set_output(int index, Buffer buffer) {
-  mx::array output = array_of(buffer);
+  const mx::array& whole = array_of(buffer);
+  mx::array output = counted(whole, whole.data_size() + std::exchange(added_elements_, 0));
   encoder_.set_output_array(output, index);
 }
 
@@ -122,13 +128,12 @@ void MlxEncoder::end_concurrent() {
   concurrent_.reset();
 }
 
-// Scratch memory is held by the command buffer it was added to.
-void MlxEncoder::pause() {
-  encoder_.end_encoding();
-  encoder_.commit();
-  for (const mx::array& temporary : temporaries_) {
-    encoder_.add_temporary(temporary);
-  }
+// Work is counted as elements: after a whole share MLX commits. An output counts where its
+// buffer is new to the command encoder, as that of an attention's first node is; the next
+// node finds a new encoder, since the one before it had its whole share.
+void MlxEncoder::add_work(double share) {
+  const size_t megabytes = std::get<1>(device_.get_max_ops_mb_per_buffer());
+  added_elements_ = size_t(share * double((megabytes + 1) << 20));
 }
 
 } // namespace paged_mlx::metal

@@ -31,7 +31,7 @@ class MlxEncoder : public Encoder {
   void dispatch(Size groups, Size group) override;
   void begin_concurrent() override;
   void end_concurrent() override;
-  void pause() override;
+  void add_work(double share) override;
 
  private:
   MTL::ComputePipelineState* pipeline(const Variant& variant);
@@ -43,6 +43,7 @@ class MlxEncoder : public Encoder {
   mx::metal::CommandEncoder& encoder_;
   std::unique_ptr<Concurrent> concurrent_;
   std::list<mx::array> temporaries_;
+  size_t added_elements_ = 0; // of the next output
 };
 
 } // namespace paged_mlx::metal

@@ -17,7 +17,7 @@ namespace {
 constexpr const char* kOp = "paged_attention";
 
 enum Input { kQ, kKPages, kVPages, kPlan, kFirstOption };
-enum Output { kOut, kLse, kKNext, kVNext };
+enum Output { kOut, kLse, kKNext, kVNext, kNumOutputs, kPartialOut = kNumOutputs, kPartialState };
 
 ShapeCheck check_arrays(const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
   ShapeCheck shape(kOp);
@@ -102,35 +102,42 @@ std::vector<mx::array> paged_attention(
     options.mask = mask->dtype() == mx::bool_ ? cpu::MaskKind::boolean : cpu::MaskKind::additive;
     inputs.push_back(normal_mask(*mask, shape, s));
   }
-  const mx::Shape out_shape = {q.shape(0), q.shape(1), v_pages.shape(3)};
-  return mx::array::make_arrays(
-      {out_shape, {q.shape(0), q.shape(1)}, k_pages.shape(), v_pages.shape()},
-      {q.dtype(), mx::float32, k_pages.dtype(), v_pages.dtype()},
-      std::make_shared<PagedAttention>(s, options),
-      std::move(inputs));
+  const auto parts = parts_of(plan, shape.at("head_dim") + shape.at("v_head_dim"), s);
+  auto outputs = chain(parts, inputs, kKNext, [&](const Part& part, auto part_inputs) {
+    const auto node = std::make_shared<PagedAttention>(s, options, part);
+    std::vector<mx::Dtype> dtypes = {q.dtype(), mx::float32, q.dtype(), q.dtype()};
+    auto shapes = node->output_shapes(part_inputs);
+    dtypes.resize(shapes.size(), mx::float32);
+    return mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(part_inputs));
+  });
+  outputs.erase(outputs.begin() + kNumOutputs, outputs.end());
+  return outputs;
 }
 
 std::vector<mx::Shape> PagedAttention::output_shapes(const std::vector<mx::array>& inputs) {
-  const auto& q = inputs[kQ];
-  return {
-      {q.shape(0), q.shape(1), inputs[kVPages].shape(3)},
+  const auto &q = inputs[kQ], &v_pages = inputs[kVPages];
+  std::vector<mx::Shape> shapes = {
+      {q.shape(0), q.shape(1), v_pages.shape(3)},
       {q.shape(0), q.shape(1)},
       inputs[kKPages].shape(),
-      inputs[kVPages].shape()};
+      v_pages.shape()};
+  for (auto& partial : partial_shapes(part_, q.shape(1), v_pages.shape(3))) {
+    shapes.push_back(std::move(partial));
+  }
+  return shapes;
 }
 
 bool PagedAttention::is_equivalent(const mx::Primitive& other) const {
-  return options_ == static_cast<const PagedAttention&>(other).options_;
+  const auto& node = static_cast<const PagedAttention&>(other);
+  return options_ == node.options_ && part_ == node.part_;
 }
 
 void PagedAttention::allocate(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) const {
-  for (int i : {kOut, kLse}) {
-    outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
-  }
-  outputs[kKNext].copy_shared_buffer(inputs[kKPages]);
-  outputs[kVNext].copy_shared_buffer(inputs[kVPages]);
+  take_memory(part_, inputs, outputs, kKNext, [](mx::array& output) {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
+  });
 }
 
 // Where each optional input stands; -1: not given.
@@ -160,12 +167,13 @@ auto PagedAttention::launch(const std::vector<mx::array>& inputs) const {
   call.scale = options_.scale;
   call.softcap = options_.softcap;
   call.mask_kind = options_.mask;
+  call.items = part_.items;
   const OptionalInputs at = optional_inputs();
   if (at.mask >= 0) {
     call.mask_head_stride = head_stride(inputs[at.mask]);
     call.mask_token_stride = inputs[at.mask].shape(2);
   }
-  return [call, at, geometry = geometry(inputs), words = inputs[kPlan].size()](
+  return [call, at, part = part_, geometry = geometry(inputs), words = inputs[kPlan].size()](
              metal::Encoder& encoder, auto in, auto out) mutable {
     check_plan(kOp, call.words, words, geometry);
     call.q = in(kQ);
@@ -177,6 +185,8 @@ auto PagedAttention::launch(const std::vector<mx::array>& inputs) const {
     call.alibi_slopes = at.alibi < 0 ? nullptr : in(at.alibi);
     call.sinks = at.sinks < 0 ? nullptr : in(at.sinks);
     call.mask = at.mask < 0 ? nullptr : in(at.mask);
+    call.partial_out = part.num_partials ? out(kPartialOut) : nullptr;
+    call.partial_state = part.num_partials ? out(kPartialState) : nullptr;
     metal::attend(encoder, call);
   };
 }
@@ -187,6 +197,9 @@ void PagedAttention::eval_cpu(
   allocate(inputs, outputs);
   if (host_launch(stream())) {
     return dispatch_on_host(stream(), inputs, outputs, launch(inputs));
+  }
+  if (!part_.is_last()) { // made for kernels, but none run: the last node attends everything
+    return;
   }
   auto optional = [&](int i) { return i < 0 ? nullptr : inputs[i].data<float>(); };
   const OptionalInputs at = optional_inputs();

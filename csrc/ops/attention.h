@@ -10,6 +10,7 @@
 
 #include "cpu/attention.h"
 #include "ops/attention_checks.h"
+#include "ops/parts.h"
 
 namespace paged_mlx {
 
@@ -52,10 +53,11 @@ std::vector<mx::array> paged_attention(
     const std::optional<mx::array>& mask,
     mx::StreamOrDevice s = {});
 
+// One node; attention whose work is long is a chain of them.
 class PagedAttention : public mx::Primitive {
  public:
-  PagedAttention(mx::Stream stream, AttentionOptions options)
-      : mx::Primitive(stream), options_(options) {}
+  PagedAttention(mx::Stream stream, AttentionOptions options, Part part)
+      : mx::Primitive(stream), options_(options), part_(part) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -76,6 +78,7 @@ class PagedAttention : public mx::Primitive {
   auto launch(const std::vector<mx::array>& inputs) const;
 
   AttentionOptions options_;
+  Part part_;
 };
 
 } // namespace paged_mlx

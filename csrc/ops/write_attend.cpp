@@ -15,7 +15,7 @@ namespace {
 constexpr const char* kOp = "write_attend";
 
 enum Input { kQ, kKPages, kVPages, kPlan, kK, kV, kSlots };
-enum Output { kOut, kKNext, kVNext };
+enum Output { kOut, kKNext, kVNext, kNumOutputs, kPartialOut = kNumOutputs, kPartialState };
 
 int num_tokens(const mx::array& q) {
   return q.shape(0) * q.shape(2);
@@ -26,17 +26,15 @@ PlanGeometry geometry_of(const mx::array& q, const mx::array& k_pages) {
       num_tokens(q), q.shape(1), k_pages.shape(1), k_pages.shape(2), k_pages.shape(0), /*mask_keys=*/-1};
 }
 
-void allocate(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& out = outputs[kOut];
+// Tokens lie as the next projection reads them, one after another.
+void allocate_output(mx::array& out) {
   auto memory = mx::allocator::malloc(out.nbytes());
-  if (out.shape(1) == 1 || out.shape(2) == 1) {
+  if (out.ndim() != 4 || out.shape(1) == 1 || out.shape(2) == 1) {
     out.set_data(std::move(memory));
   } else {
     const mx::array::Flags gapless{/*contiguous=*/true, /*row_contiguous=*/false, /*col_contiguous=*/false};
     out.set_data(std::move(memory), out.size(), token_major_strides(out.shape()), gapless);
   }
-  outputs[kKNext].copy_shared_buffer(inputs[kKPages]);
-  outputs[kVNext].copy_shared_buffer(inputs[kVPages]);
 }
 
 // New tokens of one side, K or V, and the pages they go to.
@@ -107,20 +105,30 @@ std::vector<mx::array> write_attend(
   if (sinks) {
     inputs.push_back(per_head(kOp, "sinks", *sinks, shape, s));
   }
-  const mx::Shape out_shape = {q.shape(0), q.shape(1), q.shape(2), v_pages.shape(3)};
-  return mx::array::make_arrays(
-      {out_shape, k_pages.shape(), v_pages.shape()},
-      {q.dtype(), k_pages.dtype(), v_pages.dtype()},
-      std::make_shared<WriteAttend>(s, options),
-      std::move(inputs));
+  const auto parts = parts_of(plan, q.shape(3) + v_pages.shape(3), s);
+  auto outputs = chain(parts, inputs, kKNext, [&](const Part& part, auto part_inputs) {
+    const auto node = std::make_shared<WriteAttend>(s, options, part);
+    std::vector<mx::Dtype> dtypes(kNumOutputs, q.dtype());
+    auto shapes = node->output_shapes(part_inputs);
+    dtypes.resize(shapes.size(), mx::float32);
+    return mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(part_inputs));
+  });
+  outputs.erase(outputs.begin() + kNumOutputs, outputs.end());
+  return outputs;
 }
 
 std::vector<mx::Shape> WriteAttend::output_shapes(const std::vector<mx::array>& inputs) {
-  const auto& q = inputs[kQ];
-  return {
-      {q.shape(0), q.shape(1), q.shape(2), inputs[kVPages].shape(3)},
-      inputs[kKPages].shape(),
-      inputs[kVPages].shape()};
+  const auto &q = inputs[kQ], &v_pages = inputs[kVPages];
+  std::vector<mx::Shape> shapes = {
+      {q.shape(0), q.shape(1), q.shape(2), v_pages.shape(3)}, inputs[kKPages].shape(), v_pages.shape()};
+  for (auto& partial : partial_shapes(part_, q.shape(1), v_pages.shape(3))) {
+    shapes.push_back(std::move(partial));
+  }
+  return shapes;
+}
+
+bool WriteAttend::writes() const {
+  return options_.tokens && part_.is_first();
 }
 
 // Where the sinks stand among the inputs; -1: there are none.
@@ -132,7 +140,7 @@ int WriteAttend::sinks_at() const {
 auto WriteAttend::launch(const std::vector<mx::array>& inputs) const {
   const auto &q = inputs[kQ], &k_pages = inputs[kKPages], &v_pages = inputs[kVPages];
   metal::WritePagesCall write{};
-  write.tokens = options_.tokens ? inputs[kSlots].shape(0) : 0;
+  write.tokens = writes() ? inputs[kSlots].shape(0) : 0;
   write.num_kv_heads = k_pages.shape(1);
   write.page_size = k_pages.shape(2);
   write.row = {row_bytes(k_pages), row_bytes(v_pages)};
@@ -142,10 +150,12 @@ auto WriteAttend::launch(const std::vector<mx::array>& inputs) const {
   attend.head_dim = q.shape(3);
   attend.v_head_dim = v_pages.shape(3);
   attend.scale = options_.scale;
+  attend.items = part_.items;
   const size_t lse_bytes = size_t(num_tokens(q)) * q.shape(1) * sizeof(float);
   return [write,
           attend,
           lse_bytes,
+          part = part_,
           sinks = sinks_at(),
           geometry = geometry_of(q, k_pages),
           words = inputs[kPlan].size()](metal::Encoder& encoder, auto in, auto out) mutable {
@@ -163,19 +173,24 @@ auto WriteAttend::launch(const std::vector<mx::array>& inputs) const {
     attend.out = out(kOut);
     attend.lse = encoder.temporary(lse_bytes);
     attend.sinks = sinks < 0 ? nullptr : in(sinks);
+    attend.partial_out = part.num_partials ? out(kPartialOut) : nullptr;
+    attend.partial_state = part.num_partials ? out(kPartialState) : nullptr;
     metal::attend(encoder, attend);
   };
 }
 
 void WriteAttend::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(inputs, outputs);
+  take_memory(part_, inputs, outputs, kKNext, allocate_output);
   auto bound = inputs;
   bound[kQ] = token_major(inputs[kQ], stream());
   if (host_launch(stream())) {
-    for (int i = kK; i <= kV && options_.tokens; i++) {
+    for (int i = kK; i <= kV && writes(); i++) {
       bound[i] = token_major(inputs[i], stream());
     }
     return dispatch_on_host(stream(), bound, outputs, launch(inputs));
+  }
+  if (!part_.is_last()) { // made for kernels, but none run: the last node does everything
+    return;
   }
   cpu::AttentionArgs args{};
   args.dtype = cpu_dtype(inputs[kQ].dtype());
@@ -216,7 +231,7 @@ void WriteAttend::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
 }
 
 void WriteAttend::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(inputs, outputs);
+  take_memory(part_, inputs, outputs, kKNext, allocate_output);
   dispatch_on_gpu(kOp, stream(), inputs, outputs, launch(inputs));
 }
 

@@ -36,6 +36,7 @@ std::vector<mx::array> write_attend(
     const std::optional<mx::array>& sinks,
     mx::StreamOrDevice s = {});
 
+// One node; attention whose work is long is a chain of them, and the first one writes.
 class WriteAttend : public mx::Primitive {
  public:
   struct Options {
@@ -45,13 +46,15 @@ class WriteAttend : public mx::Primitive {
     bool operator==(const Options&) const = default;
   };
 
-  WriteAttend(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
+  WriteAttend(mx::Stream stream, Options options, Part part)
+      : mx::Primitive(stream), options_(options), part_(part) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const WriteAttend&>(other).options_;
+    const auto& node = static_cast<const WriteAttend&>(other);
+    return options_ == node.options_ && part_ == node.part_;
   }
   const char* name() const override {
     return "WriteAttend";
@@ -60,8 +63,10 @@ class WriteAttend : public mx::Primitive {
  private:
   auto launch(const std::vector<mx::array>& inputs) const;
   int sinks_at() const;
+  bool writes() const;
 
   Options options_;
+  Part part_;
 };
 
 } // namespace paged_mlx

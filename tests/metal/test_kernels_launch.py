@@ -88,10 +88,10 @@ def test_a_mixed_batch_takes_one_dispatch_per_kind():
     assert problem.judge(attended.out, attended.lse)
 
 
-def test_long_work_is_cut_into_dispatches_that_attend_each_item_once():
+def test_long_work_is_cut_into_nodes_that_attend_each_item_once():
     case = Case(num_q_heads=4, sequences=((1, 200), (40, 90), (1, 40), (30, 60)), dtype="float16")
     problem = case.build()
-    whole, cut = attend(problem), attend(problem, dispatch_work=1)
+    whole, cut = attend(problem), attend(problem, node_work=1)
     assert len(whole.launches) == 2 and len(cut.launches) == 4
     assert cut.errors == []
     np.testing.assert_array_equal(whole.out, cut.out)

@@ -79,26 +79,26 @@ _FAULTS = {
         ),
         (
             "one tile of rows of each item",
-            "size_t(next - first), row_tiles},",
-            "size_t(next - first), 1},",
+            "size_t(count), row_tiles},",
+            "size_t(count), 1},",
             "wide, many tiles",
         ),
         (
             "an item too few in the grid",
-            "size_t(next - first), row_tiles},",
-            "size_t(next - first) - (next - first > 1), row_tiles},",
+            "size_t(count), row_tiles},",
+            "size_t(count) - (count > 1), row_tiles},",
             "tile",
         ),
         (
             "heads and items swapped in the grid",
-            "{size_t(arguments.num_kv_heads), size_t(next - first), row_tiles},",
-            "{size_t(next - first), size_t(arguments.num_kv_heads), row_tiles},",
+            "{size_t(arguments.num_kv_heads), size_t(count), row_tiles},",
+            "{size_t(count), size_t(arguments.num_kv_heads), row_tiles},",
             "tile",
         ),
         (
             "half the threads of a threadgroup",
-            "{size_t(32 * simdgroups)});\n    if (work",
-            "{size_t(16 * simdgroups)});\n    if (work",
+            "row_tiles}, {size_t(32 * simdgroups)});",
+            "row_tiles}, {size_t(16 * simdgroups)});",
             "wide",
         ),
         (
@@ -115,8 +115,8 @@ _FAULTS = {
         ),
         (
             "a single merge is skipped",
-            "if (plan.num_merges > 0) {",
-            "if (plan.num_merges > 1) {",
+            "if (plan.num_merges > 0 &&",
+            "if (plan.num_merges > 1 &&",
             "merge",
         ),
         (

@@ -26,7 +26,7 @@ class _Request(ctypes.Structure):
         *((n, c_int) for n in "dtype mask_kind head_dim v_head_dim".split()),
         ("scale", c_float),
         ("softcap", c_float),
-        ("dispatch_work", c_double),
+        ("node_work", c_double),
     ]
 
 
@@ -86,13 +86,13 @@ def attend(
     plan: AttentionPlan | None = None,
     *,
     max_threads: int = 1024,
-    dispatch_work: float = 0,
+    node_work: float = 0,
     host: dict | None = None,
     **options,
 ) -> Attended:
     """Run a problem through the launch code; slots outside every item may not be read.
 
-    ``dispatch_work`` bounds the multiply-adds of a dispatch, 0 leaves it to the launch code.
+    ``node_work``: multiply-adds after which a node of the graph ends, and the next goes on; 0 leaves it to the launch code.
     ``host`` are options of ``metal_host``, ``options`` those of ``fast.plan``, without ``plan``.
     """
     host = dict(host or {})
@@ -121,7 +121,7 @@ def attend(
         v_head_dim=v_head_dim,
         scale=head_dim**-0.5 if problem.scale is None else problem.scale,
         softcap=problem.softcap or 0.0,
-        dispatch_work=dispatch_work,
+        node_work=node_work,
     )
     if host.get("instrument", True):
         host["forbid"] = [

@@ -5,6 +5,7 @@
 
 #include "metal/host_encoder.h"
 #include "metal/launch.h"
+#include "plan_format.h"
 
 using namespace paged_mlx::metal;
 
@@ -92,7 +93,7 @@ struct AttendRequest {
   int64_t mask_head_stride, mask_token_stride;
   int dtype, mask_kind, head_dim, v_head_dim;
   float scale, softcap;
-  double dispatch_work; // 0: as the launch code has it
+  double node_work; // 0: as the launch code has it
 };
 
 int run_attend(Run run, int limit, const AttendRequest* r) {
@@ -116,10 +117,19 @@ int run_attend(Run run, int limit, const AttendRequest* r) {
     call.mask = given(e, r->mask);
     call.mask_head_stride = r->mask_head_stride;
     call.mask_token_stride = r->mask_token_stride;
-    if (r->dispatch_work > 0) {
-      call.dispatch_work = r->dispatch_work;
+    set_node_work(r->node_work);
+    const auto ranges = cut_items(call.words, call.head_dim + call.v_head_dim);
+    const auto& plan = *reinterpret_cast<const paged_mlx::PlanHeader*>(call.words);
+    if (ranges.size() > 1 && plan.num_partials > 0) {
+      const size_t rows = size_t(plan.num_partials) * plan.num_q_heads;
+      call.partial_out = e.temporary(rows * call.v_head_dim * sizeof(float));
+      call.partial_state = e.temporary(rows * 2 * sizeof(float));
     }
-    attend(e, call);
+    for (const ItemRange& range : ranges) {
+      call.items = range;
+      attend(e, call);
+    }
+    set_node_work(0);
   });
 }
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "kernels"
 _SOURCES = (
     *(ROOT / "csrc/metal" / f"{name}.cpp" for name in (
-        "variant", "bodies", "launch_attention", "launch_pages", "host_encoder")),
+        "variant", "bodies", "long_work", "launch_attention", "launch_pages", "host_encoder")),
     Path(__file__).with_name("launcher.cpp"),
 )  # fmt: skip
 #: The numbers of cpu::DType and cpu::MaskKind.
