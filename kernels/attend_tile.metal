@@ -134,7 +134,7 @@ struct TileAttention {
 #pragma clang loop unroll(full)
     for (int g = 0; g < 4; g++) {
       slots.enter(g);
-      ColumnRuns<T, DV>::template multiply<ROW_TILES, 4, DV / 8>(
+      ColumnRuns<T, DV>::template multiply<EDGE, ROW_TILES, 4, DV / 8>(
           &scores[0][g],
           v_pages + slots.row(at.row) * DV,
           !EDGE || slots.is_live(at.row),

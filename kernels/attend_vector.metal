@@ -78,8 +78,8 @@ struct LaneRuns {
     Rest::template dot<ROWS>(key, part, q, sums);
   }
 
-  // out[r] += weights[r] * value
-  template <int ROWS>
+  // out[r] += weights[r] * value, for the rows that see the key. EDGE as in Scoring.
+  template <bool EDGE, int ROWS>
   static void add(
       const device T* value,
       short part,
@@ -91,10 +91,11 @@ struct LaneRuns {
     for (int i = 0; i < kWidth; i++) {
 #pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
-        out[r][BEGIN / 8 + i] += weights[r] * float(run.v[i]);
+        const bool hidden = (EDGE || kHasMask) && is_no_weight(weights[r]);
+        out[r][BEGIN / 8 + i] += weights[r] * (hidden ? 0.0f : float(run.v[i]));
       }
     }
-    Rest::template add<ROWS>(value, part, weights, out);
+    Rest::template add<EDGE, ROWS>(value, part, weights, out);
   }
 
   // Stores the lane's elements that lie in [begin, begin + columns).
@@ -126,7 +127,7 @@ struct LaneRuns<T, N, BEGIN, false> {
       thread const float (&)[ROWS][N / 8],
       thread float (&)[ROWS]) {}
 
-  template <int ROWS>
+  template <bool EDGE, int ROWS>
   static void add(
       const device T*,
       short,
@@ -242,7 +243,8 @@ struct VectorAttention {
         weight[r] = simd_shuffle(weights[r], 8 * at.key + t);
       }
       if (!EDGE || slots.is_live(i)) {
-        LaneRuns<T, DV>::template add<ROWS>(v_pages + slots.row(i) * DV, at.part, weight, out);
+        const device T* value = v_pages + slots.row(i) * DV;
+        LaneRuns<T, DV>::template add<EDGE, ROWS>(value, at.part, weight, out);
       }
     }
   }

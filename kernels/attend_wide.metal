@@ -211,7 +211,7 @@ struct WideAttention {
     for (int u = 0; u < kUnits; u++) {
       const int column = (u * SIMDGROUPS + simdgroup) * kColumns;
       if (column < DV) {
-        ColumnRuns<T, kColumns>::template multiply<ROW_TILES, 1, kUnits * kColumns / 8>(
+        ColumnRuns<T, kColumns>::template multiply<EDGE, ROW_TILES, 1, kUnits * kColumns / 8>(
             p, value + column, live, at, &out[0][u * kColumns / 8]);
       }
     }

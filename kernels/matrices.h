@@ -8,6 +8,7 @@
 #define PAGED_MLX_MATRICES_H
 
 #include "numbers.h"
+#include "scores.h"
 
 namespace paged_mlx {
 
@@ -109,6 +110,22 @@ struct DimRuns<T, D, BEGIN, false> {
       thread Matrix<float>*) {}
 };
 
+// Values of a key that are infinite or NaN, apart from those that are finite: 0 times
+// them is NaN, so a matrix product would bring them to rows that do not see the key. What
+// each is, as a number: 1 infinity, 64 minus infinity, 65 NaN; sums over 8 keys are exact.
+inline float code_of(float x) {
+  return !is_not_finite(x)              ? 0.0f
+      : x == -minus_infinity()          ? 1.0f
+      : is_minus_infinity(x)            ? 64.0f
+                                        : 65.0f;
+}
+
+// What a sum of codes of keys that a row sees adds to its sum of values.
+inline float decoded(float codes) {
+  const float minus = codes >= 64 ? minus_infinity() : 0.0f;
+  return minus + (fmod(codes, 64.0f) > 0 ? -minus_infinity() : 0.0f);
+}
+
 // The columns [BEGIN, DV) of P V, in runs of 4 lanes x kWidth columns. Matrix i
 // of a run holds a lane's columns BEGIN + kWidth * (at.column / 2) + 2 i, + 1.
 template <typename T, int DV, int BEGIN = 0, bool MORE = (BEGIN < DV)>
@@ -117,8 +134,9 @@ struct ColumnRuns {
   typedef ColumnRuns<T, DV, kNext> Rest;
 
   // out[m, columns] += weights[m] . V for 8 keys; the lane reads the row of its
-  // key. STRIDE: matrices from one m to the next, in weights and in out.
-  template <int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
+  // key. STRIDE: matrices from one m to the next, in weights and in out. EDGE: as
+  // in Scoring.
+  template <bool EDGE, int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
   static void multiply(
       thread Matrix<float>* weights,
       const device T* key,
@@ -127,6 +145,9 @@ struct ColumnRuns {
       thread Matrix<float>* out) {
     Run<T, kWidth> run;
     run.load_if(live, key + BEGIN + kWidth * (at.column / 2));
+    if (EDGE || kHasMask) {
+      split_off<ROW_TILES, WEIGHTS_STRIDE, OUT_STRIDE>(weights, run, out);
+    }
 #pragma clang loop unroll(full)
     for (int i = 0; i < kWidth / 2; i++) {
       Matrix<T> values;
@@ -137,7 +158,41 @@ struct ColumnRuns {
         simdgroup_multiply_accumulate(sum, weights[m * WEIGHTS_STRIDE], values, sum);
       }
     }
-    Rest::template multiply<ROW_TILES, WEIGHTS_STRIDE, OUT_STRIDE>(weights, key, live, at, out);
+    Rest::template multiply<EDGE, ROW_TILES, WEIGHTS_STRIDE, OUT_STRIDE>(
+        weights, key, live, at, out);
+  }
+
+  // Values that are not finite go to the rows that see their key, and are 0 from now on.
+  template <int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
+  static void split_off(
+      thread Matrix<float>* weights,
+      thread Run<T, kWidth>& run,
+      thread Matrix<float>* out) {
+    bool found = false;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kWidth; i++) {
+      found = found || is_not_finite(float(run.v[i]));
+    }
+    if (!simd_any(found)) {
+      return;
+    }
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kWidth / 2; i++) {
+      const float2 two = float2(float(run.v[2 * i]), float(run.v[2 * i + 1]));
+      Matrix<float> codes;
+      elements(codes) = float2(code_of(two.x), code_of(two.y));
+      run.v[2 * i] = is_not_finite(two.x) ? T(0.0f) : run.v[2 * i];
+      run.v[2 * i + 1] = is_not_finite(two.y) ? T(0.0f) : run.v[2 * i + 1];
+#pragma clang loop unroll(full)
+      for (int m = 0; m < ROW_TILES; m++) {
+        const float2 weight = elements(weights[m * WEIGHTS_STRIDE]);
+        Matrix<float> sees, sum(0);
+        elements(sees) = float2(!is_no_weight(weight.x), !is_no_weight(weight.y));
+        simdgroup_multiply_accumulate(sum, sees, codes, sum);
+        const float2 seen = elements(sum);
+        elements(out[m * OUT_STRIDE + BEGIN / 8 + i]) += float2(decoded(seen.x), decoded(seen.y));
+      }
+    }
   }
 
   // take(column, values): the lane's kWidth columns of each run of one row.
@@ -157,7 +212,7 @@ struct ColumnRuns {
 
 template <typename T, int DV, int BEGIN>
 struct ColumnRuns<T, DV, BEGIN, false> {
-  template <int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
+  template <bool EDGE, int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
   static void multiply(
       thread Matrix<float>*,
       const device T*,

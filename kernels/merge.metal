@@ -32,14 +32,14 @@ using namespace paged_mlx;
   const ResultWriter<PAGED_MLX_T, DV> writer{
       out, lse, partial_out, partial_state, sinks, num_q_heads, -1};
 
-  float most = kHidden, sum = 0;
+  float most = kLowest, sum = 0;
   for (int p = lane; p < merge.part_count; p += 32) {
     most = max(most, partial_state[2 * writer.element(parts[p], head)]);
   }
   most = simd_max(most);
   for (int p = lane; p < merge.part_count; p += 32) {
     const long at = writer.element(parts[p], head);
-    sum += partial_state[2 * at + 1] * fast::exp2(partial_state[2 * at] - most);
+    sum += partial_state[2 * at + 1] * weight_at(partial_state[2 * at] - most);
   }
   sum = simd_sum(sum);
 
@@ -48,7 +48,7 @@ using namespace paged_mlx;
     float sums[4] = {0, 0, 0, 0};
     for (int p = 0; p < merge.part_count; p++) {
       const long at = writer.element(parts[p], head);
-      const float weight = fast::exp2(partial_state[2 * at] - most);
+      const float weight = weight_at(partial_state[2 * at] - most);
       const float4 values =
           *reinterpret_cast<const device float4*>(partial_out + at * DV + column);
       for (int i = 0; i < 4; i++) {

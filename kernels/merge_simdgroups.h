@@ -45,7 +45,7 @@ struct SimdgroupMerge {
     }
     for (int s = 0; s < num_simdgroups; s++) {
       const float most = states[2 * (s * ROWS + row)];
-      all.sum += states[2 * (s * ROWS + row) + 1] * fast::exp2(most - all.most);
+      all.sum += states[2 * (s * ROWS + row) + 1] * weight_at(most - all.most);
     }
     return all;
   }
@@ -65,7 +65,7 @@ struct SimdgroupMerge {
       const SoftmaxState all = total(row);
       float sums[4] = {0, 0, 0, 0};
       for (int s = 0; s < num_simdgroups; s++) {
-        const float weight = fast::exp2(states[2 * (s * ROWS + row)] - all.most);
+        const float weight = weight_at(states[2 * (s * ROWS + row)] - all.most);
 #pragma clang loop unroll(full)
         for (int k = 0; k < SUMS; k++) {
           const threadgroup float* from = value(s * SUMS + k, row, column);

@@ -1,4 +1,5 @@
-// Joins finished results over the same rows: weights exp(lse - max).
+// Joins finished results over the same rows: weights exp(lse - max). Only an lse of
+// minus infinity is a part that saw nothing; a NaN or an infinity makes its row NaN.
 //
 //   out<b>      [rows, dim]  T       parts 0.. from PAGED_MLX_BUFFER_PART_OUTS on
 //   lse<b>      [rows]       float   from PAGED_MLX_BUFFER_PART_LSES on
@@ -15,6 +16,10 @@ namespace paged_mlx {
 
 constant bool kHasCarried [[function_constant(PAGED_MLX_CONSTANT_HAS_CARRIED)]];
 constant bool kIsLast [[function_constant(PAGED_MLX_CONSTANT_IS_LAST)]];
+
+inline float part_weight(float lse, float most) {
+  return is_minus_infinity(lse) ? kNoWeight : fast::exp2((lse - most) * kLog2E);
+}
 
 } // namespace paged_mlx
 
@@ -50,29 +55,28 @@ using namespace paged_mlx;
   weights[i] = i < arguments.parts ? lse##i[row] : minus_infinity();
   PAGED_MLX_EACH_PART(PAGED_MLX_READ_LSE)
   float carried_weight = kHasCarried ? carry[dim] : minus_infinity();
-  float most = kHidden;
+  float most = kLowest;
   for (int i = 0; i < PAGED_MLX_MERGE_PARTS; i++) {
-    most = max(most, is_minus_infinity(weights[i]) ? kHidden : weights[i]);
+    most = max(most, weights[i]);
   }
-  most = max(most, is_minus_infinity(carried_weight) ? kHidden : carried_weight);
+  most = max(most, carried_weight);
 
   // A part that saw nothing has no weight, and its values are not read.
   float sum = 0;
   for (int i = 0; i < PAGED_MLX_MERGE_PARTS; i++) {
-    weights[i] = is_minus_infinity(weights[i]) ? 0 : fast::exp2((weights[i] - most) * kLog2E);
+    weights[i] = part_weight(weights[i], most);
     sum += weights[i];
   }
-  carried_weight =
-      is_minus_infinity(carried_weight) ? 0 : fast::exp2((carried_weight - most) * kLog2E);
+  carried_weight = part_weight(carried_weight, most);
   sum += carried_weight;
-  const float factor = sum > 0 ? 1 / sum : 0;
-  const float total = sum > 0 ? most + log2(sum) * kLn2 : minus_infinity();
+  const float factor = sum == 0 ? 0 : 1 / sum;
+  const float total = sum == 0 ? minus_infinity() : most + log2(sum) * kLn2;
 
   for (int column = lane; column < dim; column += 32) {
     const long at = row * dim + column;
-    float value = carried_weight > 0 ? carried_weight * carry[column] : 0;
+    float value = is_no_weight(carried_weight) ? 0 : carried_weight * carry[column];
 #define PAGED_MLX_ADD_PART(i, o, l)                      \
-  if (weights[i] > 0) {                                  \
+  if (!is_no_weight(weights[i])) {                       \
     value += weights[i] * static_cast<float>(out##i[at]); \
   }
     PAGED_MLX_EACH_PART(PAGED_MLX_ADD_PART)

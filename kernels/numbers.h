@@ -8,12 +8,16 @@ namespace paged_mlx {
 
 using namespace metal;
 
-// Stands for minus infinity in the online softmax, where the difference of two
-// infinities would be NaN. Scores that are visible are at least kLeastScore.
-constant constexpr float kHidden = -3.40282347e38f;
-constant constexpr float kLeastScore = -3.0e38f;
+// The score of a key that a row does not see.
+constant constexpr float kHidden = -INFINITY;
+// Where a maximum of scores starts. It is finite: no score minus a maximum is the
+// difference of two minus infinities, which would be NaN.
+constant constexpr float kLowest = -3.40282347e38f;
 constant constexpr float kLog2E = 1.44269504088896f;
 constant constexpr float kLn2 = 0.693147180559945f;
+// The weight of a key that a row does not see, a zero that can be told from a weight
+// so small that it is 0.
+constant constexpr float kNoWeight = -0.0f;
 
 inline float minus_infinity() {
   return as_type<float>(0xff800000u);
@@ -21,6 +25,15 @@ inline float minus_infinity() {
 
 inline bool is_minus_infinity(float x) {
   return as_type<uint>(x) == 0xff800000u;
+}
+
+inline bool is_no_weight(float x) {
+  return as_type<uint>(x) == 0x80000000u;
+}
+
+// An infinity or a NaN.
+inline bool is_not_finite(float x) {
+  return (as_type<uint>(x) & 0x7f800000u) == 0x7f800000u;
 }
 
 // W elements by one load of at most 16 bytes.

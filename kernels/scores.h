@@ -14,12 +14,27 @@ constant bool kHasSinks [[function_constant(PAGED_MLX_CONSTANT_SINKS)]];
 constant bool kHasMask [[function_constant(PAGED_MLX_CONSTANT_MASK)]];
 constant bool kMaskAdds [[function_constant(PAGED_MLX_CONSTANT_MASK_ADDS)]];
 
+// Scores are in base-2 units, exponents of 2. With an additive mask they are in natural
+// ones: its values may be as low as a float can be, and stay scores.
+inline float natural_to_score(float x) {
+  return kMaskAdds ? x : x * kLog2E;
+}
+
+inline float score_to_natural(float x) {
+  return kMaskAdds ? x : x * kLn2;
+}
+
+// The weight of a score whose distance from the maximum is `difference`.
+inline float weight_at(float difference) {
+  return fast::exp2(kMaskAdds ? difference * kLog2E : difference);
+}
+
 // One query head of one query token. Sees the keys [low, high).
 struct QueryRow {
   int token, head;
   int low, high;
   int position;
-  float slope; // ALiBi, in base-2 units
+  float slope; // ALiBi, in units of scores
   long mask;   // element of key position 0
 };
 
@@ -64,7 +79,7 @@ struct RowReader {
     r.position = plan[arguments.positions + r.token];
     r.low = kHasWindow ? max(key_begin, r.position - arguments.sliding_window + 1) : key_begin;
     r.high = min(key_end, plan[arguments.row_ends + r.token]);
-    r.slope = kHasAlibi ? alibi_slopes[r.head] * kLog2E : 0;
+    r.slope = kHasAlibi ? natural_to_score(alibi_slopes[r.head]) : 0;
     r.mask = r.head * arguments.mask_head_stride + r.token * arguments.mask_token_stride;
     return r;
   }
@@ -101,7 +116,7 @@ struct Scoring {
   Scoring(constant AttendArguments& arguments_, const device void* mask_)
       : arguments(arguments_), mask(mask_) {}
 
-  // The score of the key at `position`, in base-2 units. EDGE: the key may lie
+  // The score of the key at `position`. EDGE: the key may lie
   // outside what the row sees.
   template <bool EDGE>
   float of(float dot, thread const QueryRow& row, int position) const {
@@ -121,7 +136,7 @@ struct Scoring {
     }
     if (kHasMask && kMaskAdds) {
       const float bias = reinterpret_cast<const device float*>(mask)[row.mask + position];
-      return is_minus_infinity(bias) ? kHidden : max(score + bias * kLog2E, kLeastScore);
+      return is_minus_infinity(bias) ? kHidden : score + bias;
     }
     return score;
   }

@@ -1,5 +1,8 @@
 // The online softmax in base 2: a maximum, a sum of weights relative to it, and
 // a weighted sum of values that the kernel keeps. Finished once, at the end.
+//
+// A NaN never looks like "saw nothing": maxima pass it over, weights and sums keep
+// it, and only a sum of exactly 0 has seen nothing.
 #ifndef PAGED_MLX_SOFTMAX_H
 #define PAGED_MLX_SOFTMAX_H
 
@@ -9,22 +12,22 @@
 namespace paged_mlx {
 
 struct SoftmaxState {
-  float most = kHidden;
+  float most = kLowest;
   float sum = 0;
 
   // Moves to a larger maximum. Returns the factor for what was summed before.
   float raise(float to) {
-    const float factor = fast::exp2(most - to);
+    const float factor = weight_at(most - to);
     most = to;
     sum *= factor;
     return factor;
   }
 
-  // The weight of a score, 0 when it is kHidden. EDGE as in Scoring.
+  // The weight of a score, kNoWeight when it is kHidden. EDGE as in Scoring.
   template <bool EDGE>
   float weight(float score) const {
-    const float weight = fast::exp2(score - most);
-    return (EDGE || kHasMask) && score == kHidden ? 0.0f : weight;
+    const float weight = weight_at(score - most);
+    return (EDGE || kHasMask) && is_minus_infinity(score) ? kNoWeight : weight;
   }
 };
 
@@ -39,16 +42,16 @@ inline Finish finish(float most, float sum, float sink) {
   Finish f;
   f.factor = 0;
   f.lse = minus_infinity();
-  if (sum > 0) {
+  if (sum != 0) {
     float scale = 1;
     if (kHasSinks) {
-      const float sink2 = max(sink * kLog2E, kLeastScore), top = max(most, sink2);
-      scale = fast::exp2(most - top);
-      sum = sum * scale + fast::exp2(sink2 - top);
+      const float score = natural_to_score(sink), top = max(most, score);
+      scale = weight_at(most - top);
+      sum = sum * scale + weight_at(score - top);
       most = top;
     }
     f.factor = scale / sum;
-    f.lse = (most + log2(sum)) * kLn2;
+    f.lse = score_to_natural(most) + log2(sum) * kLn2;
   }
   return f;
 }

@@ -151,8 +151,9 @@ void attend_rows(
     if (block.low >= block.high) {
       continue;
     }
-    block.seen_by_all = block.high - block.low == kBlockKeys &&
-        range.all_begin <= block.position && range.all_end >= block.position + kBlockKeys;
+    block.seen_alike = range.all_begin <= block.position + block.low &&
+        range.all_end >= block.position + block.high;
+    block.seen_by_all = block.seen_alike && block.high - block.low == kBlockKeys;
     if (first) {
       attend_group<X, true>(pass, block, state, r, kv_head, head_row, ahead);
     } else {

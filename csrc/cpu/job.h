@@ -60,6 +60,7 @@ struct Job {
   int partial_stride;
 };
 
+constexpr int kMaxHeadDim = 512; // of K and of V
 constexpr int kNumDTypes = 3; // indexed by DType
 
 // What a translation unit for one instruction set exports. `scratch` belongs to

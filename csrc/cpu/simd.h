@@ -340,6 +340,17 @@ PAGED_MLX_INLINE void store2_part(typename X::T* p, int n, Pair v) {
   memcpy(p, whole, n * sizeof(whole[0]));
 }
 
+// No infinity and no NaN among n elements.
+template <typename X>
+PAGED_MLX_INLINE bool all_finite(const typename X::T* p, int n) {
+  Vec zero = {};
+  for (int d = 0; d < n; d += kPair) {
+    const Pair v = d + kPair <= n ? X::load2(p + d) : load2_part<X>(p + d, n - d);
+    zero += v.a * Vec{} + v.b * Vec{};
+  }
+  return sum(zero) == 0.0f;
+}
+
 // A row of n elements to float in lane order, padded with zeros.
 template <typename X>
 PAGED_MLX_INLINE void widen_row(const typename X::T* from, int n, float* to) {

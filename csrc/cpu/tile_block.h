@@ -90,6 +90,44 @@ PAGED_MLX_INLINE void soften(
   }
 }
 
+// Phase 3 where some row does not see some key: of its values nothing reaches the row,
+// were they NaN. `seen`: per row, a bit a key.
+template <typename X, int kRows>
+__attribute__((noinline)) void add_seen_values(
+    Values<typename X::T> values,
+    const Block& block,
+    int dim,
+    const uint32_t* seen,
+    const float* weights,
+    float* acc,
+    int acc_stride) {
+  using T = typename X::T;
+  alignas(64) static const T zeros[kMaxHeadDim] = {};
+  bool apart = false;
+  for (int j = block.low; j < block.high; j++) {
+    int rows = 0;
+    for (int r = 0; r < kRows; r++) {
+      rows += seen[r] >> j & 1;
+    }
+    if (rows == 0) {
+      values.keys[j] = zeros;
+    }
+    apart |= rows > 0 && rows < kRows && !all_finite<X>(values.keys[j], dim);
+  }
+  if (!apart) {
+    add_values<X, kRows, false>(values, block, dim, weights, acc, acc_stride);
+    return;
+  }
+  for (int r = 0; r < kRows; r++) {
+    Values<T> own = values;
+    for (int j = block.low; j < block.high; j++) {
+      own.keys[j] = seen[r] >> j & 1 ? own.keys[j] : zeros;
+    }
+    add_values<X, 1, false>(
+        own, block, dim, weights + r * kBlockKeys, acc + r * acc_stride, acc_stride);
+  }
+}
+
 // A block of keys against kRows rows of one KV head.
 template <typename X, int kRows, bool kAhead>
 __attribute__((noinline)) void attend_block(
@@ -124,6 +162,13 @@ __attribute__((noinline)) void attend_block(
       finish_scores(pass, block, row, scores + r * kBlockKeys);
     }
   }
+  const bool hides = job.mask || !block.seen_alike;
+  uint32_t seen[kRows] = {};
+  for (int r = 0; hides && r < kRows; r++) {
+    for (int j = block.low; j < block.high; j++) {
+      seen[r] |= uint32_t(scores[r * kBlockKeys + j] != kNegInf) << j;
+    }
+  }
   const Values<T> values = find_values<T>(job, block, head_row, ahead);
   soften<kRows>(
       exponent_unit(job),
@@ -138,8 +183,13 @@ __attribute__((noinline)) void attend_block(
           prefetch_range(values.lines[0], i * bytes, (i + 1) * bytes);
         }
       });
-  add_values<X, kRows, kAhead>(
-      values, block, job.v_head_dim, scores, acc, pass.acc_stride);
+  if (hides) {
+    add_seen_values<X, kRows>(
+        values, block, job.v_head_dim, seen, scores, acc, pass.acc_stride);
+  } else {
+    add_values<X, kRows, kAhead>(
+        values, block, job.v_head_dim, scores, acc, pass.acc_stride);
+  }
 }
 
 template <typename X, bool kAhead>

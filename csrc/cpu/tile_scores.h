@@ -125,7 +125,8 @@ void finish_scores(const TilePass& pass, const Block& block, const Row& row, flo
     if (!job.plain) {
       s = to_score(job, s, slope, distance) + load(bias + j);
     }
-    const VecI seen = (key >= begin) & (key < end);
+    const VecI shown = load(bias + j) != splat(kNegInf);
+    const VecI seen = (key >= begin) & (key < end) & shown;
     store(scores + j, select(seen, s, splat(kNegInf)));
   }
 }

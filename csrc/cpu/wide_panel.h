@@ -112,6 +112,7 @@ void finish_scores(const Pass& pass, int panel, int position, KeyRange keys) {
     for (int key = keys.begin; key < keys.end; key++) {
       float* const s = pass.scores + (key - position) * Pass::kPanel + x * kLanes;
       Vec score = load(s);
+      VecI shown = splat_int(-1);
       if (!job.plain) {
         Vec bias = {};
         for (int i = 0; job.mask && i < kLanes; i++) {
@@ -119,8 +120,9 @@ void finish_scores(const Pass& pass, int panel, int position, KeyRange keys) {
           bias[i] = seen ? mask_bias(job, mask_row(job, rows[i]), key) : 0.0f;
         }
         score = to_score(job, score, slope, splat(float(key)) - at) + bias;
+        shown = bias != splat(kNegInf);
       }
-      const VecI seen = (splat_int(key) >= begin) & (splat_int(key) < end);
+      const VecI seen = (splat_int(key) >= begin) & (splat_int(key) < end) & shown;
       store(s, select(seen, score, splat(kNegInf)));
     }
   }
@@ -203,6 +205,54 @@ __attribute__((noinline)) void add_values(
   }
 }
 
+// Lanes of a panel that see a key, for the keys of a tile.
+template <int kPanelVecs>
+struct SeenKeys {
+  VecI lanes[kTileKeys][kPanelVecs];
+
+  void find(const float* scores, int count) {
+    for (int j = 0; j < count; j++) {
+      for (int x = 0; x < kPanelVecs; x++) {
+        lanes[j][x] = load(scores + (j * kPanelVecs + x) * kLanes) != splat(kNegInf);
+      }
+    }
+  }
+};
+
+// Phase 3 where a row does not see a key whose values are not finite: 0 times them is NaN.
+template <int kPanelVecs>
+__attribute__((noinline)) void add_seen_values(
+    const float* weights,
+    const SeenKeys<kPanelVecs>& seen,
+    const float* values,
+    int count,
+    int v_dim,
+    const Vec (&shrink)[kPanelVecs],
+    float* acc) {
+  constexpr int kPanel = kPanelVecs * kLanes;
+  for (int d = 0; d < v_dim; d++) {
+    for (int x = 0; x < kPanelVecs; x++) {
+      Vec sum = {};
+      for (int j = 0; j < count; j++) {
+        const Vec value = select(seen.lanes[j][x], splat(values[j * tile_v_stride(v_dim) + d]), Vec{});
+        sum = fma(value, load(weights + j * kPanel + x * kLanes), sum);
+      }
+      float* const at = acc + d * kPanel + x * kLanes;
+      store(at, fma(load(at), shrink[x], sum));
+    }
+  }
+}
+
+PAGED_MLX_INLINE bool all_finite(const float* values, int count, int v_dim) {
+  Vec zero = {};
+  for (int j = 0; j < count; j++) {
+    for (int d = 0; d < v_dim; d += kLanes) {
+      zero += load(values + j * tile_v_stride(v_dim) + d) * Vec{};
+    }
+  }
+  return sum(zero) == 0.0f;
+}
+
 // A number of elements of V, known when this is compiled.
 template <int kCount>
 struct Dims {
@@ -232,12 +282,20 @@ void attend_panel(
         q, tile.k + j * pass.words, pass.words, pass.scores + j * Pass::kPanel);
     next.advance(++done, pass.num_panels * steps);
   }
-  bool whole = job.plain;
-  for (int r = panel * Pass::kPanel; whole && r < (panel + 1) * Pass::kPanel; r++) {
-    whole = pass.begins[r] <= keys.begin && pass.ends[r] >= keys.end;
+  bool seen_by_all = !job.mask;
+  for (int r = panel * Pass::kPanel; seen_by_all && r < (panel + 1) * Pass::kPanel; r++) {
+    seen_by_all = pass.begins[r] <= keys.begin && pass.ends[r] >= keys.end;
   }
-  if (!whole) {
+  if (!(job.plain && seen_by_all)) {
     finish_scores(pass, panel, position, keys);
+  }
+  const int v_stride = tile_v_stride(pass.v_dim);
+  const float* const values = tile.v + low * v_stride;
+  float* const weights = pass.scores + low * Pass::kPanel;
+  const bool apart = !seen_by_all && !all_finite(values, high - low, pass.v_dim);
+  SeenKeys<Pass::kPanelVecs> seen_keys;
+  if (apart) {
+    seen_keys.find(weights, high - low);
   }
   Vec shrink[Pass::kPanelVecs];
   soften<Pass::kPanelVecs>(
@@ -248,15 +306,19 @@ void attend_panel(
       pass.most + panel * Pass::kPanel,
       pass.sums + panel * Pass::kPanel,
       shrink);
-  const int v_stride = tile_v_stride(pass.v_dim);
-  const float* const weights = pass.scores + low * Pass::kPanel;
   float* const acc = pass.acc + size_t(panel) * pass.v_dim * Pass::kPanel;
   auto add_dims = [&](int d, auto dims) __attribute__((always_inline)) {
     add_values<Pass::kPanelVecs, decltype(dims)::count>(
-        weights, tile.v + low * v_stride + d, high - low, v_stride, shrink,
+        weights, values + d, high - low, v_stride, shrink,
         acc + size_t(d) * Pass::kPanel);
     next.advance(++done, pass.num_panels * steps);
   };
+  if (apart) {
+    add_seen_values<Pass::kPanelVecs>(
+        weights, seen_keys, values, high - low, pass.v_dim, shrink, acc);
+    next.advance(done + v_steps, pass.num_panels * steps);
+    return;
+  }
   int d = 0;
   for (; d + kMicroDims <= pass.v_dim; d += kMicroDims) {
     add_dims(d, Dims<kMicroDims>{});

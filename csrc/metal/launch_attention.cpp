@@ -45,8 +45,9 @@ AttendArguments arguments_of(const AttendCall& call) {
   a.num_kv_heads = plan.num_kv_heads;
   a.gqa_factor = gqa_factor(call);
   a.sliding_window = plan.sliding_window;
-  a.scale = call.softcap > 0 ? call.scale / call.softcap : float(call.scale * kLog2E);
-  a.softcap = float(call.softcap * kLog2E);
+  const double unit = call.mask_kind == MaskKind::additive ? 1.0 : kLog2E; // of scores
+  a.scale = call.softcap > 0 ? call.scale / call.softcap : float(call.scale * unit);
+  a.softcap = float(call.softcap * unit);
   return a;
 }
 

@@ -20,7 +20,8 @@ struct Part {
   const float* lse;
 };
 
-// One row: weights exp(lse - max), an empty part (lse -inf) has none.
+// One row: weights exp(lse - max), an empty part (lse -inf) has none. A part whose lse is
+// NaN or infinite makes the row NaN.
 template <typename T>
 void merge_row(const std::vector<Part>& parts, int64_t row, int64_t dim, T* out, float* lse) {
   constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -42,9 +43,9 @@ void merge_row(const std::vector<Part>& parts, int64_t row, int64_t dim, T* out,
     }
   }
   for (int64_t d = 0; d < dim; d++) {
-    out[row * dim + d] = static_cast<T>(total > 0 ? sum[d] / total : 0.0f);
+    out[row * dim + d] = static_cast<T>(total == 0 ? 0.0f : sum[d] / total);
   }
-  lse[row] = total > 0 ? most + std::log(total) : kNothing;
+  lse[row] = total == 0 ? kNothing : most + std::log(total);
 }
 
 void allocate(std::vector<mx::array>& outputs) {

@@ -143,7 +143,8 @@ def paged_attention(
     """Attention that reads K and V through a block table.
 
     Prefill and decode mix freely in one call. A score is ``scale * q.k``, then
-    softcap, then ALiBi, then the mask; what a token cannot see is never read.
+    softcap, then ALiBi, then the mask. What a token cannot see has no influence on a
+    bit of its result, were it NaN; a NaN that it sees is in its result.
 
     Args:
         q: ``[tokens, num_q_heads, head_dim]``, the query tokens of all sequences,

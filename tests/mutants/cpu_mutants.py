@@ -174,6 +174,12 @@ _FAULTS = {
     ],
     "attend_tile.h": [
         (
+            "rows of other tokens see alike",
+            "    block.seen_alike = range",
+            "    block.seen_alike = true || range",
+            "tile, not finite",
+        ),
+        (
             "a group of rows ends with its shortest",
             "min_int(a.begin, b.begin), max_int(a.end, b.end),",
             "min_int(a.begin, b.begin), min_int(a.end, b.end),",
@@ -206,6 +212,24 @@ _FAULTS = {
     ],
     "tile_block.h": [
         (
+            "a NaN in V reaches the rows that do not see it",
+            "const bool hides = job.mask || !block.seen_alike;",
+            "const bool hides = false;",
+            "tile, not finite",
+        ),
+        (
+            "a mask hides no NaN in V",
+            "const bool hides = job.mask || !block.seen_alike;",
+            "const bool hides = !block.seen_alike;",
+            "vector, not finite",
+        ),
+        (
+            "a NaN that some rows see reaches all",
+            "apart |= rows > 0 && rows < kRows",
+            "apart |= rows > kRows && rows < kRows",
+            "tile, not finite",
+        ),
+        (
             "sums are not rescaled",
             "store(sums + r * kLanes, load(sums + r * kLanes) * shrink);",
             "",
@@ -234,6 +258,7 @@ _FAULTS = {
         ),
     ],
     "tile_scores.h": [
+        ("a mask hides no NaN", "(key < end) & shown;", "(key < end);", "vector, not finite"),
         (
             "a row sees keys behind its end",
             "splat_int(min_int(row.end, block.position + block.high));",
@@ -276,6 +301,18 @@ _FAULTS = {
         ),
     ],
     "wide_panel.h": [
+        (
+            "a NaN in V reaches the rows that do not see it",
+            "const bool apart = !seen_by_all &&",
+            "const bool apart = false &&",
+            "wide, not finite",
+        ),
+        (
+            "rows that see a NaN in V do not get it",
+            "select(seen.lanes[j][x], splat(",
+            "select(VecI{}, splat(",
+            "wide, not finite",
+        ),
         (
             "a tile that ends too late for a row counts as whole",
             "pass.begins[r] <= keys.begin && pass.ends[r] >= keys.end;",

@@ -47,5 +47,7 @@ def _check(wanted: Check) -> str | None:
 
 def cases(mutant: Mutant) -> dict[str, Callable[[], str | None]]:
     """The suite, by name."""
-    attention = {n: c for n, c in CHECKS.items() if c.ask in ("oracle", "poison", "neighbours")}
+    attention = {
+        n: c for n, c in CHECKS.items() if c.ask in ("oracle", "poison", "neighbours", "not finite")
+    }
     return {name: partial(_check, wanted) for name, wanted in {**MORE, **attention}.items()}

@@ -186,35 +186,53 @@ _FAULTS = {
         ),
         (
             "the additive mask in natural units",
-            "max(score + bias * kLog2E, kLeastScore);",
-            "max(score + bias, kLeastScore);",
+            "kHidden : score + bias;",
+            "kHidden : score + bias * kLn2;",
             "vector, options",
         ),
         (
             "an infinite bias hides nothing for good",
             "return is_minus_infinity(bias) ? kHidden :",
             "return",
+            "vector, not finite",
+        ),
+        (
+            "a mask of huge values in base-2 units",
+            "return kMaskAdds ? x : x * kLog2E;",
+            "return x * kLog2E;",
             "wide, options",
+        ),
+        (
+            "lse of a row with a mask in base-2 units",
+            "return kMaskAdds ? x : x * kLn2;",
+            "return x * kLn2;",
+            "vector, options",
         ),
     ],
     "softmax.h": [
         ("sums are not rescaled", "    sum *= factor;\n", "", "vector"),
         (
-            "a hidden key has the weight of the maximum",
-            "return (EDGE || kHasMask) && score == kHidden ? 0.0f : weight;",
+            "the weight of a hidden key is like that of a far one",
+            "return (EDGE || kHasMask) && is_minus_infinity(score) ? kNoWeight : weight;",
             "return weight;",
-            "wide, window",
+            "wide, not finite",
         ),
         (
             "a mask hides keys in edge steps only",
-            "return (EDGE || kHasMask) && score == kHidden ? 0.0f : weight;",
-            "return EDGE && score == kHidden ? 0.0f : weight;",
-            "tile, all masked",
+            "return (EDGE || kHasMask) && is_minus_infinity(score) ? kNoWeight : weight;",
+            "return EDGE && is_minus_infinity(score) ? kNoWeight : weight;",
+            "tile, not finite",
+        ),
+        (
+            "a row whose sum is NaN saw nothing",
+            "  if (sum != 0) {",
+            "  if (sum > 0) {",
+            "vector, not finite",
         ),
         (
             "a sink above the maximum does not rescale the sum",
-            "sum = sum * scale + fast::exp2(sink2 - top);",
-            "sum = sum + fast::exp2(sink2 - top);",
+            "sum = sum * scale + weight_at(score - top);",
+            "sum = sum + weight_at(score - top);",
             "tile, options",
         ),
         (
@@ -229,11 +247,11 @@ _FAULTS = {
             "partial_state[2 * at + 1] = sum + (kHasSinks ? fast::exp2(sink(head) * kLog2E - most) : 0);",
             "merge, sinks",
         ),
-        ("lse in base 2", "(most + log2(sum)) * kLn2;", "most + log2(sum);", "vector"),
+        ("lse in base 2", "+ log2(sum) * kLn2;", "+ log2(sum);", "vector"),
         (
             "a row that sees nothing divides by 0",
-            "  if (sum > 0) {",
-            "  if (sum >= 0) {",
+            "  if (sum != 0) {",
+            "  if (true) {",
             "vector, empty",
         ),
         (
@@ -258,13 +276,13 @@ _FAULTS = {
     "merge.metal": [
         (
             "the sum of parts forgets their maxima",
-            "* fast::exp2(partial_state[2 * at] - most);\n  }\n  sum",
+            "* weight_at(partial_state[2 * at] - most);\n  }\n  sum",
             ";\n  }\n  sum",
             "merge",
         ),
         (
             "values of parts forget their maxima",
-            "const float weight = fast::exp2(partial_state[2 * at] - most);",
+            "const float weight = weight_at(partial_state[2 * at] - most);",
             "const float weight = 1;",
             "merge",
         ),
@@ -291,13 +309,13 @@ _FAULTS = {
     "merge_simdgroups.h": [
         (
             "the sums of simdgroups forget their maxima",
-            "(s * ROWS + row) + 1] * fast::exp2(most - all.most);",
+            "(s * ROWS + row) + 1] * weight_at(most - all.most);",
             "(s * ROWS + row) + 1];",
             "vector",
         ),
         (
             "values of simdgroups forget their maxima",
-            "const float weight = fast::exp2(states[2 * (s * ROWS + row)] - all.most);",
+            "const float weight = weight_at(states[2 * (s * ROWS + row)] - all.most);",
             "const float weight = 1;",
             "tile",
         ),
@@ -344,6 +362,30 @@ _FAULTS = {
             "elements(keys) = vec<T, 2>(runs[g][0].v[i], runs[g][1].v[i]);",
             "elements(keys) = vec<T, 2>(runs[g][0].v[i / 2], runs[g][1].v[i / 2]);",
             "tile",
+        ),
+        (
+            "a NaN in V reaches the rows that do not see it",
+            "if (EDGE || kHasMask) {\n      split_off",
+            "if (false) {\n      split_off",
+            "wide, not finite",
+        ),
+        (
+            "a mask hides no NaN in V",
+            "if (EDGE || kHasMask) {\n      split_off",
+            "if (EDGE) {\n      split_off",
+            "tile, not finite",
+        ),
+        (
+            "infinities in V change places",
+            "const float minus = codes >= 64 ?",
+            "const float minus = codes < 64 ?",
+            "wide, not finite",
+        ),
+        (
+            "a NaN in V is lost",
+            "(fmod(codes, 64.0f) > 0 ?",
+            "(fmod(codes, 64.0f) > 1 ?",
+            "wide, not finite",
         ),
     ],
 }

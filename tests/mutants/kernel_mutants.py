@@ -7,6 +7,12 @@ _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 _FAULTS = {
     "attend_vector.metal": [
         (
+            "a NaN in V reaches the row that does not see it",
+            "const bool hidden = (EDGE || kHasMask) && is_no_weight(weights[r]);",
+            "const bool hidden = false;",
+            "vector, not finite",
+        ),
+        (
             "no barrier before the merge of simdgroups",
             f"    {_BARRIER}\n    merge.write_window",
             "    merge.write_window",
@@ -195,8 +201,8 @@ _FAULTS = {
     "merge_states.metal": [
         (
             "what is carried has no weight",
-            "float value = carried_weight > 0 ? carried_weight * carry[column] : 0;",
-            "float value = carried_weight > 0 ? carry[column] : 0;",
+            "? 0 : carried_weight * carry[column];",
+            "? 0 : carry[column];",
             "30 states",
         ),
         (
@@ -217,7 +223,25 @@ _FAULTS = {
             "",
             "30 states",
         ),
-        ("lse in base 2", "most + log2(sum) * kLn2 :", "most + log2(sum) :", "states"),
+        ("lse in base 2", "most + log2(sum) * kLn2;", "most + log2(sum);", "states"),
+        (
+            "a part whose lse is NaN saw nothing",
+            "return is_minus_infinity(lse) ? kNoWeight",
+            "return !(lse > kLowest) ? kNoWeight",
+            "states, not finite",
+        ),
+        (
+            "values of an empty part are read",
+            "if (!is_no_weight(weights[i])) {",
+            "if (true) {",
+            "states, not finite",
+        ),
+        (
+            "a join that is NaN saw nothing",
+            "const float total = sum == 0 ?",
+            "const float total = !(sum > 0) ?",
+            "states, not finite",
+        ),
     ],
 }
 

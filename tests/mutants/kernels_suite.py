@@ -55,6 +55,15 @@ CHECKS = {
     "wide, options": Check("", Case(**_WIDE, sequences=_PROMPTS, mask="additive_per_head", **_OPTIONS)),
     "wide, not causal": Check("", Case(**_WIDE, sequences=_PROMPTS, causal=False, dtype="float16")),
     "wide, partitions": Check("", Case(**_WIDE, sequences=((19, 150), (1, 20))), "neighbours"),
+    "vector, not finite": Check(
+        "", Case(num_q_heads=2, sequences=((1, 90), (1, 40)), mask="additive", seed=2), "not finite"
+    ),
+    "tile, not finite": Check(
+        "", Case(**_TILE, sequences=((3, 70), (3, 40)), mask="boolean_per_head"), "not finite"
+    ),
+    "wide, not finite": Check(
+        "", Case(**_WIDE, sequences=((30, 70), (20, 40)), sliding_window=9), "not finite"
+    ),
     "merge": Check("", Case(**_TILE, sequences=((2, 200), (1, 20), (1, 130))), "neighbours"),
     "merge, sinks": Check("", Case(num_q_heads=3, sequences=((1, 200), (1, 150)), sinks=2.0), "neighbours"),
     "states": Check("", Case(num_q_heads=3, sequences=((1, 130), (1, 9), (1, 0))), "merge"),
@@ -106,6 +115,20 @@ def _forty_parts(change: Change | None) -> str | None:
         [list(range(40))], [320], num_q_heads=2, num_kv_heads=1, page_size=8, fixed_partition=8
     )
     return compare(lambda: [fast.paged_attention(q, pages, pages, plan=plan)], change, 1e-5)
+
+
+def _states_not_finite(change: Change | None) -> str | None:
+    """Of two parts of six rows: lse NaN, infinite, of a part far below, and empty with NaN values."""
+    nan, inf = np.nan, np.inf
+    lses = np.array([[nan, 0], [inf, 0], [0, nan], [-1e30, 0], [-inf, 2], [-inf, -inf]], np.float32)
+    outs = np.arange(12, dtype=np.float32).reshape(2, 6, 1, 1)
+    outs[0, 4:], outs[1, 5] = nan, nan
+    with metal_on_host(change=change):
+        parts = [mx.array(o) for o in outs], [mx.array(x[:, None]) for x in lses.T.copy()]
+        out, lse = (np.array(x).ravel().tolist() for x in fast.merge_states(*parts))
+    right = [nan, nan, nan, 9, 10, 0], [nan, nan, nan, 0, 2, -inf]
+    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip((out, lse), right))
+    return None if same else f"{out} and {lse}"
 
 
 def _many_tiles(change: Change | None) -> str | None:
@@ -233,6 +256,7 @@ CASES: dict[str, Callable[[Change | None], str | None]] = {
     "wide, many tiles": _many_tiles,
     "merge, 40 parts": _forty_parts,
     "30 states": _thirty_states,
+    "states, not finite": _states_not_finite,
     "pool": _pool,
     "kept pages": _kept_pages,
     "vector, far pages": partial(_far_attention, q_heads=1),

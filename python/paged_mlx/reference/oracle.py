@@ -14,7 +14,8 @@ For a query token at position ``i`` and a key at position ``j`` of the same sequ
     denominator = sum over visible exp(score) + exp(sink)
     out = sum over visible exp(score) * v / denominator,  lse = log(denominator)
 
-A row that sees no key has out 0 and lse -inf, sinks or not.
+A row that sees no key has out 0 and lse -inf, sinks or not. What it does not see has no
+influence on a row, were it NaN; a NaN that it sees is in its result.
 """
 
 from __future__ import annotations
@@ -67,13 +68,14 @@ def attention(
         end = min(begin + step, query_len)
         positions = np.arange(context_len - query_len + begin, context_len - query_len + end)
         rows = np.asarray(q[begin:end], precision)
-        score = _scores(rows, keys, precision(scale))
-        score = _modify(score, positions, softcap, alibi_slopes)
-        visible = _visible(positions, context_len, causal, sliding_window)[None]
-        if mask is not None:
-            score, visible = _apply_mask(score, visible, mask, begin, end)
-        score = np.where(visible, score, precision(-np.inf))
-        out[begin:end], lse[begin:end] = _softmax(score, values, sinks)
+        with np.errstate(invalid="ignore"):  # a NaN in, a NaN out
+            score = _scores(rows, keys, precision(scale))
+            score = _modify(score, positions, softcap, alibi_slopes)
+            visible = _visible(positions, context_len, causal, sliding_window)[None]
+            if mask is not None:
+                score, visible = _apply_mask(score, visible, mask, begin, end)
+            score = np.where(visible, score, precision(-np.inf))
+            out[begin:end], lse[begin:end] = _softmax(score, values, sinks)
     return out, lse
 
 
@@ -109,7 +111,7 @@ def _apply_mask(score, visible, mask, begin, end):
     part = mask[:, begin:end, : score.shape[2]]
     if part.dtype == bool:
         return score, visible & part
-    return score + part.astype(score.dtype), visible
+    return score + part.astype(score.dtype), visible & (part != -np.inf)
 
 
 def _softmax(score, values, sinks):
@@ -117,7 +119,7 @@ def _softmax(score, values, sinks):
     num_q_heads, rows, context_len = score.shape
     num_kv_heads = values.shape[0]
     largest = score.max(axis=2, keepdims=True)
-    sees = largest > -np.inf
+    sees = ~(largest == -np.inf)
     if sinks is not None:
         sink = np.asarray(sinks, score.dtype)[:, None, None]
         largest = np.where(sees, np.maximum(largest, sink), 0)
@@ -127,11 +129,23 @@ def _softmax(score, values, sinks):
     if sinks is not None:
         with np.errstate(over="ignore"):
             total = total + np.where(sees, np.exp(sink - largest), 0)
-    mixed = weights.reshape(num_kv_heads, -1, context_len) @ values
+    mixed = _mix(weights.reshape(num_kv_heads, -1, context_len), score, values)
     mixed = mixed.reshape(num_q_heads, rows, -1) / np.where(sees, total, 1)
     with np.errstate(divide="ignore"):
         lse = np.where(sees, largest + np.log(total), -np.inf)[..., 0]
     return np.moveaxis(mixed, 0, 1), lse.T
+
+
+def _mix(weights, score, values):
+    """Sums of values by weight. One that a row does not see is 0 for it, were it NaN."""
+    finite = np.isfinite(values)
+    mixed = weights @ np.where(finite, values, 0)
+    hidden = (score == -np.inf).reshape(weights.shape)
+    for head, key in zip(*np.nonzero(~finite.all(axis=2))):
+        seen = ~hidden[head, :, key]
+        more = weights[head, seen, key][:, None] * values[head, key]
+        mixed[head, seen] += np.where(finite[head, key], 0, more)
+    return mixed
 
 
 def paged_attention(

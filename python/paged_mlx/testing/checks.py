@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged_mlx.reference import dtypes, needle, yardstick
-from paged_mlx.reference.case import Case
+from paged_mlx.reference.case import Case, assemble, draw_contexts, draw_queries, share_prefixes
 from paged_mlx.reference.problem import Problem
 
 from . import large
@@ -85,6 +85,51 @@ def _poison(case: Case, backend: Backend) -> Outcome:
     one, clean = (backend.attend(c.build()) for c in (case, case.replace(poison="zero")))
     outcome = _same_bits(one, clean, f"slots outside the contexts ({case.poison})")
     return outcome if not outcome.right else _judged(case.build(), backend)
+
+
+def _not_finite(case: Case, backend: Backend) -> Outcome:
+    """NaN and infinities in q, K and V reach what sees them, and no other bit."""
+    clean, spoilt = case.build(), _spoilt(case)
+    before, found = backend.attend(clean), backend.attend(spoilt)
+    for name, was, got, old, exact in zip(("out", "lse"), before, found, clean.exact, spoilt.exact):
+        if got is None:
+            continue
+        got = np.asarray(got, np.float64)
+        if not np.array_equal(_kinds(got), _kinds(exact)):
+            at = tuple(int(i) for i in np.argwhere(_kinds(got) != _kinds(exact))[0])
+            reason = f"{name}: {got[at]} at {at} where {exact[at]:.6g} is right"
+            return Outcome(False, np.inf, reason)
+        same = (old == exact) & np.isfinite(exact)
+        if (got[same] != np.asarray(was, np.float64)[same]).any():
+            return Outcome(False, np.inf, f"{name} depends on numbers that it does not see")
+    return Outcome(True)
+
+
+def _kinds(x: np.ndarray) -> np.ndarray:
+    """0 for what is finite; infinities and NaN apart."""
+    return np.where(np.isnan(x), 2, np.where(np.isinf(x), np.sign(x), 0))
+
+
+def _spoilt(case: Case) -> Problem:
+    """The case's arrays with NaN and infinities in q and at some positions of K and V."""
+    rng, dice = np.random.default_rng([case.seed, 1]), np.random.default_rng([case.seed, 8])
+    keys, values = draw_contexts(case, rng)
+    q = draw_queries(case, rng)
+    if len(q) > 2:
+        q[dice.integers(len(q)), dice.integers(case.num_q_heads), 0] = np.nan
+    for s, (query_len, context_len) in enumerate(case.sequences):
+        late = range(max(0, context_len - query_len), context_len)  # seen by some of the rows
+        for array, numbers in ((keys[s], [np.nan, np.inf]), (values[s], [np.nan, np.inf, -np.inf])):
+            for number in numbers:
+                if late and dice.random() < 0.5:
+                    at = int(dice.choice(late)), dice.integers(case.num_kv_heads), dice.integers(8)
+                    array[at] = number
+        if context_len > 8 and dice.random() < 0.5:
+            values[s][dice.integers(context_len), 0, -1] = np.nan
+    for s in range(len(case.sequences)):
+        share_prefixes(case, s, keys)
+        share_prefixes(case, s, values)
+    return assemble(case, q, keys, values)
 
 
 def _layout(case: Case, backend: Backend) -> Outcome:
@@ -260,6 +305,7 @@ def _large(case: Case, backend: Backend) -> Outcome:
 ASKS: dict[str, Callable[[Case, Backend], Outcome]] = {
     "oracle": _oracle,
     "poison": _poison,
+    "not finite": _not_finite,
     "layout": _layout,
     "again": _again,
     "exact": _exact,

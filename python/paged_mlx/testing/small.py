@@ -89,6 +89,18 @@ def _numbers() -> Iterator[Check]:
         yield Check("numbers", case.replace(sequences=((1, 130), (1, 1), (1, 0))), "merge")
         yield Check("numbers", case.replace(sequences=((1, 200), (2, 90)), sinks=0.0))
 
+    axes = {
+        "dtype": dtypes.NAMES,
+        "heads": ((1, 1), (4, 2), (6, 2)),
+        "page_size": (1, 8, 16, 24),
+        "ragged": (False, True),
+        "sliding_window": (None, 3),
+        "mask": MASKS,
+        "sequences": (((2, 37), (3, 20), (1, 9)), ((40, 90), (7, 30))),
+    }
+    for case in _cases(axes):
+        yield Check("numbers", case, "not finite")
+
 
 def _invariance() -> Iterator[Check]:
     for dtype, ask in itertools.product(dtypes.NAMES, ("layout", "again", "neighbours")):
