@@ -70,12 +70,12 @@ void bind_operations(nb::module_& m) {
       "k_pages"_a,
       "v_pages"_a,
       "plan"_a,
-      nb::kw_only(),
       "scale"_a = nb::none(),
       "softcap"_a = nb::none(),
       "alibi_slopes"_a = nb::none(),
       "sinks"_a = nb::none(),
       "mask"_a = nb::none(),
+      nb::kw_only(),
       "stream"_a = nb::none(),
       "(out, lse, k_pages', v_pages') of one step.");
   m.def(

@@ -1,15 +1,23 @@
 """A step's work items, and what the planner decided about them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx.host_ints import host_ints, optional_ints
+from paged_mlx._native import _ext
+from paged_mlx.errors import fail, kind_of, whole_number
+from paged_mlx.host_arrays import Ints, host_ints, optional_ints
+from paged_mlx.options import Geometry
+from paged_mlx.pages.block_table import PackedTables
 
 KINDS = ("vector", "tile", "wide")
 _ITEM_FIELDS = 8
+_HAS_GPU = mx.metal.is_available()
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,42 @@ class SharingDecision:
         )
 
 
+class PlanOptions(NamedTuple):
+    """What a plan is made for, beside the geometry and the step's tables.
+
+    Attributes:
+        num_pages: Pages of the pool; -1: not known.
+        causal: A token sees no key behind its own position.
+        sliding_window: Keys a token may see, its own included; None: all.
+        share_prefixes: Sequences that begin with the same pages may read them once.
+        fixed_partition: Cut at multiples of this many tokens, and share nothing.
+        workers: Items that can run at once; None: what the device has.
+        kernels: Metal kernels run it, on the GPU or on the host.
+    """
+
+    num_pages: int = -1
+    causal: bool = True
+    sliding_window: int | None = None
+    share_prefixes: bool = True
+    fixed_partition: int | None = None
+    workers: int | None = None
+    kernels: bool = False
+
+    def check(self, op: str) -> None:
+        """Refuse options that mean nothing.
+
+        Raises:
+            ValueError: A count is no whole number in its range, or a switch no bool.
+        """
+        whole_number(op, "num_pages", self.num_pages, -1)
+        for name in ("sliding_window", "fixed_partition", "workers"):
+            if getattr(self, name) is not None:
+                whole_number(op, name, getattr(self, name), 1)
+        for name in ("causal", "share_prefixes"):
+            if not isinstance(getattr(self, name), bool):
+                fail(op, f"{name} must be True or False", repr(getattr(self, name)))
+
+
 class AttentionPlan:
     """One step of attention, cut into work items on the host.
 
@@ -46,11 +90,12 @@ class AttentionPlan:
             (``kernels/plan_format.h``). Pass it as an input of a compiled
             function and on to ``fast.paged_attention(..., plan=array)``.
         decisions: Why each run of common pages is shared or not.
-        options: What it was made with, but for the step's tables and lengths.
+        geometry, options: What it was made for, but for the step's tables and lengths.
     """
 
-    def __init__(self, native, options: dict):
+    def __init__(self, native: _ext.NativePlan, geometry: Geometry, options: PlanOptions):
         self._native = native
+        self.geometry = geometry
         self.options = options
         self.array = native.array()
 
@@ -124,8 +169,8 @@ class AttentionPlan:
     @property
     def key_nbytes(self) -> int:
         """Bytes of K and V of one key, all KV heads, of the dtype and dims it was planned for."""
-        o = self.options
-        return self.num_kv_heads * (o["head_dim"] + o["v_head_dim"]) * o["dtype"].size
+        g = self.geometry
+        return g.num_kv_heads * (g.head_dim + g.v_head_dim) * g.dtype.size
 
     def _repeated_keys(self) -> int:
         seen, repeated = {}, 0
@@ -157,7 +202,9 @@ class AttentionPlan:
                 at += 1
                 yield page, max(begin, start), min(end, start + length)
 
-    def advance(self, block_tables, context_lens, cu_seqlens_q=None) -> "AttentionPlan | None":
+    def advance(
+        self, block_tables: Ints, context_lens: Ints, cu_seqlens_q: Ints | None = None
+    ) -> AttentionPlan | None:
         """The plan of the next step, if only lengths inside the same pages changed, else None."""
         native = self._native.advance(
             op="plan",
@@ -165,9 +212,19 @@ class AttentionPlan:
             context_lens=host_ints("plan", "context_lens", context_lens),
             cu_seqlens_q=optional_ints("plan", "cu_seqlens_q", cu_seqlens_q),
         )
-        if native is None:
-            return None
-        return AttentionPlan(native, self.options)
+        return None if native is None else AttentionPlan(native, self.geometry, self.options)
+
+    def check_agrees(self, op: str, causal: bool, sliding_window: int | None) -> None:
+        """A plan has its own causality and window; what is asked for is left out or agrees.
+
+        Raises:
+            ValueError: It does not agree.
+        """
+        if not causal and self.causal:
+            fail(op, "causal must be what the plan was made for (True)", causal)
+        if sliding_window is not None and sliding_window != self.sliding_window:
+            must = f"sliding_window must be what the plan was made for ({self.sliding_window})"
+            fail(op, must, sliding_window)
 
     def __repr__(self):
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.num_items.items() if n) or "no items"
@@ -197,6 +254,63 @@ class AttentionPlan:
         return "\n".join(lines + [str(decision) for decision in self.decisions])
 
 
-def plan_array(plan: "AttentionPlan | mx.array") -> mx.array:
-    """The words of ``plan``, which may be the words already."""
-    return plan.array if isinstance(plan, AttentionPlan) else plan
+def make_plan(
+    op: str,
+    tables: PackedTables,
+    geometry: Geometry,
+    options: PlanOptions,
+    previous: AttentionPlan | None = None,
+) -> AttentionPlan:
+    """Cut a step into work items, or move ``previous`` on if only lengths have changed.
+
+    Geometry and options have been checked.
+
+    Raises:
+        ValueError: A table, length or id is not what it must be.
+    """
+    if previous is not None:
+        if not isinstance(previous, AttentionPlan):
+            fail(op, "previous must be an AttentionPlan", kind_of(previous))
+        ragged = tables.page_starts is not None or tables.page_lens is not None
+        if not ragged and previous.geometry == geometry and previous.options == options:
+            following = previous.advance(
+                tables.block_tables, tables.context_lens, tables.cu_seqlens_q
+            )
+            if following is not None:
+                return following
+    native = _ext.NativePlan(
+        op=op,
+        block_tables=tables.block_tables,
+        context_lens=tables.context_lens,
+        cu_seqlens_q=tables.cu_seqlens_q,
+        page_starts=tables.page_starts,
+        page_lens=tables.page_lens,
+        num_pages=options.num_pages,
+        num_q_heads=geometry.num_q_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        page_size=geometry.page_size,
+        causal=options.causal,
+        sliding_window=options.sliding_window or 0,
+        dtype=geometry.dtype,
+        head_dim=geometry.head_dim,
+        v_head_dim=geometry.v_head_dim,
+        share_prefixes=options.share_prefixes,
+        fixed_partition=options.fixed_partition or 0,
+        workers=options.workers or 0,
+        kernels=options.kernels,
+    )
+    return AttentionPlan(native, geometry, options)
+
+
+def runs_kernels(stream: mx.Stream | mx.Device | None) -> bool:
+    """Whether operations on a stream run Metal kernels: on the GPU, or on the host in tests.
+
+    Args:
+        stream: Stream or device; None: the default device.
+    """
+    if _HAS_GPU:
+        target = mx.default_device() if stream is None else stream
+        device = target.device if isinstance(target, mx.Stream) else target
+        if device == mx.gpu:
+            return True
+    return _ext.has_host_launch()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import operator
 from typing import NoReturn
 
+MAX_INT32 = 2**31 - 1
+
 
 class PageError(ValueError):
     """A page id was used in a way its state does not allow."""
@@ -36,16 +38,28 @@ def fail(function: str, must: str, got: object, error: type[Exception] = ValueEr
     raise error(f"[{function}] {must}; got {got}.")
 
 
-def whole_number(function: str, name: str, value: object, minimum: int = 0) -> int:
-    """Return ``value`` as an int, which must be at least ``minimum``.
+def kind_of(value: object) -> str:
+    """What a value of the wrong type is, in few words."""
+    if isinstance(value, (str, int, float, type(None))):
+        return repr(value)
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def whole_number(
+    function: str, name: str, value: object, minimum: int = 0, maximum: int = MAX_INT32
+) -> int:
+    """Return ``value`` as an int in ``[minimum, maximum]``.
 
     Raises:
-        ValueError: ``value`` is no whole number, or too small.
+        ValueError: ``value`` is no whole number, or is outside; a bool is none.
     """
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = minimum - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = minimum - 1
     if number < minimum:
         fail(function, f"{name} must be a whole number of at least {minimum}", repr(value))
+    if number > maximum:
+        fail(function, f"{name} must be at most {maximum}", number)
     return number

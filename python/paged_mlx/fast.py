@@ -5,32 +5,55 @@ Tables and lengths are host data: lists, numpy arrays, or mx.arrays; a lazy
 mx.array is evaluated.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
 import mlx.core as mx
-import numpy as np
 
 from paged_mlx import operations
-from paged_mlx._native import _ext
-from paged_mlx.attention_plan import AttentionPlan
-from paged_mlx.device import runs_kernels
-from paged_mlx.errors import fail, whole_number
-from paged_mlx.host_ints import host_ints, optional_ints
+from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
+from paged_mlx.errors import fail
+from paged_mlx.host_arrays import (
+    Ints,
+    gather_inputs,
+    host_ints,
+    optional_ints,
+    pair_array,
+    slot_array,
+)
+from paged_mlx.options import AttentionOptions, Geometry, check_array
+from paged_mlx.pages.block_table import PackedTables
+from paged_mlx.pages.page_map import NO_PAGE
 
-NO_PAGE = -1
-MAX_INT32 = 2**31 - 1
+__all__ = [
+    "NO_PAGE",
+    "copy_pages",
+    "gather_pages",
+    "merge_states",
+    "paged_attention",
+    "plan",
+    "write_pages",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def plan(
-    block_tables,
-    context_lens,
+    block_tables: Ints,
+    context_lens: Ints,
     *,
     num_q_heads: int,
     num_kv_heads: int,
     page_size: int,
-    cu_seqlens_q=None,
+    cu_seqlens_q: Ints | None = None,
     causal: bool = True,
     sliding_window: int | None = None,
-    page_starts=None,
-    page_lens=None,
+    page_starts: Ints | None = None,
+    page_lens: Ints | None = None,
     num_pages: int | None = None,
     dtype: mx.Dtype = mx.float16,
     head_dim: int = 128,
@@ -68,74 +91,84 @@ def plan(
     Raises:
         ValueError: A table, length or id is not what it must be.
     """
-    tables = host_ints("plan", "block_tables", block_tables)
-    lens = host_ints("plan", "context_lens", context_lens)
-    cu = optional_ints("plan", "cu_seqlens_q", cu_seqlens_q)
-    options = {
-        "num_pages": -1 if num_pages is None else num_pages,
-        "num_q_heads": num_q_heads,
-        "num_kv_heads": num_kv_heads,
-        "page_size": page_size,
-        "causal": causal,
-        "sliding_window": sliding_window,
-        "dtype": dtype,
-        "head_dim": head_dim,
-        "v_head_dim": v_head_dim or head_dim,
-        "kernels": runs_kernels(stream),
-        "share_prefixes": share_prefixes,
-        "fixed_partition": fixed_partition,
-        "workers": workers,
-    }
-    ragged = page_starts is not None or page_lens is not None
-    if isinstance(previous, AttentionPlan) and not ragged and previous.options == options:
-        following = previous.advance(tables, lens, cu)
-        if following is not None:
-            return following
-    _check_plan_options(options, previous)
-    native = _native_plan("plan", tables, lens, cu, page_starts, page_lens, **options)
-    return AttentionPlan(native, options)
+    tables = _packed("plan", block_tables, context_lens, cu_seqlens_q, page_starts, page_lens)
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    geometry = Geometry(num_q_heads, num_kv_heads, page_size, head_dim, v_head_dim, dtype)
+    pages = -1 if num_pages is None else num_pages
+    kernels = runs_kernels(stream)
+    options = PlanOptions(
+        pages, causal, sliding_window, share_prefixes, fixed_partition, workers, kernels
+    )
+    geometry.check("plan")
+    options.check("plan")
+    return make_plan("plan", tables, geometry, options, previous)
 
 
-def _check_plan_options(options: dict, previous) -> None:
-    for name in ("num_q_heads", "num_kv_heads", "page_size", "head_dim", "v_head_dim"):
-        _check_int32(name, options[name])
-    for name in ("sliding_window", "fixed_partition", "workers"):
-        if options[name] is not None:
-            _check_int32(name, options[name])
-    _check_int32("num_pages", options["num_pages"], minimum=-1)
-    for name in ("causal", "share_prefixes"):
-        if not isinstance(options[name], bool):
-            fail("plan", f"{name} must be True or False", repr(options[name]))
-    if options["dtype"] not in (mx.float32, mx.float16, mx.bfloat16):
-        fail("plan", "dtype must be float32, float16 or bfloat16", options["dtype"])
-    if previous is not None and not isinstance(previous, AttentionPlan):
-        fail("plan", "previous must be an AttentionPlan", type(previous).__name__)
+@overload
+def paged_attention(
+    q: mx.array,
+    k_pages: mx.array,
+    v_pages: mx.array,
+    block_tables: Ints | None = ...,
+    context_lens: Ints | None = ...,
+    *,
+    scale: float | None = ...,
+    cu_seqlens_q: Ints | None = ...,
+    causal: bool = ...,
+    sliding_window: int | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: mx.array | None = ...,
+    sinks: mx.array | None = ...,
+    mask: mx.array | None = ...,
+    page_starts: Ints | None = ...,
+    page_lens: Ints | None = ...,
+    return_lse: Literal[False] = ...,
+    plan: AttentionPlan | mx.array | None = ...,
+    stream: mx.Stream | mx.Device | None = ...,
+) -> mx.array: ...
 
 
-def _check_int32(name: str, value, minimum: int = 1) -> None:
-    if type(value) is int and minimum <= value <= MAX_INT32:
-        return
-    if whole_number("plan", name, value, minimum) > MAX_INT32:
-        fail("plan", f"{name} must be less than 2**31", value)
+@overload
+def paged_attention(
+    q: mx.array,
+    k_pages: mx.array,
+    v_pages: mx.array,
+    block_tables: Ints | None = ...,
+    context_lens: Ints | None = ...,
+    *,
+    scale: float | None = ...,
+    cu_seqlens_q: Ints | None = ...,
+    causal: bool = ...,
+    sliding_window: int | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: mx.array | None = ...,
+    sinks: mx.array | None = ...,
+    mask: mx.array | None = ...,
+    page_starts: Ints | None = ...,
+    page_lens: Ints | None = ...,
+    return_lse: Literal[True],
+    plan: AttentionPlan | mx.array | None = ...,
+    stream: mx.Stream | mx.Device | None = ...,
+) -> tuple[mx.array, mx.array]: ...
 
 
 def paged_attention(
     q: mx.array,
     k_pages: mx.array,
     v_pages: mx.array,
-    block_tables=None,
-    context_lens=None,
+    block_tables: Ints | None = None,
+    context_lens: Ints | None = None,
     *,
     scale: float | None = None,
-    cu_seqlens_q=None,
+    cu_seqlens_q: Ints | None = None,
     causal: bool = True,
     sliding_window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: mx.array | None = None,
     sinks: mx.array | None = None,
     mask: mx.array | None = None,
-    page_starts=None,
-    page_lens=None,
+    page_starts: Ints | None = None,
+    page_lens: Ints | None = None,
     return_lse: bool = False,
     plan: AttentionPlan | mx.array | None = None,
     stream: mx.Stream | mx.Device | None = None,
@@ -180,26 +213,18 @@ def paged_attention(
         ValueError: A shape, dtype, id or length is not what it must be.
     """
     op = "paged_attention"
+    options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
     if plan is None:
-        plan = _own_plan(
-            q, k_pages, v_pages, block_tables, context_lens, cu_seqlens_q,
-            page_starts, page_lens, causal, sliding_window, stream,
-        )  # fmt: skip
-    else:
-        check_plan_options(op, plan, causal, sliding_window)
-    if isinstance(plan, AttentionPlan):
-        _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
+        if block_tables is None or context_lens is None:
+            fail(op, "block_tables and context_lens must be given, or a plan", "neither")
+        tables = _packed(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens)
+        plan = _own_plan(q, k_pages, v_pages, tables, causal, sliding_window, stream)
+    elif isinstance(plan, AttentionPlan):
+        plan.check_agrees(op, causal, sliding_window)
+    made = plan if isinstance(plan, AttentionPlan) else None
+    words = plan if made is None else made.array
     out, lse, _, _ = operations.paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        plan,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        mask=mask,
-        stream=stream,
+        q, k_pages, v_pages, words, *options, stream=stream, plan=made
     )
     return (out, lse) if return_lse else out
 
@@ -209,7 +234,7 @@ def write_pages(
     v: mx.array,
     k_pages: mx.array,
     v_pages: mx.array,
-    slot_mapping,
+    slot_mapping: Ints,
     *,
     stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[mx.array, mx.array]:
@@ -232,12 +257,13 @@ def write_pages(
     Raises:
         ValueError: A shape, dtype or slot is not what it must be.
     """
+    check_array("write_pages", "k_pages", k_pages)
     slots = slot_array("write_pages", slot_mapping, k_pages)
     return tuple(operations.write_pages(k, v, k_pages, v_pages, slots, stream=stream))
 
 
 def copy_pages(
-    pools: list[mx.array], pairs, *, stream: mx.Stream | mx.Device | None = None
+    pools: Sequence[mx.array], pairs: Ints, *, stream: mx.Stream | mx.Device | None = None
 ) -> list[mx.array]:
     """Copy whole pages, in every array of ``pools`` in one operation.
 
@@ -252,20 +278,19 @@ def copy_pages(
     Raises:
         ValueError: A shape or page id is not what it must be.
     """
+    pools = _arrays("copy_pages", "pools", pools)
     num_pages = pools[0].shape[0] if pools and pools[0].ndim else 0
-    return operations.copy_pages(
-        list(pools), pair_array("copy_pages", pairs, num_pages), stream=stream
-    )
+    return operations.copy_pages(pools, pair_array("copy_pages", pairs, num_pages), stream=stream)
 
 
 def gather_pages(
     k_pages: mx.array,
     v_pages: mx.array,
-    block_tables,
-    context_lens,
+    block_tables: Ints,
+    context_lens: Ints,
     *,
-    page_starts=None,
-    page_lens=None,
+    page_starts: Ints | None = None,
+    page_lens: Ints | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[mx.array, mx.array]:
     """K and V of each sequence, contiguous: what paged attention makes unnecessary.
@@ -284,12 +309,15 @@ def gather_pages(
     arrays = gather_inputs(
         "gather_pages", k_pages, block_tables, context_lens, page_starts, page_lens
     )
-    k, v, _, _ = operations.gather_pages(k_pages, v_pages, **arrays, stream=stream)
+    k, v, _, _ = operations.gather_pages(k_pages, v_pages, *arrays[:3], **arrays[3], stream=stream)
     return k, v
 
 
 def merge_states(
-    outs: list[mx.array], lses: list[mx.array], *, stream: mx.Stream | mx.Device | None = None
+    outs: Sequence[mx.array],
+    lses: Sequence[mx.array],
+    *,
+    stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Join attention over disjoint parts of a context by log-sum-exp.
 
@@ -303,137 +331,55 @@ def merge_states(
     Raises:
         ValueError: The parts do not agree in number, shape or dtype.
     """
-    return tuple(operations.merge_states(list(outs), list(lses), stream=stream))
+    parts = _arrays("merge_states", "outs", outs), _arrays("merge_states", "lses", lses)
+    return tuple(operations.merge_states(*parts, stream=stream))
 
 
-def slot_array(op: str, slot_mapping, k_pages: mx.array) -> mx.array:
-    """``slot_mapping`` as int32, checked where its values are known."""
-    if isinstance(slot_mapping, mx.array) and _ext.is_tracer(slot_mapping):
-        return slot_mapping
-    slots = host_ints(op, "slot_mapping", slot_mapping)
-    if slots.ndim != 1:
-        fail(op, "slot_mapping must have shape [tokens]", slots.shape)
-    if k_pages.ndim == 4 and slots.size:
-        num_slots = k_pages.shape[0] * k_pages.shape[2]
-        if slots.max() >= num_slots:
-            must = f"slot_mapping must be less than num_pages * page_size = {num_slots}"
-            fail(op, must, slots.max())
-        if slots.min() < -1:
-            fail(op, "slot_mapping must be a slot, or -1 to skip the token", slots.min())
-        used = np.sort(slots[slots >= 0])
-        repeated = used[1:][used[1:] == used[:-1]]
-        if repeated.size:
-            fail(op, "slot_mapping must name each slot at most once", f"{repeated[0]} twice")
-    return mx.array(slots)
+def _arrays(op: str, name: str, values: Sequence[mx.array]) -> list[mx.array]:
+    """``values`` as a list of arrays, which it must be."""
+    if not isinstance(values, (list, tuple)):
+        fail(op, f"{name} must be a list of arrays", type(values).__name__)
+    for i, value in enumerate(values):
+        check_array(op, f"{name}[{i}]", value)
+    return list(values)
 
 
-def pair_array(op: str, pairs, num_pages: int) -> mx.array:
-    """Page pairs as int32 ``[n, 2]``, checked: no chain, no target twice."""
-    pairs = host_ints(op, "pairs", pairs)
-    if pairs.size == 0:
-        return mx.zeros((0, 2), mx.int32)
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        fail(op, "pairs must have shape [n, 2]", pairs.shape)
-    if pairs.min() < 0 or pairs.max() >= num_pages:
-        worst = pairs.min() if pairs.min() < 0 else pairs.max()
-        fail(op, f"pairs must hold page ids in [0, {num_pages}), the pages of the pool", worst)
-    targets = set(pairs[:, 1].tolist())
-    if len(targets) < len(pairs):
-        fail(op, "pairs must name each target once", f"{len(pairs) - len(targets)} repeats")
-    chained = targets.intersection(pairs[:, 0].tolist())
-    if chained:
-        fail(op, "pairs must not use a page as source and as target", f"page {min(chained)}")
-    return mx.array(pairs)
-
-
-def gather_inputs(op, k_pages, block_tables, context_lens, page_starts, page_lens) -> dict:
-    """Checked arrays for the native gather."""
-    if k_pages.ndim != 4 or 0 in k_pages.shape:
-        must = (
-            "k_pages must have shape [num_pages, num_kv_heads, page_size, head_dim], none of them 0"
-        )
-        fail(op, must, k_pages.shape)
-    arrays = {
-        "block_tables": host_ints(op, "block_tables", block_tables),
-        "context_lens": host_ints(op, "context_lens", context_lens),
-        "page_starts": optional_ints(op, "page_starts", page_starts),
-        "page_lens": optional_ints(op, "page_lens", page_lens),
-    }
-    num_pages, _, page_size, _ = k_pages.shape
-    _ext.check_tables(op=op, **arrays, num_pages=num_pages, page_size=page_size)
-    length = int(arrays["context_lens"].max())
-    return {name: mx.array(a) for name, a in arrays.items() if a is not None} | {"length": length}
-
-
-def check_plan_options(op: str, plan, causal: bool, sliding_window: int | None) -> None:
-    """A plan has its own causality and window; what is asked for must be left out or agree."""
-    if not isinstance(plan, AttentionPlan):
-        return
-    if not causal and plan.causal:
-        fail(op, "causal must be what the plan was made for (True)", causal)
-    if sliding_window is not None and sliding_window != plan.sliding_window:
-        must = f"sliding_window must be what the plan was made for ({plan.sliding_window})"
-        fail(op, must, sliding_window)
+def _packed(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens) -> PackedTables:
+    return PackedTables(
+        host_ints(op, "block_tables", block_tables),
+        host_ints(op, "context_lens", context_lens),
+        optional_ints(op, "cu_seqlens_q", cu_seqlens_q),
+        optional_ints(op, "page_starts", page_starts),
+        optional_ints(op, "page_lens", page_lens),
+    )
 
 
 def _own_plan(
-    q, k_pages, v_pages, block_tables, context_lens, cu_seqlens_q,
-    page_starts, page_lens, causal, sliding_window, stream,
-):  # fmt: skip
+    q: mx.array,
+    k_pages: mx.array,
+    v_pages: mx.array,
+    tables: PackedTables,
+    causal: bool,
+    sliding_window: int | None,
+    stream: mx.Stream | mx.Device | None,
+) -> AttentionPlan:
+    """The plan of one call, for the sizes of its arrays."""
     op = "paged_attention"
-    if block_tables is None or context_lens is None:
-        fail(op, "block_tables and context_lens must be given, or a plan", "neither")
-    geometry = _ext.attention_geometry(q, k_pages, v_pages)
-    tables = host_ints(op, "block_tables", block_tables)
-    cu = optional_ints(op, "cu_seqlens_q", cu_seqlens_q)
-    tokens = len(tables) if cu is None else cu[-1] if cu.ndim == 1 and cu.size else 0
-    if tables.ndim == 2 and tokens != geometry["tokens"]:
+    sizes = operations.check_attention(q, k_pages, v_pages)
+    cu = tables.cu_seqlens_q
+    tokens = len(tables.block_tables) if cu is None else cu[-1] if cu.ndim == 1 and cu.size else 0
+    if tables.block_tables.ndim == 2 and tokens != sizes["tokens"]:
         source = "one for each sequence" if cu is None else "as many as cu_seqlens_q ends with"
-        fail(op, f"q must have {tokens} tokens, {source}", geometry["tokens"])
-    options = {
-        "num_pages": geometry["num_pages"],
-        "num_q_heads": geometry["num_q_heads"],
-        "num_kv_heads": geometry["num_kv_heads"],
-        "page_size": geometry["page_size"],
-        "causal": causal,
-        "sliding_window": sliding_window,
-        "dtype": q.dtype,
-        "head_dim": q.shape[2],
-        "v_head_dim": v_pages.shape[3],
-        "kernels": runs_kernels(stream),
-    }
-    lens = host_ints(op, "context_lens", context_lens)
-    native = _native_plan(op, tables, lens, cu, page_starts, page_lens, **options)
-    return AttentionPlan(native, options)
-
-
-def _native_plan(
-    op,
-    tables,
-    lens,
-    cu,
-    page_starts,
-    page_lens,
-    *,
-    sliding_window,
-    share_prefixes=True,
-    fixed_partition=None,
-    workers=None,
-    **geometry,
-):
-    for name, value in (("sliding_window", sliding_window), ("fixed_partition", fixed_partition)):
-        if value is not None and value < 1:
-            fail(op, f"{name} must be at least 1, or None", value)
-    return _ext.NativePlan(
-        op=op,
-        block_tables=tables,
-        context_lens=lens,
-        cu_seqlens_q=cu,
-        page_starts=optional_ints(op, "page_starts", page_starts),
-        page_lens=optional_ints(op, "page_lens", page_lens),
-        sliding_window=sliding_window or 0,
-        share_prefixes=share_prefixes,
-        fixed_partition=fixed_partition or 0,
-        workers=workers or 0,
-        **geometry,
+        fail(op, f"q must have {tokens} tokens, {source}", sizes["tokens"])
+    geometry = Geometry(
+        sizes["num_q_heads"],
+        sizes["num_kv_heads"],
+        sizes["page_size"],
+        q.shape[2],
+        v_pages.shape[3],
+        q.dtype,
     )
+    kernels = runs_kernels(stream)
+    options = PlanOptions(sizes["num_pages"], causal, sliding_window, kernels=kernels)
+    options.check(op)
+    return make_plan(op, tables, geometry, options)

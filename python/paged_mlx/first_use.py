@@ -20,8 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from paged_mlx._native import _ext
+from paged_mlx.options import OptionKinds
+from paged_mlx.reference import moves
+from paged_mlx.reference.case import Case, with_options
+from paged_mlx.reference.dtypes import decode
+
+Known = dict[tuple, object]  # kinds of calls, and the guard that has proven them
 
 _log = logging.getLogger("paged_mlx")
 _thread = threading.local()
@@ -39,11 +46,8 @@ class Variant:
     rows: int = 1
     merged: bool = False
     window: bool = False
-    softcap: bool = False
-    alibi: bool = False
-    sinks: bool = False
-    mask: str | None = None
     ragged: bool = False
+    options: OptionKinds = OptionKinds()
 
 
 class Guard:
@@ -75,13 +79,23 @@ class Guard:
         spared = isinstance(self.fallback, mx.Stream) and stream == self.fallback
         return stream.device == self.device and not spared
 
-    def stream(self, key: tuple, variants: Callable[[], Iterable[Variant]], stream):
+    def stream(
+        self,
+        key: tuple,
+        variants: Callable[[], Iterable[Variant]],
+        stream,
+        known: Known | None = None,
+    ):
         """Where a call runs: ``stream`` if its kernels are right, else the fallback.
 
         Args:
-            key: Names the kind of call; looked up and nothing more once it is known.
+            key: Names the kind of call: the operation, the kind, the geometry.
             variants: The variants that such a call may launch.
+            stream: Where it is to run.
+            known: Is told of a kind whose kernels are right.
         """
+        if not self.applies(stream):
+            return stream
         right = self._calls.get(key)
         if right is None:
             with self._lock:
@@ -89,6 +103,8 @@ class Guard:
                 right = self._calls[key] = not wrong
             if wrong:
                 _tell(wrong[0], self.identity)
+        if right and known is not None:
+            known[key[:2]] = self
         return stream if right else self.fallback
 
     def _is_right(self, variant: Variant, stream) -> bool:
@@ -105,28 +121,15 @@ class Guard:
 
 def prove(variant: Variant, stream) -> tuple[bool, bool]:
     """Whether a variant is right on ``stream``, and whether that will still hold tomorrow."""
-    from paged_mlx.testing import backends, checks
-
-    backend = backends.on_stream("first use", stream)
-    case = proof_case(variant)
     try:
-        if variant.op == "paged_attention":
-            problem = case.build()
-            attend = backend.attend_fixed if variant.merged else backend.attend
-            verdict = problem.judge(*attend(problem))
-            return verdict.right, True
-        ask = {"write_pages": "write", "copy_pages": "copy", "gather_pages": "gather"}
-        outcome = checks.ASKS[ask.get(variant.op, "merge")](case, backend)
-        return outcome.right, True
+        return _PROOFS[variant.op](proof_case(variant), variant, stream), True
     except Exception as error:  # a kernel that does not compile; out of memory passes
         _log.error("[first_use] %s raised %s", variant, error)
         return False, False
 
 
-def proof_case(variant: Variant):
+def proof_case(variant: Variant) -> Case:
     """The problem that a variant is proven with: its rows are tokens times query heads."""
-    from paged_mlx.testing import Case
-
     gqa_factor = min(2, variant.rows)
     tokens = max(1, variant.rows // gqa_factor)
     page_size = variant.page_size
@@ -140,12 +143,95 @@ def proof_case(variant: Variant):
         page_size=page_size,
         sequences=((tokens, context_len + tokens), (tokens, page_size + tokens)),
         sliding_window=page_size + 3 if variant.window else None,
-        softcap=4.0 if variant.softcap else None,
-        alibi=1.0 if variant.alibi else 0.0,
-        sinks="random" if variant.sinks else None,
-        mask=variant.mask,
         ragged=variant.ragged,
+        **with_options(*variant.options),
     )
+
+
+def _prove_attention(case: Case, variant: Variant, stream) -> bool:
+    problem = case.build()
+    plan = _ext.NativePlan(
+        op="first_use",
+        block_tables=problem.block_tables,
+        context_lens=problem.context_lens,
+        cu_seqlens_q=problem.cu_seqlens_q,
+        page_starts=problem.page_starts,
+        page_lens=problem.page_lens,
+        num_pages=len(problem.k_pages),
+        num_q_heads=case.num_q_heads,
+        num_kv_heads=case.num_kv_heads,
+        page_size=case.page_size,
+        causal=problem.causal,
+        sliding_window=problem.sliding_window or 0,
+        dtype=_DTYPES[case.dtype],
+        head_dim=case.head_dim,
+        v_head_dim=case.value_dim,
+        share_prefixes=True,
+        fixed_partition=64 if variant.merged else 0,
+        workers=0,
+        kernels=True,
+    )
+    arrays = [_to_mlx(a, case.dtype) for a in (problem.q, problem.k_pages, problem.v_pages)]
+    options = {
+        n: mx.array(a) if isinstance(a, np.ndarray) else a for n, a in problem.scoring.items()
+    }
+    out, lse, *_ = _ext.paged_attention(*arrays, plan.array(), **options, stream=stream)
+    return problem.judge(decode(_from_mlx(out), case.dtype), np.array(lse)).right
+
+
+def _prove_write(case: Case, variant: Variant, stream) -> bool:
+    (k, v, k_pages, v_pages, slots), expected = moves.write(case)
+    arrays = (_to_mlx(a, case.dtype) for a in (k, v, k_pages, v_pages))
+    found = _ext.write_pages(*arrays, mx.array(slots), stream=stream)
+    return moves.difference([_from_mlx(a) for a in found], expected) is None
+
+
+def _prove_copy(case: Case, variant: Variant, stream) -> bool:
+    (pools, pairs), expected = moves.copy(case)
+    arrays = [_to_mlx(a, case.dtype) for a in pools]
+    found = _ext.copy_pages(arrays, mx.array(pairs), stream=stream)
+    return moves.difference([_from_mlx(a) for a in found], expected) is None
+
+
+def _prove_gather(case: Case, variant: Variant, stream) -> bool:
+    problem, expected = moves.gather(case)
+    k_pages, v_pages = (_to_mlx(a, case.dtype) for a in (problem.k_pages, problem.v_pages))
+    ragged = {
+        name: mx.array(getattr(problem, name))
+        for name in ("page_starts", "page_lens")
+        if getattr(problem, name) is not None
+    }
+    tables = mx.array(problem.block_tables), mx.array(problem.context_lens)
+    length = int(problem.context_lens.max())
+    found = _ext.gather_pages(k_pages, v_pages, *tables, length, **ragged, stream=stream)
+    return moves.difference([_from_mlx(a) for a in found[:2]], expected) is None
+
+
+def _prove_merge(case: Case, variant: Variant, stream) -> bool:
+    merge = moves.Merge(case)
+    outs = [_to_mlx(a, case.dtype) for a in merge.outs]
+    out, lse = _ext.merge_states(outs, [mx.array(a) for a in merge.lses], stream=stream)
+    return merge.judge(decode(_from_mlx(out), case.dtype), np.array(lse)).right
+
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_PROOFS = {
+    "paged_attention": _prove_attention,
+    "write_pages": _prove_write,
+    "copy_pages": _prove_copy,
+    "gather_pages": _prove_gather,
+    "merge_states": _prove_merge,
+}
+
+
+def _to_mlx(stored: np.ndarray, dtype: str) -> mx.array:
+    array = mx.array(stored)
+    return array.view(mx.bfloat16) if dtype == "bfloat16" else array
+
+
+def _from_mlx(array: mx.array) -> np.ndarray:
+    mx.eval(array)  # an error of the evaluation comes out here; numpy would try another way
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
 @contextmanager

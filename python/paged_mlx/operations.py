@@ -1,145 +1,169 @@
 """The native operations, each proven where it runs before a GPU is trusted with it.
 
-The arguments and results are those of the native module's functions; ``plan`` may be an
-AttentionPlan. On the CPU, and once a kind of call is known, a call costs a look-up more.
+Arguments and results are those of the native module's functions. On the CPU a call costs an
+attribute more; on a GPU, once a kind of call is known, a look-up in ``known``: a pool's kinds
+of calls, whose arrays have one geometry.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from itertools import product
 
 import mlx.core as mx
 
 from paged_mlx import first_use
 from paged_mlx._native import _ext
-from paged_mlx.attention_plan import AttentionPlan, plan_array
-from paged_mlx.first_use import Variant
+from paged_mlx.first_use import Known, Variant
+from paged_mlx.options import AttentionOptions, OptionKinds, check_array, check_stream
 
 _ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last
 
 
-def paged_attention(q, k_pages, v_pages, plan, *, stream=None, **options):
-    guard = first_use.guard_of_this_machine
-    if guard is not None and guard.applies(stream):
-        kind, attention = _attention(q, k_pages, v_pages, plan, **options)
+def proven(
+    name: str,
+    kind: Callable[..., tuple],
+    geometry: Callable[..., tuple],
+    variants: Callable[..., Iterable[Variant]],
+    check: Callable[..., None],
+) -> Callable[[Callable], Callable]:
+    """Let a native operation run on a guarded device only where its kernels are right.
 
-        def variants():
-            _ext.attention_geometry(q, k_pages, v_pages)
-            return attention()
-
-        stream = guard.stream(("paged_attention", *kind), variants, stream)
-    return _ext.paged_attention(q, k_pages, v_pages, plan_array(plan), stream=stream, **options)
-
-
-def write_attend(q, k_pages, v_pages, plan, k, v, slots, scale, sinks, stream):
-    guard = first_use.guard_of_this_machine
-    if guard is not None and guard.applies(stream):
-        kind, attention = _attention(q, k_pages, v_pages, plan, sinks=sinks)
-
-        def variants():
-            _ext.write_attend(q, k_pages, v_pages, plan.array, k, v, slots, scale, sinks)
-            return [_mover("write_pages", k_pages, v_pages), *attention()]
-
-        stream = guard.stream(("write_attend", *kind), variants, stream)
-    return _ext.write_attend(q, k_pages, v_pages, plan.array, k, v, slots, scale, sinks, stream)
-
-
-def fetch_pages(fetches, layer, source, tables, k_pages, v_pages, k, v, stream):
-    guard = first_use.guard_of_this_machine
-    if guard is not None and guard.applies(stream):
-
-        def variants():
-            _ext.Fetches().fetch(layer, source, tables, k_pages, v_pages, k, v)
-            return [
-                _mover(op, pages, pages, tables.ragged and op == "gather_pages")
-                for op in ("gather_pages", "write_pages")
-                for pages in (k_pages, v_pages)
-            ]
-
-        key = ("fetch_pages", k_pages.dtype, k_pages.shape[1:], v_pages.shape[1:], tables.ragged)
-        stream = guard.stream(key, variants, stream)
-    return fetches.fetch(layer, source, tables, k_pages, v_pages, k, v, stream)
-
-
-def _attention(q, k_pages, v_pages, plan, **options):
-    """What kind of call attends, and the function that tells what such calls may launch.
-
-    q: ``[tokens, num_q_heads, head_dim]`` or ``[batch, num_q_heads, tokens, head_dim]``.
+    Args:
+        name: The operation.
+        kind: Of a call's arguments: what decides, beside the arrays, which kernels it launches.
+        geometry: Of a call's arguments: what of the arrays decides it.
+        variants: Of a call's arguments: the kernel variants that it may launch.
+        check: Of a call's arguments: refuses values of wrong types, and says which.
     """
-    mask = options.get("mask")
-    flags = {
-        "softcap": options.get("softcap") is not None,
-        "alibi": options.get("alibi_slopes") is not None,
-        "sinks": options.get("sinks") is not None,
-        "mask": None if mask is None else "boolean" if mask.dtype == mx.bool_ else "additive",
-    }
-    work = plan.work if isinstance(plan, AttentionPlan) else None
-    shapes = (q.shape[1], q.shape[-1], k_pages.shape[1:], v_pages.shape[1:])
-    kind = (q.dtype, *shapes, *flags.values(), work)
-    return kind, lambda: attention_variants(q, k_pages, v_pages, work, flags)
+
+    def guarded(native: Callable) -> Callable:
+        def operation(*arguments, stream=None, known: Known | None = None, plan=None, **options):
+            guard = first_use.guard_of_this_machine
+            try:
+                if guard is not None:
+                    key = kind(*arguments, plan=plan, **options)
+                    if known is None or known.get((name, key)) is not guard:
+                        shapes = geometry(*arguments)
+                        stream = guard.stream(
+                            (name, key, shapes),
+                            lambda: variants(*arguments, plan=plan, **options),
+                            stream,
+                            known,
+                        )
+                return native(*arguments, stream=stream, **options)
+            except (AttributeError, TypeError):
+                check(*arguments)
+                check_stream(name, stream)
+                raise
+
+        return operation
+
+    return guarded
 
 
-def attention_variants(q, k_pages, v_pages, work, flags: dict) -> list[Variant]:
+def check_attention(q, k_pages, v_pages) -> dict[str, int]:
+    """The sizes of attention's arrays, after checking shapes and dtypes."""
+    for name, value in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
+        check_array("paged_attention", name, value)
+    return _ext.attention_geometry(q, k_pages, v_pages)
+
+
+def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Variant]:
     """What a plan's work may launch; a plan known only as an array may launch any body."""
     head_dim, v_head_dim = q.shape[-1], v_pages.shape[3]
     gqa_factor = q.shape[1] // k_pages.shape[1]
     if work is None:
-        tokens, kinds = _ANY_TOKENS, list(product((False, True), repeat=3))
+        tokens, flags = _ANY_TOKENS, list(product((False, True), repeat=3))
     else:
-        tokens, kinds = [n for n in work[0] if n], [work[1:]]
+        tokens, flags = [n for n in work[0] if n], [work[1:]]
     rows = {_ext.attention_body(n * gqa_factor, head_dim, v_head_dim, q.dtype)[1] for n in tokens}
     return [
         Variant(
             "paged_attention", _name(q.dtype), head_dim, v_head_dim, k_pages.shape[2],
-            rows=n, merged=merged, window=window, ragged=ragged, **flags,
+            rows=n, merged=merged, window=window, ragged=ragged, options=kinds,
         )
-        for n, (merged, window, ragged) in product(sorted(rows), kinds)
+        for n, (merged, window, ragged) in product(sorted(rows), flags)
     ]  # fmt: skip
 
 
-def write_pages(k, v, k_pages, v_pages, slots, *, stream=None, **options):
-    arguments = (k, v, k_pages, v_pages, slots)
-    stream = _proven("write_pages", arguments, k_pages, v_pages, stream)
-    return _ext.write_pages(*arguments, stream=stream, **options)
+def _attention_kind(q, k_pages, v_pages, words, *options, plan):
+    return q.shape[1], None if plan is None else plan.work, AttentionOptions(*options).kinds
 
 
-def copy_pages(pools, pairs, *, stream=None, **options):
-    for pool in pools[:2]:  # a pool's arrays repeat those of its first layer
-        stream = _proven("copy_pages", (pools, pairs), pool, pool, stream)
-    return _ext.copy_pages(pools, pairs, stream=stream, **options)
+def _attention_geometry(q, k_pages, v_pages, *_):
+    return q.dtype, q.shape[-1], k_pages.shape[1:], v_pages.shape[1:]
 
 
-def gather_pages(k_pages, v_pages, *arguments, stream=None, **options):
-    whole = (k_pages, v_pages, *arguments)
-    stream = _proven("gather_pages", whole, k_pages, v_pages, stream, **options)
-    return _ext.gather_pages(*whole, stream=stream, **options)
+def _attention_variants(q, k_pages, v_pages, words, *options, plan):
+    _ext.attention_geometry(q, k_pages, v_pages)  # checks them
+    work = None if plan is None else plan.work
+    return attention_variants(q, k_pages, v_pages, work, AttentionOptions(*options).kinds)
 
 
-def merge_states(outs, lses, *, stream=None):
-    guard = first_use.guard_of_this_machine
-    if outs and guard is not None and guard.applies(stream):
-        key = ("merge_states", outs[0].dtype, outs[0].shape[1:])
-
-        def variants():
-            _ext.merge_states(outs, lses)
-            dim = outs[0].shape[2]
-            return [Variant("merge_states", _name(outs[0].dtype), dim, dim)]
-
-        stream = guard.stream(key, variants, stream)
-    return _ext.merge_states(outs, lses, stream=stream)
+def _write_attend_kind(q, k_pages, v_pages, words, k, v, slots, scale, sinks, *, plan):
+    return q.shape[1], plan.work, k is not None, sinks is not None
 
 
-def _proven(op, arguments, k_pages, v_pages, stream, **options):
-    """Where an operation that moves pages runs. Building its node checks the arguments."""
-    guard = first_use.guard_of_this_machine
-    if guard is None or not guard.applies(stream):
-        return stream
+def _write_attend_variants(q, k_pages, v_pages, words, k, v, slots, scale, sinks, *, plan):
+    _ext.write_attend(q, k_pages, v_pages, words, k, v, slots, scale, sinks)
+    kinds = OptionKinds(sinks=sinks is not None)
+    found = attention_variants(q, k_pages, v_pages, plan.work, kinds)
+    return [_mover("write_pages", k_pages, v_pages), *found]
 
-    def variants():
-        getattr(_ext, op)(*arguments, **options)
-        return [_mover(op, k_pages, v_pages, ragged)]
 
-    ragged = options.get("page_starts") is not None
-    key = (op, k_pages.dtype, k_pages.shape[1:], v_pages.shape[1:], ragged)
-    return guard.stream(key, variants, stream)
+def _fetch_kind(fetches, layer, source, tables, *_, plan):
+    return (tables.ragged,)
+
+
+def _fetch_variants(fetches, layer, source, tables, k_pages, v_pages, k, v, *, plan):
+    _ext.Fetches().fetch(layer, source, tables, k_pages, v_pages, k, v)
+    return [
+        _mover(op, pages, pages, tables.ragged and op == "gather_pages")
+        for op in ("gather_pages", "write_pages")
+        for pages in (k_pages, v_pages)
+    ]
+
+
+def _no_kind(*_, plan, **options):
+    return ()
+
+
+def _write_variants(k, v, k_pages, v_pages, slots, *, plan, **options):
+    _ext.write_pages(k, v, k_pages, v_pages, slots, **options)
+    return [_mover("write_pages", k_pages, v_pages)]
+
+
+def _copy_geometry(pools, pairs):
+    return tuple((pool.dtype, pool.shape[1:]) for pool in _first_layer(pools))
+
+
+def _copy_variants(pools, pairs, *, plan, **options):
+    _ext.copy_pages(pools, pairs, **options)
+    return [_mover("copy_pages", pool, pool) for pool in _first_layer(pools)]
+
+
+def _first_layer(pools):
+    return pools[:2]  # a pool's arrays repeat those of its first layer
+
+
+def _gather_kind(*_, page_starts=None, plan, **options):
+    return (page_starts is not None,)
+
+
+def _gather_variants(k_pages, v_pages, *tables, plan, **options):
+    _ext.gather_pages(k_pages, v_pages, *tables, **options)
+    return [_mover("gather_pages", k_pages, v_pages, options.get("page_starts") is not None)]
+
+
+def _merge_geometry(outs, lses):
+    return (outs[0].dtype, outs[0].shape[1:]) if outs else ()
+
+
+def _merge_variants(outs, lses, *, plan):
+    _ext.merge_states(outs, lses)
+    dim = outs[0].shape[2]
+    return [Variant("merge_states", _name(outs[0].dtype), dim, dim)]
 
 
 def _mover(op, k_pages, v_pages, ragged=False) -> Variant:
@@ -148,5 +172,69 @@ def _mover(op, k_pages, v_pages, ragged=False) -> Variant:
     return Variant(op, _name(k_pages.dtype), *dims, ragged=ragged)
 
 
+def _pages_at(first: int) -> Callable[..., tuple]:
+    """The geometry of K's and V's pages, which are the arguments from ``first`` on."""
+
+    def geometry(*arguments):
+        k_pages, v_pages = arguments[first : first + 2]
+        return k_pages.dtype, k_pages.shape[1:], v_pages.shape[1:]
+
+    return geometry
+
+
+def _arrays(op: str, *names: str) -> Callable[..., None]:
+    """Refuses leading arguments that are no arrays."""
+
+    def check(*arguments):
+        for name, value in zip(names, arguments):
+            check_array(op, name, value)
+
+    return check
+
+
+def _check_attention(q, k_pages, v_pages, words, *options):
+    _arrays("paged_attention", "q", "k_pages", "v_pages", "plan")(q, k_pages, v_pages, words)
+    AttentionOptions(*options).check("paged_attention")
+
+
 def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
+
+
+paged_attention = proven(
+    "paged_attention",
+    _attention_kind,
+    _attention_geometry,
+    _attention_variants,
+    _check_attention,
+)(_ext.paged_attention)
+write_attend = proven(
+    "write_attend",
+    _write_attend_kind,
+    _attention_geometry,
+    _write_attend_variants,
+    _arrays("write_attend", "q"),
+)(_ext.write_attend)
+fetch_pages = proven(
+    "fetch_pages", _fetch_kind, _pages_at(4), _fetch_variants, _arrays("fetch_pages")
+)(_ext.Fetches.fetch)
+write_pages = proven(
+    "write_pages",
+    _no_kind,
+    _pages_at(2),
+    _write_variants,
+    _arrays("write_pages", "k", "v", "k_pages", "v_pages"),
+)(_ext.write_pages)
+copy_pages = proven("copy_pages", _no_kind, _copy_geometry, _copy_variants, _arrays("copy_pages"))(
+    _ext.copy_pages
+)
+gather_pages = proven(
+    "gather_pages",
+    _gather_kind,
+    _pages_at(0),
+    _gather_variants,
+    _arrays("gather_pages", "k_pages", "v_pages"),
+)(_ext.gather_pages)
+merge_states = proven(
+    "merge_states", _no_kind, _merge_geometry, _merge_variants, _arrays("merge_states")
+)(_ext.merge_states)

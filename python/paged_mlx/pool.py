@@ -9,22 +9,29 @@ nothing is ever copied (docs/design.md, "Linear versions").
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import mlx.core as mx
 import numpy as np
 
 from paged_mlx import operations
 from paged_mlx._native import _ext
-from paged_mlx.attention_plan import AttentionPlan, plan_array
+from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
 from paged_mlx.device_memory import memory_limit as default_memory_limit
 from paged_mlx.device_memory import pages_within
-from paged_mlx.errors import fail
-from paged_mlx.fast import gather_inputs, pair_array, slot_array
+from paged_mlx.errors import MAX_INT32, fail, kind_of, whole_number
+from paged_mlx.first_use import Known
+from paged_mlx.host_arrays import Ints, gather_inputs, host_ints, pair_array, slot_array
+from paged_mlx.options import AttentionOptions, Geometry, check_array, check_head_dim, check_number
+from paged_mlx.pages.block_table import BlockTable, PackedTables
 from paged_mlx.pages.canary import Canary
+from paged_mlx.pages.policies import PageAllocator
+from paged_mlx.pages.table import PageTable
 from paged_mlx.pool_storage import PoolStorage
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+MAX_BYTES = 2**63 - 1
+MOST_PLANS = 16  # that a pool remembers, one for each kind of layer
 
 
 class PagePool:
@@ -43,11 +50,12 @@ class PagePool:
         num_pages: Pages; one page id serves every layer.
         page_size: Tokens in a page.
         num_kv_heads: Heads of K and V.
-        head_dim: Of K, and of V unless ``v_head_dim`` says otherwise.
+        head_dim: head_dim of K, and of V unless ``v_head_dim`` says otherwise: a multiple of
+            8 up to 256, or 512.
         dtype: float32, float16 or bfloat16.
-        v_head_dim: Of V.
-        allocator: A PageAllocator to attach to: its copy-on-write then copies the
-            page in every layer.
+        v_head_dim: head_dim of V.
+        allocator: The PageAllocator to attach to: its copy-on-write copies the page in every
+            layer. None: the pool has one of its own, until it is attached to another.
         fill: Value of fresh pages; NaN shows reads of slots nobody wrote.
         wipe_freed: Value to write over pages when their last holder lets go; None leaves
             stale bytes, which nothing can read by right.
@@ -59,6 +67,17 @@ class PagePool:
     Raises:
         ValueError: A size or dtype is not what it must be.
         OutOfPages: The pages would pass the memory limit, or there is no memory for them.
+
+    >>> pool = PagePool(2, 8, 16, 2, 64)
+    >>> table = PageTable(16)
+    >>> slots = table.append_tokens(3, pool.allocator).slots
+    >>> k = v = mx.ones((3, 2, 64), mx.float16)
+    >>> plan = pool.plan([table], num_q_heads=4)
+    >>> for layer in range(2):
+    ...     pool[layer].write(k, v, slots)
+    ...     out = pool[layer].attend(mx.ones((1, 4, 64), mx.float16), plan)
+    >>> out.shape
+    (1, 4, 64)
     """
 
     def __init__(
@@ -71,48 +90,73 @@ class PagePool:
         dtype: mx.Dtype = mx.float16,
         v_head_dim: int | None = None,
         *,
-        allocator=None,
+        allocator: PageAllocator | None = None,
         fill: float = 0.0,
         wipe_freed: float | None = None,
         canary: bool = False,
         memory_limit: int | None = None,
         stream: mx.Stream | mx.Device | None = None,
     ):
-        v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        sizes = {
-            "num_layers": num_layers,
-            "num_pages": num_pages,
-            "page_size": page_size,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "v_head_dim": v_head_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                fail("PagePool", f"{name} must be at least 1", size)
-        if dtype not in FLOATS:
-            fail("PagePool", "dtype must be float32, float16 or bfloat16", dtype)
-        self.num_layers = num_layers
-        self.page_size = page_size
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.v_head_dim = v_head_dim
+        geometry = Geometry(
+            whole_number("PagePool", "num_kv_heads", num_kv_heads, 1),
+            num_kv_heads,
+            whole_number("PagePool", "page_size", page_size, 1),
+            check_head_dim("PagePool", "head_dim", head_dim),
+            check_head_dim(
+                "PagePool", "v_head_dim", head_dim if v_head_dim is None else v_head_dim
+            ),
+            dtype,
+        )
+        geometry.check("PagePool")
+        self.num_layers = whole_number("PagePool", "num_layers", num_layers, 1)
+        num_pages = whole_number("PagePool", "num_pages", num_pages, 1)
+        for name, value in (("fill", fill), ("wipe_freed", wipe_freed)):
+            if value is not None:
+                check_number("PagePool", name, value)
+        if allocator is not None and not isinstance(allocator, PageAllocator):
+            fail("PagePool", "allocator must be a PageAllocator", kind_of(allocator))
+        if memory_limit is None:
+            memory_limit = default_memory_limit()
+        self.page_size = geometry.page_size
+        self.num_kv_heads = geometry.num_kv_heads
+        self.head_dim = geometry.head_dim
+        self.v_head_dim = geometry.v_head_dim
         self.dtype = dtype
-        self.memory_limit = default_memory_limit() if memory_limit is None else memory_limit
+        self.memory_limit = whole_number("PagePool", "memory_limit", memory_limit, 0, MAX_BYTES)
         self.stream = stream
-        shapes = ((num_kv_heads, page_size, head_dim), (num_kv_heads, page_size, v_head_dim))
+        shapes = [
+            (num_kv_heads, page_size, dim) for dim in (geometry.head_dim, geometry.v_head_dim)
+        ]
         self._storage = PoolStorage(
-            num_layers, num_pages, shapes, dtype, fill, self.memory_limit, stream
+            self.num_layers, num_pages, shapes, dtype, fill, self.memory_limit, stream
         )
         self.state = [list(arrays) for arrays in self._storage.base]
-        self.allocator: Any = None
+        self.known: Known = {}  # calls whose kernels have been proven
         self.wipe_freed = wipe_freed
         self.canary: Canary | None = None
+        self._geometry = geometry
+        self._allocator: PageAllocator | None = None
+        self._owns_allocator = False
         self._wants_canary = canary
+        self._batch = BlockTable()
+        self._plans: dict[tuple, tuple[PackedTables, AttentionPlan]] = {}
         self._writes: list[np.ndarray] = []
         self._tokens_stored = np.zeros(num_pages, np.int32)
         if allocator is not None:
             allocator.attach(self)
+        elif canary:
+            self._own_allocator()
+
+    @property
+    def allocator(self) -> PageAllocator:
+        """Who counts the holders of the pages: the one attached to, or the pool's own."""
+        return self._own_allocator() if self._allocator is None else self._allocator
+
+    def _own_allocator(self) -> PageAllocator:
+        allocator = PageAllocator(self.num_pages, self.page_size)
+        allocator.attach(self)
+        self._owns_allocator = True
+        return allocator
 
     # Size
 
@@ -154,10 +198,10 @@ class PagePool:
                 as it was.
         """
         before = self.num_pages
-        if num_pages < before:
-            fail("PagePool.grow", f"num_pages must be at least {before}", num_pages)
+        num_pages = whole_number("PagePool.grow", "num_pages", num_pages, before)
         if num_pages > before:
             self._storage.lengthen(self.state, num_pages, self.memory_limit)
+            self._plans.clear()
             self._fold_writes()
             self._tokens_stored = np.pad(self._tokens_stored, (0, num_pages - before))
 
@@ -167,24 +211,107 @@ class PagePool:
         Raises:
             ValueError: ``num_pages`` is not in [1, the pages there are].
         """
+        num_pages = whole_number("PagePool.shrink", "num_pages", num_pages)
         if not 1 <= num_pages <= self.num_pages:
             fail("PagePool.shrink", f"num_pages must be in [1, {self.num_pages}]", num_pages)
+        if self._owns_allocator and not self.allocator.num_used:
+            self.allocator.detach(self)  # the next one has as many pages as there will be
         if num_pages < self.num_pages:
             self._storage.shorten(self.state, num_pages)
+            self._plans.clear()
             self._fold_writes()
             self._tokens_stored = self._tokens_stored[:num_pages].copy()
 
     # Access, each the next link of the chain
 
+    def plan(
+        self,
+        tables: Sequence[PageTable],
+        *,
+        num_q_heads: int,
+        query_lens: Ints | None = None,
+        sliding_window: int | None = None,
+        causal: bool = True,
+        previous: AttentionPlan | None = None,
+        share_prefixes: bool = True,
+        fixed_partition: int | None = None,
+        workers: int | None = None,
+    ) -> AttentionPlan:
+        """Cut one step of attention into work items, once for all layers of one kind.
+
+        The pool remembers its last plan of each kind of layer: asked again for the same tables
+        as they are, it gives that plan; after a step that only made contexts longer inside
+        their pages, it moves it on.
+
+        Args:
+            tables: One table for each sequence, on the pool's allocator; the tokens of this
+                step have been appended.
+            num_q_heads: Heads of q.
+            query_lens: ``int32 [batch]``, this step's tokens of each sequence; None: one each.
+            sliding_window: Keys a token may see, its own included. None: all.
+            causal: A token sees no key behind its own position.
+            previous: A plan to move on in place of the one remembered.
+            share_prefixes: Let sequences that begin with the same pages read them once.
+            fixed_partition: Cut at multiples of this many tokens and share nothing, so that a
+                sequence's result has the same bits whatever the batch holds.
+            workers: Items that can run at once. None: what the device has.
+
+        Raises:
+            ValueError: An argument is not what it must be, or a page that a token may see was
+                given back.
+        """
+        op = "plan"
+        if query_lens is not None:
+            query_lens = host_ints(op, "query_lens", query_lens).tolist()
+        packed = self._batch.update(tables, query_lens)
+        kernels = runs_kernels(self.stream)
+        kind, remembered = None, None
+        if (
+            type(num_q_heads) is int
+            and (sliding_window is None or type(sliding_window) is int)
+            and (causal is True or causal is False)
+            and (share_prefixes is True and fixed_partition is None and workers is None)
+        ):  # then equal kinds are equal plans
+            kind = num_q_heads, sliding_window, causal, kernels, _ext.num_threads()
+            remembered = self._plans.get(kind)
+            if remembered is not None and remembered[0] is packed and previous is None:
+                return remembered[1]
+        geometry = self._geometry._replace(num_q_heads=num_q_heads)
+        options = PlanOptions(
+            self._storage.num_pages,
+            causal,
+            sliding_window,
+            share_prefixes,
+            fixed_partition,
+            workers,
+            kernels,
+        )
+        if remembered is None and (
+            kind is None
+            or not 0 < num_q_heads <= MAX_INT32
+            or num_q_heads % self.num_kv_heads
+            or not (sliding_window is None or 0 < sliding_window <= MAX_INT32)
+        ):
+            geometry.check("plan")
+            options.check("plan")
+        if remembered is not None and previous is None:
+            previous = remembered[1]
+        made = self._plan(tables, packed, geometry, options, previous)
+        if kind is not None:
+            self._plans[kind] = packed, made
+        return made
+
     def __getitem__(self, layer: int) -> PoolLayer:
         """One layer: its arrays, and a mapping page_id -> PageBlock of its pages."""
-        return PoolLayer(self, self._check_layer("PagePool", layer))
+        if type(layer) is not int or not 0 <= layer < self.num_layers:
+            layer = self._layer_index(layer)
+        return PoolLayer(self, layer)
 
-    def write(self, layer: int, k: mx.array, v: mx.array, slot_mapping) -> None:
+    def write(self, layer: int, k: mx.array, v: mx.array, slot_mapping: Ints | SlotMapping) -> None:
         """``pool[layer].write(k, v, slot_mapping)``."""
         self[layer].write(k, v, slot_mapping)
 
-    def copy(self, pairs) -> None:
+    def copy(self, pairs: Ints) -> None:
         """Copy whole pages in all layers, in one operation, before any later write.
 
         Args:
@@ -198,14 +325,16 @@ class PagePool:
             return
         state = self.state
         flat = [pages for arrays in state for pages in arrays]
-        copied = iter(operations.copy_pages(flat, array, alias=True, stream=self.stream))
+        copied = iter(
+            operations.copy_pages(flat, array, alias=True, stream=self.stream, known=self.known)
+        )
         for arrays in state:
             arrays[:] = [next(copied) for _ in arrays]
         self._fold_writes()
         pairs = np.asarray(pairs)
         self._tokens_stored[pairs[:, 1]] = self._tokens_stored[pairs[:, 0]]
 
-    def slots(self, slot_mapping) -> SlotMapping:
+    def slots(self, slot_mapping: Ints | SlotMapping) -> SlotMapping:
         """``slot_mapping`` checked against this pool, for use with every layer."""
         num_slots = self.num_pages * self.page_size
         if isinstance(slot_mapping, SlotMapping):
@@ -230,21 +359,29 @@ class PagePool:
         """Belong to an allocator; it counts who holds the pages.
 
         Raises:
-            ValueError: The pool belongs to another.
+            ValueError: The pool belongs to another, or pages of its own are in use.
         """
-        if self.allocator is allocator:
+        own = self._allocator
+        if own is allocator:
             return
-        if self.allocator is not None:
-            fail("attach", "pool must belong to no other allocator", repr(self.allocator))
-        self.allocator = allocator
+        if own is not None:
+            if not self._owns_allocator:
+                fail("attach", "pool must belong to no other allocator", repr(own))
+            if own.num_used:
+                must = "pool must have no pages in use of its own allocator"
+                fail("attach", must, f"{own.num_used} pages")
+            own.detach(self)
+        self._allocator = allocator
+        self._plans.clear()
         if self._wants_canary:
             self.canary = Canary(allocator, self.num_layers)
 
     def detached(self) -> None:
-        """Belong to no allocator."""
-        if self.canary is not None:
-            self.allocator.detach(self.canary)
-        self.allocator = self.canary = None
+        """Belong to no allocator; the pool makes one of its own when it is asked for."""
+        if self.canary is not None and self._allocator is not None:
+            self._allocator.detach(self.canary)
+        self._allocator = self.canary = None
+        self._owns_allocator = False
 
     @property
     def wants_freed(self) -> bool:
@@ -264,7 +401,9 @@ class PagePool:
             for head_dim in (self.head_dim, self.v_head_dim)
         )
         for arrays in self.state:
-            arrays[:] = operations.write_pages(k, v, *arrays, slots, alias=True, stream=self.stream)
+            arrays[:] = operations.write_pages(
+                k, v, *arrays, slots, alias=True, stream=self.stream, known=self.known
+            )
         self._fold_writes()
         self._tokens_stored[list(page_ids)] = 0
 
@@ -302,20 +441,51 @@ class PagePool:
         """
         mx.eval(self.state)
         self._storage.check(self.state)
-        if self.allocator is not None:
-            pages = self.allocator.total_pages
+        if self._allocator is not None:
+            pages = self._allocator.total_pages
             assert pages <= self.num_pages, f"{pages} pages allocatable, {self.num_pages} in arrays"
             tables = None if tables is None else list(tables)
-            self.allocator.check(tables, caches)
+            self._allocator.check(tables, caches)
         if self.canary is not None:
             self.canary.check()
             for layer in range(self.num_layers):
                 self.canary.read(layer, tables or ())
 
-    def _check_layer(self, op: str, layer: int) -> int:
-        if not 0 <= layer < self.num_layers:
-            fail(op, f"layer must be in [0, {self.num_layers})", layer)
-        return layer
+    def _plan(
+        self,
+        tables: Sequence[PageTable],
+        packed: PackedTables,
+        geometry: Geometry,
+        options: PlanOptions,
+        previous: AttentionPlan | None,
+    ) -> AttentionPlan:
+        """Make a plan; say of pages that were given back that they were."""
+        if packed.page_size != self.page_size:
+            must = f"page_tables must have the page_size of the pages, {self.page_size}"
+            fail("paged_attention", must, packed.page_size)
+        if packed.allocator is not None and packed.allocator is not self._allocator:
+            must = "page_tables must hold pages of the allocator that the pool belongs to"
+            fail("paged_attention", must, f"a table of another, {packed.allocator!r}")
+        try:
+            made = make_plan("paged_attention", packed, geometry, options, previous)
+        except ValueError:
+            for row, table in enumerate(tables):
+                if table.num_freed:
+                    must = (
+                        "sliding_window must be given, and small enough to see none of the "
+                        f"{table.num_freed} pages that sequence {row} gave back"
+                    )
+                    fail("paged_attention", must, options.sliding_window)
+            raise
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        return made
+
+    def _layer_index(self, layer: object) -> int:
+        index = whole_number("PagePool", "layer", layer)
+        if index >= self.num_layers:
+            fail("PagePool", f"layer must be in [0, {self.num_layers})", layer)
+        return index
 
     def __repr__(self):
         return (
@@ -324,7 +494,8 @@ class PagePool:
         )
 
 
-class PoolLayer(Mapping):
+@dataclass(eq=False, repr=False, slots=True)
+class PoolLayer(Mapping[int, "PageBlock"]):
     """One layer of a pool: its arrays, and a mapping page_id -> PageBlock of its pages.
 
     :func:`paged_mlx.paged_attention` reads the arrays directly.
@@ -334,11 +505,8 @@ class PoolLayer(Mapping):
         index: The layer's number there.
     """
 
-    __slots__ = ("pool", "index")
-
-    def __init__(self, pool: PagePool, index: int):
-        self.pool = pool
-        self.index = index
+    pool: PagePool
+    index: int
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -362,9 +530,12 @@ class PoolLayer(Mapping):
         """
         pool = self.pool
         slots = pool.slots(slot_mapping)
-        arrays = self.arrays
+        arrays = pool.state[self.index]
+        check_array("PagePool.write", "k", k)
         _refuse_capture("PagePool.write", arrays[0], k)
-        written = operations.write_pages(k, v, *arrays, slots.array, alias=True, stream=pool.stream)
+        written = operations.write_pages(
+            k, v, *arrays, slots.array, alias=True, stream=pool.stream, known=pool.known
+        )
         if pool.canary is not None:
             if slots.values is None:
                 must = "the pool must have no canary to be written inside mx.compile"
@@ -373,6 +544,34 @@ class PoolLayer(Mapping):
         arrays[:] = written
         if self.index == 0 and slots.values is not None:
             pool.remember(slots.values)
+
+    @overload
+    def attend(
+        self,
+        q: mx.array,
+        plan: AttentionPlan | mx.array,
+        *,
+        scale: float | None = ...,
+        softcap: float | None = ...,
+        alibi_slopes: mx.array | None = ...,
+        sinks: mx.array | None = ...,
+        mask: mx.array | None = ...,
+        return_lse: Literal[False] = ...,
+    ) -> mx.array: ...
+
+    @overload
+    def attend(
+        self,
+        q: mx.array,
+        plan: AttentionPlan | mx.array,
+        *,
+        scale: float | None = ...,
+        softcap: float | None = ...,
+        alibi_slopes: mx.array | None = ...,
+        sinks: mx.array | None = ...,
+        mask: mx.array | None = ...,
+        return_lse: Literal[True],
+    ) -> tuple[mx.array, mx.array]: ...
 
     def attend(
         self,
@@ -386,31 +585,49 @@ class PoolLayer(Mapping):
         mask: mx.array | None = None,
         return_lse: bool = False,
     ) -> mx.array | tuple[mx.array, mx.array]:
-        """Attention over the layer's pages; arguments as in ``fast.paged_attention``."""
-        arrays = self.arrays
+        """Attention of a step's query tokens over the layer's pages.
+
+        Args:
+            q: ``[tokens, num_q_heads, head_dim]``, the query tokens of all sequences, one
+                after the other; the pool's dtype.
+            plan: From ``pool.plan(...)``, or its ``array`` inside ``mx.compile``.
+            scale, softcap, alibi_slopes, sinks, mask: As in ``fast.paged_attention``.
+            return_lse: Also return the log-sum-exp, float32 ``[tokens, num_q_heads]``.
+
+        Returns:
+            ``[tokens, num_q_heads, v_head_dim]``.
+
+        Raises:
+            ValueError: A shape or dtype does not fit the pool, or the plan another step.
+        """
+        pool = self.pool
+        arrays = pool.state[self.index]
         k_pages, v_pages = arrays
-        if isinstance(plan, AttentionPlan):
-            _ext.check_plan(plan._native, q, k_pages, v_pages, mask)
-        _refuse_capture("PagePool.attend", k_pages, q)
-        if _ext.is_tracer(q) and not _ext.is_tracer(plan_array(plan)):
-            must = "plan must be an input of the compiled function, passed as plan.array"
-            fail("PagePool.attend", must, "a plan captured from outside, good for one step only")
+        made = plan if isinstance(plan, AttentionPlan) else None
+        words = plan if made is None else made.array
+        options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
+        if not isinstance(q, mx.array) or not isinstance(words, mx.array):
+            check_array("PagePool.attend", "q", q)
+            must = "plan must be an AttentionPlan, from pool.plan(...), or its array"
+            fail("PagePool.attend", must, kind_of(words))
+        if _ext.is_tracer(q) or _ext.is_stale(k_pages):
+            _refuse_capture("PagePool.attend", k_pages, q)
+            if not _ext.is_tracer(words):
+                must = "plan must be an input of the compiled function, passed as plan.array"
+                found = "a plan captured from outside, good for one step only"
+                fail("PagePool.attend", must, found)
         out, lse, *arrays[:] = operations.paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            plan,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            mask=mask,
-            stream=self.pool.stream,
+            q, k_pages, v_pages, words, *options, stream=pool.stream, known=pool.known, plan=made
         )
         return (out, lse) if return_lse else out
 
     def gather(
-        self, block_tables, context_lens, *, page_starts=None, page_lens=None
+        self,
+        block_tables: Ints,
+        context_lens: Ints,
+        *,
+        page_starts: Ints | None = None,
+        page_lens: Ints | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Contiguous K and V of each sequence, ordered before later writes.
 
@@ -420,11 +637,13 @@ class PoolLayer(Mapping):
         inputs = gather_inputs(
             "PagePool.gather", arrays[0], block_tables, context_lens, page_starts, page_lens
         )
-        k, v, *arrays[:] = operations.gather_pages(*arrays, **inputs, stream=self.pool.stream)
+        k, v, *arrays[:] = operations.gather_pages(
+            *arrays, *inputs[:3], **inputs[3], stream=self.pool.stream, known=self.pool.known
+        )
         return k, v
 
     def __getitem__(self, page_id: int) -> PageBlock:
-        if not 0 <= page_id < self.pool.num_pages:
+        if page_id not in range(self.pool.num_pages):
             raise KeyError(page_id)
         return PoolPageBlock(self, int(page_id))
 
@@ -500,8 +719,7 @@ class PoolPageBlock(PageBlock):
 
     @property
     def ref_count(self) -> int:
-        allocator = self._layer.pool.allocator
-        return allocator.ref_count(self.page_id) if allocator is not None else 1
+        return self._layer.pool.allocator.ref_count(self.page_id)
 
     @property
     def _data(self):
@@ -512,8 +730,11 @@ class PoolPageBlock(PageBlock):
 class SlotMapping:
     """Slots of a step's new tokens, checked once, used by every layer."""
 
-    def __init__(self, slot_mapping, pages: mx.array):
+    def __init__(self, slot_mapping: Ints, pages: mx.array):
         self.num_slots = pages.shape[0] * pages.shape[2]
         self.array = slot_array("PagePool.write", slot_mapping, pages)
         traced = isinstance(slot_mapping, mx.array) and _ext.is_tracer(slot_mapping)
         self.values = None if traced else np.array(self.array)
+
+    def __repr__(self) -> str:
+        return f"SlotMapping({self.array.size} tokens, slots of {self.num_slots})"

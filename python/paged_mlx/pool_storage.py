@@ -25,6 +25,7 @@ class PoolStorage:
     Attributes:
         base: ``[[k0, v0], [k1, v1], ...]``, evaluated when the memory was taken; every version
             of an array shares its memory.
+        num_pages: Pages of each layer.
 
     Raises:
         OutOfPages: The pages would pass the memory limit, or there is no memory for them.
@@ -34,12 +35,13 @@ class PoolStorage:
         self,
         num_layers: int,
         num_pages: int,
-        page_shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
+        page_shapes: list[tuple[int, int, int]],
         dtype: mx.Dtype,
         fill: float,
         memory_limit: int,
         stream: mx.Stream | mx.Device | None,
     ):
+        self.num_pages = num_pages
         self._fill = fill
         self._page_shapes = page_shapes
         self._dtype = dtype
@@ -51,10 +53,6 @@ class PoolStorage:
             mx.eval(self.base)
         except (MemoryError, RuntimeError) as error:
             raise _no_memory("PagePool", num_pages) from error
-
-    @property
-    def num_pages(self) -> int:
-        return self.base[0][0].shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -71,12 +69,14 @@ class PoolStorage:
         except (MemoryError, RuntimeError) as error:
             self.shorten(versions, before)
             raise _no_memory("PagePool.grow", num_pages) from error
+        self.num_pages = num_pages
 
     def shorten(self, versions: Arrays, num_pages: int) -> None:
         """Make every layer ``num_pages`` long that is longer, one after the other."""
         for base, newest in zip(self.base, versions):
             if base[0].shape[0] > num_pages:
                 self._resize(base, newest, num_pages)
+        self.num_pages = num_pages
 
     def check(self, versions: Arrays) -> None:
         """Prove that the newest versions lie in this memory.

@@ -301,7 +301,10 @@ BAD_CALLS = {
         r"mask \(unless bool\) must be float32",
     ),
     "no tables": (dict(block_tables=None), "must be given, or a plan"),
-    "a window of 0": (dict(sliding_window=0), "sliding_window must be at least 1"),
+    "a window of 0": (
+        dict(sliding_window=0),
+        "sliding_window must be a whole number of at least 1",
+    ),
 }
 
 

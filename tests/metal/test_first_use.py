@@ -13,6 +13,7 @@ from first_use_gpu import gpu, wrong
 from paged_mlx import PagePool, fast, first_use, operations
 from paged_mlx._native import _ext
 from paged_mlx.first_use import Variant
+from paged_mlx.options import OptionKinds
 from paged_mlx.testing import Case, backends
 
 CASE = Case(
@@ -149,7 +150,7 @@ def test_a_proof_runs_the_body_that_the_call_runs(dtype, head_dim, rows):
 
 def test_a_plan_known_only_as_an_array_may_run_any_body_of_its_group_size():
     q, pages = mx.zeros((1, 4, 64), mx.float16), mx.zeros((4, 2, 8, 64), mx.float16)
-    found = operations.attention_variants(q, pages, pages, None, {})
+    found = operations.attention_variants(q, pages, pages, None, OptionKinds())
     assert {v.rows for v in found} == {
         _ext.attention_body(n, 64, 64, mx.float16)[1] for n in range(2, 400)
     }

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_mlx import fast
+from paged_mlx._native import _ext
 from plan_steps import BAD_STEPS, assert_exact, distinct_tables, make
 
 
@@ -203,7 +203,7 @@ def test_a_previous_plan_with_other_options_is_not_reused(change):
 def test_a_previous_plan_with_the_same_options_is_reused(monkeypatch):
     tables = distinct_tables([60], 16)
     plan = make(tables, [60], page_size=16)
-    monkeypatch.setattr(fast, "_native_plan", None)
+    monkeypatch.setattr(_ext, "NativePlan", None)  # none can be made
     assert make(tables, [61], page_size=16, previous=plan).max_context_len == 61
 
 

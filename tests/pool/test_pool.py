@@ -240,7 +240,7 @@ def test_a_page_block_is_a_view_of_one_page():
         1,
         3,
         PAGE,
-        1,
+        0,  # nobody has allocated it
     )
     assert block.key_data.shape == (HEADS, PAGE, DIM)
     assert mx.all(block.value_data[:, :3] == 7)
@@ -343,5 +343,7 @@ def test_a_bad_copy_changes_nothing(pairs, message):
 )
 def test_a_size_of_zero_is_refused(size):
     sizes = dict(num_layers=1, num_pages=2, page_size=4, num_kv_heads=1, head_dim=8)
-    with pytest.raises(ValueError, match=rf"\[PagePool\] {size} must be at least 1; got 0"):
+    with pytest.raises(
+        ValueError, match=rf"\[PagePool\] {size} must be a whole number of at least 1; got 0"
+    ):
         PagePool(**(sizes | {size: 0}))

@@ -72,8 +72,8 @@ class Step:
     def operation(self):
         """``write_attend`` through what proves kernels."""
         return operations.write_attend(
-            self.q, self.k_pages, self.v_pages, self.plan, self.k, self.v,
-            mx.array(self.slots), 0.3, None, None,
+            self.q, self.k_pages, self.v_pages, self.plan.array, self.k, self.v,
+            mx.array(self.slots), 0.3, None, plan=self.plan,
         )  # fmt: skip
 
     def one_by_one(self, **options):
@@ -359,7 +359,7 @@ def test_first_use_proves_what_the_nodes_launch(tmp_path):
             mx.eval(step.operation())
         assert launches.kernels["attend_tile"] == 3  # the proof, and the two calls
         tokens = step.k_pages, step.v_pages, step.k, step.v
-        mx.eval(operations.fetch_pages(_ext.Fetches(), 0, "me", step.tables(), *tokens, None))
+        mx.eval(operations.fetch_pages(_ext.Fetches(), 0, "me", step.tables(), *tokens))
     (path,) = tmp_path.glob("*.json")
     assert all(op in path.read_text() for op in ("write_pages", "paged_attention", "gather_pages"))
 

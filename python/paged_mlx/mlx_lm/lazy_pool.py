@@ -61,7 +61,7 @@ class LazyPool(PagePool):
             self._write(self._waiting[i])
         tables = step.tables_before if keys is not None else step.tables_after
         *handles, new_k, new_v = operations.fetch_pages(
-            self._fetches, i, source, tables, *self._state[i], keys, values, self.stream
+            self._fetches, i, source, tables, *self._state[i], keys, values, stream=self.stream
         )
         if keys is not None:
             source.keys, source.values = new_k, new_v
@@ -84,8 +84,9 @@ class LazyPool(PagePool):
         else:
             tokens = (source.keys, source.values, source.step.slot_array)
         out, *arrays[:] = operations.write_attend(
-            q, *arrays, plan, *tokens, scale, sinks, self.stream
-        )
+            q, *arrays, plan.array, *tokens, scale, sinks,
+            stream=self.stream, known=self.known, plan=plan,
+        )  # fmt: skip
         if source.keys is not None:
             source.keys = source.values = None
             del self._waiting[i]
@@ -102,6 +103,7 @@ class LazyPool(PagePool):
             source.step.slot_array,
             alias=True,
             stream=self.stream,
+            known=self.known,
         )
         source.keys = source.values = None
         del self._waiting[i]

@@ -7,7 +7,7 @@ import numpy as np
 
 from paged_mlx import fast
 from paged_mlx._native import _ext
-from paged_mlx.device import runs_kernels
+from paged_mlx.attention_plan import runs_kernels
 
 
 class Step:
@@ -108,10 +108,6 @@ class Step:
         if self.num_tokens > 1 or self.padded:
             counts = np.full(self.batch, self.num_tokens) if self._counts is None else self._counts
             first_tokens = np.append(0, np.cumsum(counts)).astype(np.int32)
-        if before is not None and packed.page_starts is None:
-            following = before.advance(packed.block_tables, self.ends, first_tokens)
-            if following is not None:
-                return following
         return fast.plan(
             packed.block_tables,
             self.ends,
@@ -126,6 +122,7 @@ class Step:
             dtype=pool.dtype,
             head_dim=pool.head_dim,
             v_head_dim=pool.v_head_dim,
+            previous=before,
             stream=pool.stream,
         )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged_mlx.errors import fail, whole_number
+from paged_mlx.pages.allocator import PageAllocator
 from paged_mlx.pages.page_map import NO_PAGE, PageMap
 from paged_mlx.pages.table import PageTable
 
@@ -29,6 +30,8 @@ class PackedTables:
         page_starts: ``[batch, max_pages]``, the position of each entry's first token; None
             unless a table is ragged.
         page_lens: ``[batch, max_pages]``, the tokens in each entry; 0 in the padding.
+        page_size: Tokens in a page of the tables.
+        allocator: The allocator of the tables; None while none of them has a page.
     """
 
     block_tables: np.ndarray
@@ -36,6 +39,8 @@ class PackedTables:
     cu_seqlens_q: np.ndarray | None = None
     page_starts: np.ndarray | None = None
     page_lens: np.ndarray | None = None
+    page_size: int | None = None
+    allocator: PageAllocator | None = None
 
 
 def pack(tables: Sequence[PageTable], query_lens: Sequence[int] | None = None) -> PackedTables:
@@ -67,6 +72,7 @@ class BlockTable:
         self._ids = np.full((0, 0), NO_PAGE, np.int32)
         self._versions: list[int] = []  # what each row of the buffer holds
         self._lens: list[int] = []  # entries of each row of the buffer
+        self._last: tuple = ()  # what the last update packed, and its result
         self.rows_written = 0
 
     def __repr__(self) -> str:
@@ -79,25 +85,50 @@ class BlockTable:
         """Pack ``tables`` as ``pack`` does.
 
         Returns:
-            Arrays that are valid until the next ``update``. ``block_tables`` may be wider
-            than the longest table.
+            Arrays that are valid until the next ``update`` of other contents; of the same
+            contents, the same object again. ``block_tables`` may be wider than the longest
+            table.
         """
-        maps = _maps_of(tables)
-        changed = [
-            row
-            for row, (pages, version) in enumerate(zip(maps, self._versions))
-            if pages.version != version
-        ]
-        changed.extend(range(len(self._versions), len(maps)))
-        context_lens = np.array([pages.num_tokens for pages in maps], np.int32)
+        try:
+            maps = [table.map for table in tables]
+        except (TypeError, AttributeError):
+            fail("pack", "tables must be a list of PageTables", _kinds(tables))
+        versions, lengths = [m.version for m in maps], [m.num_tokens for m in maps]
+        content = versions, lengths, None if query_lens is None else list(query_lens)
+        if self._last and self._last[0] == content:
+            self.rows_written = 0
+            return self._last[1]
+        if not maps:
+            must = "tables must have at least one table, because a batch of none has no shape"
+            fail("pack", must, "0")
+        known, size, allocator = self._versions, maps[0].page_size, None
+        changed, width, ragged = [], 0, []
+        for row, pages in enumerate(maps):
+            if pages.page_size != size:
+                must = f"tables must have one page_size, {size} as the first"
+                fail("pack", must, pages.page_size)
+            if pages.allocator is not allocator and pages.allocator is not None:
+                if allocator is not None:
+                    fail("pack", "tables must hold pages of one allocator", "tables of several")
+                allocator = pages.allocator
+            if pages.starts is not None:
+                ragged.append(row)
+            if row >= len(known) or known[row] != pages.version:
+                changed.append(row)
+                width = max(width, len(pages.ids))
+        context_lens = np.array(lengths, np.int32)
         cu_seqlens = None if query_lens is None else _cu_seqlens(query_lens, context_lens)
         if changed:
-            self._reserve(len(maps), max(len(maps[row].ids) for row in changed))
+            self._last = ()
+            self._reserve(len(maps), width)
         for row in changed:
             self._write_row(row, maps[row])
         self.rows_written = len(changed)
-        starts, lens = self._ragged(maps, context_lens)
-        return PackedTables(self._ids[: len(maps)], context_lens, cu_seqlens, starts, lens)
+        starts, lens = self._ragged(maps, ragged, context_lens) if ragged else (None, None)
+        ids = self._ids[: len(maps)]
+        packed = PackedTables(ids, context_lens, cu_seqlens, starts, lens, size, allocator)
+        self._last = content, packed
+        return packed
 
     def _reserve(self, batch: int, max_pages: int) -> None:
         """Make the buffer large enough, with room to grow; keep what it holds."""
@@ -123,12 +154,9 @@ class BlockTable:
         self._versions[row], self._lens[row] = pages.version, count
 
     def _ragged(
-        self, maps: Sequence[PageMap], context_lens: np.ndarray
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Return page_starts and page_lens, or two times None when every table is uniform."""
-        ragged = [row for row, pages in enumerate(maps) if pages.starts is not None]
-        if not ragged:
-            return None, None
+        self, maps: Sequence[PageMap], ragged: Sequence[int], context_lens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return page_starts and page_lens; ``ragged``: the rows that have starts of their own."""
         size, width = maps[0].page_size, self._ids.shape[1]
         starts = np.arange(0, width * size, size, dtype=np.int64)
         starts = np.minimum(starts, context_lens[:, None]).astype(np.int32)
@@ -138,21 +166,11 @@ class BlockTable:
         return starts, lens.astype(np.int32, copy=False)
 
 
-def _maps_of(tables: Sequence[PageTable]) -> list[PageMap]:
-    """Return the page maps of tables, which must be of one page size."""
-    try:
-        maps = [table.map for table in tables]
-    except (TypeError, AttributeError):
-        fail("pack", "tables must be a list of PageTables", repr(tables))
-    if not maps:
-        must = "tables must have at least one table, because a batch of none has no shape"
-        fail("pack", must, "0")
-    size = maps[0].page_size
-    for pages in maps:
-        if pages.page_size != size:
-            must = f"tables must have one page_size, {size} as the first"
-            fail("pack", must, pages.page_size)
-    return maps
+def _kinds(tables: object) -> str:
+    if not isinstance(tables, (list, tuple)):
+        return repr(tables)
+    kinds = (type(table).__name__ for table in tables if not isinstance(table, PageTable))
+    return f"a list with {next(kinds)}"
 
 
 def _cu_seqlens(query_lens: Sequence[int], context_lens: np.ndarray) -> np.ndarray:

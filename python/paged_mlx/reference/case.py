@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -122,6 +123,16 @@ class Case:
         rng = np.random.default_rng([self.seed, 1])
         keys, values = draw_contexts(self, rng)
         return assemble(self, draw_queries(self, rng), keys, values)
+
+
+def with_options(softcap: bool, alibi: bool, sinks: bool, mask: str | None) -> dict[str, Any]:
+    """Fields of a case that has these options, with values that matter."""
+    return {
+        "softcap": 4.0 if softcap else None,
+        "alibi": 1.0 if alibi else 0.0,
+        "sinks": "random" if sinks else None,
+        "mask": mask,
+    }
 
 
 def _expression(value: object) -> str:

@@ -41,10 +41,15 @@ class Problem:
     @property
     def options(self) -> dict:
         """Every keyword argument of the op that is not None."""
-        names = (
-            "scale cu_seqlens_q causal sliding_window softcap alibi_slopes sinks mask "
-            "page_starts page_lens"
-        ).split()
+        names = ("cu_seqlens_q", "causal", "sliding_window", "page_starts", "page_lens")
+        return self._given(*names) | self.scoring
+
+    @property
+    def scoring(self) -> dict:
+        """Those of them that change scores, which no plan has."""
+        return self._given("scale", "softcap", "alibi_slopes", "sinks", "mask")
+
+    def _given(self, *names: str) -> dict:
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
     @property

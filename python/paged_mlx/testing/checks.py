@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paged_mlx.reference import dtypes, needle, yardstick
+from paged_mlx.reference import moves, needle
 from paged_mlx.reference.case import Case, assemble, draw_contexts, draw_queries, share_prefixes
 from paged_mlx.reference.problem import Problem
 
@@ -192,102 +192,32 @@ def _alone(problem: Problem, s: int) -> Problem:
 
 def _merge(case: Case, backend: Backend) -> Outcome:
     """Parts of a context, empty ones among them, merge to the whole."""
-    problem = case.build()
-    num_keys = [len(k) for k in problem.keys]
-    cuts = np.array([[0, n // 3, n // 3, n // 2, n] for n in num_keys])  # the second part is empty
-    outs, lses = zip(*(_part(problem, cuts[:, i], cuts[:, i + 1]) for i in range(4)), strict=True)
-    stored = [dtypes.encode(out, case.dtype) for out in outs]
-    out, lse = backend.merge(stored, [part.astype(np.float32) for part in lses], case.dtype)
-    exact = _merged([dtypes.decode(o, case.dtype) for o in stored], lses)
-    rounded = dtypes.round_to(exact[0], case.dtype)
-    verdicts = (
-        yardstick.judge(out, exact[0], rounded, case.dtype),
-        yardstick.judge_lse(lse, exact[1], exact[1].astype(np.float32)),
-    )
-    worst = max(verdicts, key=lambda v: v.ratio)
-    return Outcome(worst.right, worst.ratio, worst.reason)
-
-
-def _part(problem: Problem, begins, ends):
-    """Yardstick state of decode rows over the keys ``[begin, end)`` of each sequence."""
-    states = [
-        yardstick.attention(problem.queries[s : s + 1], k[b:e], v[b:e], problem.dtype)
-        for s, (k, v, b, e) in enumerate(
-            zip(problem.keys, problem.values, begins, ends, strict=True)
-        )
-    ]
-    return tuple(np.concatenate(parts) for parts in zip(*states, strict=True))
-
-
-def _merged(outs, lses):
-    """The merge from its definition, float64."""
-    lses = np.stack([np.asarray(lse, np.float32).astype(np.float64) for lse in lses])
-    largest = lses.max(axis=0)
-    largest = np.where(np.isneginf(largest), 0, largest)
-    weights = np.exp(lses - largest)
-    total = weights.sum(axis=0)
-    mixed = (np.stack(outs).astype(np.float64) * weights[..., None]).sum(axis=0)
-    with np.errstate(divide="ignore"):
-        lse = largest + np.log(total)
-    return mixed / np.where(total > 0, total, 1)[..., None], lse
+    merge = moves.Merge(case)
+    verdict = merge.judge(*backend.merge(merge.outs, merge.lses, case.dtype))
+    return Outcome(verdict.right, verdict.ratio, verdict.reason)
 
 
 def _write(case: Case, backend: Backend) -> Outcome:
     """New tokens land in their slots, bit for bit; nothing else changes; -1 skips."""
-    problem, rng = case.build(), np.random.default_rng([case.seed, 6])
-    num_slots = problem.k_pages.shape[0] * case.page_size
-    slots = rng.permutation(num_slots)[: max(1, num_slots // 3)].astype(np.int32)
-    slots[rng.random(len(slots)) < 0.2] = -1
-    dims = (case.head_dim, case.value_dim)
-    new = [rng.standard_normal((len(slots), case.num_kv_heads, d), np.float32) for d in dims]
-    new = [dtypes.encode(a, case.dtype) for a in new]
-    pages = [problem.k_pages.copy(), problem.v_pages.copy()]
-    expected = [p.copy() for p in pages]
-    for target, tokens in zip(expected, new, strict=True):
-        kept = slots >= 0
-        target[slots[kept] // case.page_size, :, slots[kept] % case.page_size] = tokens[kept]
-    written = backend.write(*new, *pages, slots, case.dtype)
-    return _same_stored(written, expected, "write_pages")
+    arguments, expected = moves.write(case)
+    return _same_stored(backend.write(*arguments, case.dtype), expected, "write_pages")
 
 
 def _copy(case: Case, backend: Backend) -> Outcome:
     """Every named page is copied in every array, bit for bit; nothing else changes."""
-    problem, rng = case.build(), np.random.default_rng([case.seed, 7])
-    order = rng.permutation(len(problem.k_pages))
-    count = max(1, len(order) // 3)
-    sources = order[rng.integers(0, count, count)]  # a page may be the source of several
-    pairs = np.stack([sources, order[-count:]], axis=1).astype(np.int32)
-    pools = [problem.k_pages, problem.v_pages, problem.k_pages[..., ::-1].copy()]
-    expected = [p.copy() for p in pools]
-    for pool, target in zip(pools, expected, strict=True):
-        target[pairs[:, 1]] = pool[pairs[:, 0]]
-    return _same_stored(backend.copy(pools, pairs, case.dtype), expected, "copy_pages")
+    arguments, expected = moves.copy(case)
+    return _same_stored(backend.copy(*arguments, case.dtype), expected, "copy_pages")
 
 
 def _gather(case: Case, backend: Backend) -> Outcome:
     """Each context, contiguous, and zeros after it."""
-    problem = case.build()
-    longest = max(len(k) for k in problem.keys)
-    expected = []
-    for contexts in (problem.keys, problem.values):
-        shape = (len(contexts), case.num_kv_heads, longest, contexts[0].shape[2])
-        whole = np.zeros(shape, np.float32)
-        for s, context in enumerate(contexts):
-            whole[s, :, : len(context)] = np.moveaxis(context, 0, 1)
-        expected.append(dtypes.encode(whole, case.dtype))
+    problem, expected = moves.gather(case)
     return _same_stored(backend.gather(problem), expected, "gather_pages")
 
 
 def _same_stored(found, expected, what: str) -> Outcome:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if a.shape != b.shape:
-            return Outcome(False, np.inf, f"{what}: array {i} has shape {a.shape}, not {b.shape}")
-        unsigned = np.uint32 if b.dtype.itemsize == 4 else np.uint16
-        different = a.view(unsigned) != np.ascontiguousarray(b).view(unsigned)
-        if different.any():
-            at = tuple(int(x) for x in np.argwhere(different)[0])
-            return Outcome(False, np.inf, f"{what}: {different.sum()} values wrong, first at {at}")
-    return Outcome(True)
+    fault = moves.difference(found, expected)
+    return Outcome(True) if fault is None else Outcome(False, np.inf, f"{what}: {fault}")
 
 
 def _graph(case: Case, backend: Backend) -> Outcome:
