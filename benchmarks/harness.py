@@ -164,6 +164,8 @@ def environment() -> dict:
             "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count(),
+            # Shared with others, and its GPU a share of one: times there mean little.
+            "hosted_runner": os.environ.get("RUNNER_ENVIRONMENT") == "github-hosted",
         },
     }
 

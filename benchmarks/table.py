@@ -26,8 +26,9 @@ def tables(record: dict) -> str:
     for (peer, reason), rows in sorted(_left_out(record).items()):
         parts += [f"Left out of {rows} rows: {peer}, {reason}.", ""]
     machine = record["machine"]
+    hosted = "a hosted runner, whose times say little: " if machine.get("hosted_runner") else ""
     parts.append(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, mlx "
+        f"{hosted}{machine['processor']}, {machine['cores']} cores, {machine['system']}, mlx "
         f"{record['versions']['mlx']}, {record['date']}; record: "
         f"`benchmarks/results/{record['question']}.json`."
     )

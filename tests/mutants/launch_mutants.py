@@ -197,8 +197,8 @@ _FAULTS = {
     "bodies.cpp": [
         (
             "a tile of 16 rows has 8",
-            'return {"attend_tile", most, kSimdgroups};',
-            'return {"attend_tile", std::min(most, 8), kSimdgroups};',
+            "rows <= 8 ? 8 : 16",
+            "rows <= 8 ? 8 : 8",
             "tile, 16 rows",
         ),
     ],

@@ -67,7 +67,7 @@ def test_pages_behind_a_window_are_not_in_the_plan():
 
 
 def test_one_long_sequence_is_cut_so_that_every_worker_is_busy():
-    plan = make(distinct_tables([32768], 16), [32768], page_size=16, workers=8)
+    plan = make(distinct_tables([32768], 16), [32768], page_size=16, workers=8, stream=mx.cpu)
     assert sum(plan.num_items.values()) >= 8
     lengths = [end - begin for begin, end in (item["keys"] for item in plan.items)]
     assert max(lengths) <= 1.1 * min(lengths)
@@ -79,7 +79,9 @@ def test_every_worker_gets_as_many_items_of_one_sequence(workers):
     per_worker = set()
     for tokens in range(1024, 24 * 1024, 720):
         tables = distinct_tables([tokens], 16)
-        plan = make(tables, [tokens], q_heads=32, kv_heads=8, page_size=16, workers=workers)
+        plan = make(
+            tables, [tokens], q_heads=32, kv_heads=8, page_size=16, workers=workers, stream=mx.cpu
+        )
         count = sum(plan.num_items.values())
         assert count < workers or count % workers == 0
         per_worker.add(count // workers)
@@ -89,7 +91,7 @@ def test_every_worker_gets_as_many_items_of_one_sequence(workers):
 
 def test_one_long_sequence_beside_63_short_ones_is_cut_and_comes_first():
     lens = [32768] + [128] * 63
-    plan = make(distinct_tables(lens, 16), lens, page_size=16, workers=8)
+    plan = make(distinct_tables(lens, 16), lens, page_size=16, workers=8, stream=mx.cpu)
     assert sum(0 in item["tokens"] for item in plan.items) >= 8
     lengths = [end - begin for begin, end in (item["keys"] for item in plan.items)]
     assert lengths == sorted(lengths, reverse=True)

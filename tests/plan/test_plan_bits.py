@@ -34,8 +34,9 @@ def test_a_sequence_sees_nothing_of_what_others_hold_behind_its_end_in_a_shared_
 def test_a_plan_is_not_advanced_to_where_contexts_end_apart_in_a_shared_page():
     tables = np.tile(np.arange(7, dtype=np.int32), (8, 1))
     options = dict(
-        num_q_heads=64, num_kv_heads=8, page_size=PAGE, head_dim=DIM, dtype=mx.float32, workers=1
-    )
+        num_q_heads=64, num_kv_heads=8, page_size=PAGE, head_dim=DIM, dtype=mx.float32, workers=1,
+        stream=mx.cpu,
+    )  # fmt: skip
     equal = fast.plan(tables, np.full(8, 105, np.int32), **options)
     assert [(d.shared, d.num_pages) for d in equal.decisions] == [(True, 7)]
     assert equal.advance(tables, np.full(8, 106, np.int32)) is not None

@@ -100,16 +100,17 @@ def test_either_device_runs_a_plan_of_the_other():
     ).build()
     (q, k_pages, v_pages, tables, lens), _ = backends.op_arguments(problem)
 
-    def plan():
+    def plan(stream=None):
         return fast.plan(
-            tables, lens, num_q_heads=4, num_kv_heads=1, page_size=8, cu_seqlens_q=problem.cu_seqlens_q
+            tables, lens, num_q_heads=4, num_kv_heads=1, page_size=8, cu_seqlens_q=problem.cu_seqlens_q,
+            stream=stream,
         )  # fmt: skip
 
     def right(plan):
         out, lse = fast.paged_attention(q, k_pages, v_pages, plan=plan, return_lse=True)
         return problem.judge(np.array(out.astype(mx.float32)), np.array(lse)).right
 
-    of_cpu = plan()
+    of_cpu = plan(mx.cpu)
     with metal_on_host():
         of_kernels = plan()
         assert right(of_cpu)

@@ -361,6 +361,9 @@ int main() {
   test_one_key_gives_its_value();
   test_the_pool_runs_every_unit_once_from_several_callers();
   test_unknown_isa_is_refused();
+  for (const std::string& isa : cpu::isa_names()) {
+    std::printf("%s ", isa.c_str());
+  }
   std::printf("%s\n", g_failures ? "failed" : "passed");
   return g_failures != 0;
 }

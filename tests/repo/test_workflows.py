@@ -1,0 +1,61 @@
+"""The workflows are what docs/testing.md says they are."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = ROOT / ".github" / "workflows"
+
+yaml = pytest.importorskip("yaml", reason="workflows are read with pyyaml")
+
+
+def jobs(name):
+    return yaml.safe_load((WORKFLOWS / name).read_text())["jobs"]
+
+
+def commands(job):
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+def make_targets():
+    return {
+        line.partition(":")[0]
+        for line in (ROOT / "Makefile").read_text().splitlines()
+        if ":" in line
+    }
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.yml")), ids=lambda path: path.name)
+def test_a_workflow_parses_and_calls_only_targets_that_the_makefile_has(path):
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["name"] and workflow[True]  # YAML reads "on" as True
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] and commands(job)
+        for command in commands(job):
+            for line in command.splitlines():
+                if line.startswith("make "):
+                    assert line.split()[1] in make_targets()
+
+
+def test_a_mac_runs_everything_even_if_a_test_failed():
+    gpu = jobs("macos.yml")["gpu"]
+    assert gpu["strategy"]["matrix"]["runner"] == ["macos-15", "macos-26"]
+    steps = {step["name"]: step for step in gpu["steps"] if "name" in step}
+    assert "doctor" in steps["Doctor"]["run"]
+    for name in ("Test", "The conformance suite on the GPU", "Benchmarks"):
+        assert steps[name]["if"] == "success() || failure()"
+    assert steps["Records"]["if"] == "always()"
+
+
+def test_linux_runs_plans_for_a_gpu_and_the_backend_for_arm64():
+    linux = jobs("linux.yml")
+    assert "make test-gpu-plans" in commands(linux["gpu-plans"])
+    assert "make test-arm64" in commands(linux["test"])
+
+
+def test_a_scheduled_job_builds_against_the_newest_mlx():
+    text = (WORKFLOWS / "newest-mlx.yml").read_text()
+    assert yaml.safe_load(text)[True]["schedule"]
+    (job,) = jobs("newest-mlx.yml").values()
+    assert any("--upgrade" in command for command in commands(job))
