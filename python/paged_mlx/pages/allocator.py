@@ -245,22 +245,21 @@ class PageAllocator:
 
     def share_pages(self, page_ids: array[int] | Sequence[int]) -> None:
         """``share_page`` for many different pages at once, all or nothing."""
-        ids = self._all_held("share_pages", page_ids, UseAfterFree)
-        self._counts[ids] += 1
+        ids, before = self._all_held("share_pages", page_ids, UseAfterFree)
+        self._counts[ids] = before + 1
         if self.evictors.held:
-            self.evictors.busy(ids[self._counts[ids] == 2].tolist())
+            self.evictors.busy(ids[before == 1].tolist())
 
     def free_pages(self, page_ids: array[int] | Sequence[int]) -> None:
         """``free_page`` for many different pages at once, all or nothing."""
-        ids = self._all_held("free_pages", page_ids, DoubleFree)
-        self._counts[ids] -= 1
-        left = self._counts[ids]
-        freed = ids[left == 0].tolist()
+        ids, before = self._all_held("free_pages", page_ids, DoubleFree)
+        self._counts[ids] = before - 1
+        freed = ids[before == 1].tolist()
         self._put(freed)
         if freed and self._wants_freed:
             self._tell_freed(freed)
         if self.evictors.held:
-            self.evictors.idle(ids[left == 1].tolist())
+            self.evictors.idle(ids[before == 2].tolist())
 
     def hold(self, page_id: int, evictor: Evictor) -> None:
         """Add an evictor to a page's holders, to be told when it is, or is not, the only one.
@@ -326,8 +325,11 @@ class PageAllocator:
 
     def _all_held(
         self, function: str, page_ids: array[int] | Sequence[int], error: type[PageError]
-    ) -> np.ndarray:
-        """Return the ids of held pages, each given once. A table's pages, an array, differ."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of held pages, each given once, and how often each is held.
+
+        A table's pages, an array, differ already.
+        """
         if isinstance(page_ids, array):
             ids = np.frombuffer(page_ids, np.int32) if page_ids else np.empty(0, np.int32)
         else:
@@ -342,7 +344,7 @@ class PageAllocator:
         counts = self._counts[ids]
         if not counts.all():
             self._fail_free(function, int(ids[np.argmin(counts)]), error)
-        return ids
+        return ids, counts
 
     def _fail_unknown(self, function: str, page_id: object) -> NoReturn:
         must = f"page_id must be in [0, {self.total_pages}), the pages of this pool"
@@ -393,7 +395,9 @@ class PageAllocator:
         """
         for pair in pairs:
             for page_id in pair:
-                self._held("copy_pages", page_id, UseAfterFree)
+                known = type(page_id) is int and 0 <= page_id < self.total_pages
+                if not known or not self._refs[page_id]:
+                    self._held("copy_pages", page_id, UseAfterFree)
         if pairs:
             for pool in self._pools.values():
                 pool.copy(list(pairs))

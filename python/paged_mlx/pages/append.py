@@ -45,13 +45,14 @@ def append(
     if rows or num_new:
         rows, page_ids = _take_pages(maps, counts, rows, num_new, allocator)
         copies = _own_tails(maps, rows, page_ids, num_new, allocator)
-    runs, first = [], 0
+    starts: list[int] = []  # of runs of slots, and
+    lengths: list[int] = []
     for pages, count, need in zip(maps, counts, needs):
         if count:
             pages.allocator = allocator
-            runs.append(_extend(pages, count, page_ids[first : first + need]))
-            first += need
-    return Appended(np.concatenate(runs) if runs else np.empty(0, np.int32), copies)
+            _extend(pages, count, page_ids[:need], starts, lengths)
+            del page_ids[:need]
+    return Appended(_joined(starts, lengths), copies)
 
 
 def _checked_counts(num_tokens: Sequence[int], num_maps: int) -> list[int]:
@@ -195,13 +196,17 @@ def _own_tails(
     return copies
 
 
-def _extend(pages: PageMap, count: int, new: list[int]) -> np.ndarray:
+def _extend(
+    pages: PageMap, count: int, new: list[int], starts: list[int], lengths: list[int]
+) -> None:
     """Append ``count`` tokens, on the tail page as far as it takes them and on the ``new`` pages.
 
-    Returns:
-        Their slots.
+    Their slots, a run in each page, are added to ``starts`` and ``lengths``.
     """
     size, room, old = pages.page_size, pages.room, len(pages.ids)
+    if room:
+        starts.append((pages.ids[-1] + 1) * size - room)
+        lengths.append(min(room, count))
     if new:
         first = pages.num_tokens + room  # position of the first new page
         if pages.starts is None and first < old * size:  # the tail page is sealed part-filled
@@ -210,8 +215,19 @@ def _extend(pages: PageMap, count: int, new: list[int]) -> np.ndarray:
             pages.starts.extend(range(first, first + len(new) * size, size))
         pages.ids.extend(new)
         pages.version = new_version()
+        for page_id in new:
+            starts.append(page_id * size)
+        lengths.extend([size] * (len(new) - 1))
+        lengths.append(count - room - (len(new) - 1) * size)
     pages.num_tokens += count
     pages.room = room + len(new) * size - count
-    run = np.array(pages.ids[old - 1 :] if room else new, np.int32) * np.int32(size)
-    slots = (run[:, None] + np.arange(size, dtype=np.int32)).ravel()
-    return slots[size - room if room else 0 :][:count]
+
+
+def _joined(starts: list[int], lengths: list[int]) -> np.ndarray:
+    """Return the slots of runs, one after the other."""
+    slots = np.array(starts, np.int32)
+    if len(lengths) == sum(lengths):
+        return slots
+    ends = np.cumsum(lengths, dtype=np.int32)
+    slots = np.repeat(slots - ends + lengths, lengths)
+    return (slots + np.arange(len(slots))).astype(np.int32, copy=False)

@@ -74,7 +74,8 @@ class PageMap:
 
     def copy(self) -> PageMap:
         """Return an equal map, of the same version."""
-        copy = PageMap(self.page_size, self.allocator)
+        copy = PageMap.__new__(PageMap)
+        copy.page_size, copy.allocator = self.page_size, self.allocator
         copy.ids = self.ids[:]
         copy.starts = None if self.starts is None else self.starts[:]
         copy.num_tokens, copy.num_freed, copy.room = self.num_tokens, self.num_freed, self.room

@@ -218,7 +218,7 @@ class PageTable:
         """
         if self.map.allocator is not None:
             self.map.allocator.share_pages(self.map.held)
-        child = PageTable(self.page_size)
+        child = PageTable.__new__(PageTable)
         child.map = self.map.copy()
         child.token_hash = None if self.token_hash is None else self.token_hash.fork()
         return child
