@@ -1,6 +1,7 @@
 """Which pages are free, who holds the others, and what happens when none is left."""
 
 import gc
+import tracemalloc
 
 import pytest
 from page_helpers import FailingPool, RecordingPool, snapshot, table_of
@@ -162,6 +163,51 @@ def test_a_page_given_twice_to_a_bulk_call_is_an_error():
 def test_impossible_sizes_are_refused(kind, arguments):
     with pytest.raises(ValueError, match=rf"^\[{kind.__name__}\] .* must be .*; got"):
         kind(*arguments)
+
+
+@every_allocator
+def test_sizes_are_refused_before_anything_so_large_is_allocated(kind):
+    allocator = kind(4, 2**20)
+    tracemalloc.start()
+    for call in (
+        lambda: kind(2**31 - 1, 2),
+        lambda: kind(2**20, 2**12),
+        lambda: kind(2**30, 1, max_pages=2**32),
+        lambda: allocator.grow(2**11),
+    ):
+        with pytest.raises(ValueError, match="must be at most 2147483647"):
+            call()
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert allocator.total_pages == 4
+
+
+@every_allocator
+def test_free_page_says_whether_the_page_became_free(kind):
+    allocator = kind(4, 4)
+    page_id = allocator.allocate_page()
+    allocator.share_page(page_id)
+    assert allocator.free_page(page_id) is False and allocator.num_free == 3
+    assert allocator.free_page(page_id) is True and allocator.num_free == 4
+
+
+@every_allocator
+def test_an_allocator_says_its_state(kind):
+    allocator = kind(64, 16)
+    allocator.allocate_pages(5)
+    notes = ", 0 cached" if kind is LRUPageAllocator else ""
+    assert repr(allocator) == f"{kind.__name__}(64 pages of 16, 5 used{notes})"
+    assert repr(allocator.evictors) == f"Evictors({int(bool(notes))} evictors, 0 pages)"
+
+
+def test_check_sees_a_page_that_stands_twice_in_a_table():
+    allocator = PageAllocator(4, 4)
+    table = table_of(allocator, 8)
+    table.map.ids[1] = 0
+    allocator.free_page(1)
+    allocator.share_page(0)  # so that the counts agree
+    with pytest.raises(AssertionError, match="holds a page twice"):
+        allocator.check([table])
 
 
 def test_check_names_a_count_that_disagrees_with_its_holders():
@@ -347,6 +393,67 @@ def test_caching_a_page_twice_or_forgetting_one_never_cached_is_an_error():
     allocator.uncache_page(page_id)
     allocator.free_page(page_id)
     assert allocator.num_free == 2
+
+
+class WipingPool(RecordingPool):
+    """Tells when pages are wiped."""
+
+    wants_freed = True
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def freed(self, page_ids):
+        self.told.extend(("wiped", page_id) for page_id in page_ids)
+
+
+def idle_pages(count, **options):
+    """An LRU allocator whose pages are all cached and idle."""
+    allocator = LRUPageAllocator(count, 4, **options)
+    for page_id in allocator.allocate_pages(count):
+        allocator.cache_page(page_id)
+        allocator.free_page(page_id)
+    return allocator
+
+
+def test_on_evict_runs_before_any_page_is_wiped():
+    told = []
+    allocator = idle_pages(3, on_evict=lambda page_id: told.append(("evicted", page_id)))
+    pool = WipingPool(told)
+    allocator.attach(pool)
+    allocator.allocate_pages(2)
+    assert told == [("evicted", 0), ("evicted", 1), ("wiped", 0), ("wiped", 1)]
+    allocator.forget([2])
+    assert told[4:] == [("evicted", 2), ("wiped", 2)]
+
+
+@pytest.mark.parametrize("max_pages", [3, 5])
+@pytest.mark.parametrize("call", ["allocate", "append", "evict", "forget"])
+def test_an_on_evict_that_raises_changes_nothing(call, max_pages):
+    def refuse(page_id):
+        if page_id == 1:
+            raise RuntimeError("the page could not be saved")
+
+    allocator = idle_pages(3, on_evict=refuse, max_pages=max_pages, slab_pages=1)
+    told, table = [], PageTable(4)
+    pool = WipingPool(told)
+    pool.grow = lambda num_pages: None
+    allocator.attach(pool)
+    before = snapshot(allocator, table)
+    wanted = max_pages - 1  # more than the pool may grow by
+    with pytest.raises(RuntimeError, match="could not be saved"):
+        if call == "allocate":
+            allocator.allocate_pages(wanted)
+        elif call == "append":
+            table.append_tokens(4 * wanted, allocator)
+        elif call == "evict":
+            allocator.evict(2)
+        else:
+            allocator.forget([2, 1])
+    assert snapshot(allocator, table) == before and told == []
+    assert allocator.cached_pages == [0, 1, 2] and allocator.num_evictable == 3
+    allocator.check([table])
 
 
 # Buddy.

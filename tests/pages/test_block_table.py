@@ -138,3 +138,11 @@ def test_a_table_that_shrank_and_left_the_batch_leaves_nothing_behind(allocator)
     block_table.update([short])
     packed = block_table.update([short, short])
     assert_same(packed, pack([short, short]))
+
+
+def test_a_block_table_says_its_state():
+    allocator = PageAllocator(8, 4)
+    block_table = BlockTable()
+    assert repr(block_table) == "BlockTable(0 rows of 0 pages, 0 just written)"
+    block_table.update([table_of(allocator, 9), table_of(allocator, 2)])
+    assert repr(block_table) == "BlockTable(2 rows of 3 pages, 2 just written)"

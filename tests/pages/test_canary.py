@@ -8,7 +8,7 @@ import pytest
 from page_helpers import table_of
 from paged_mlx.pages.canary import Canary, CorruptPage
 from paged_mlx.pages.policies import PageAllocator
-from paged_mlx.pages.table import PageTable, append_batch
+from paged_mlx.pages.table import PageTable, append_batch, share_prefix
 from paged_mlx.pages.token_hash import RollingHash
 from paged_mlx.prefix.cache import PrefixCache
 
@@ -144,6 +144,28 @@ def test_ragged_and_windowed_tables_are_verified(canary, allocator):
     table.map.ids[3] = table.map.ids[1]
     with pytest.raises(CorruptPage, match="other position: slot 0 of page 1 .* at position 11"):
         canary.verify(table)
+
+
+def test_forks_and_shared_prefixes_carry_the_tokens_noted_and_grow_alone(canary, allocator):
+    table, target = written(canary, list(range(6))), PageTable(4)
+    fork = table.fork()
+    share_prefix(table, target, 5)
+    for one, token in ((fork, 60), (target, 50), (table, 70)):
+        write(canary, one, [token])
+    assert table.token_hash.tokens.tolist() == [0, 1, 2, 3, 4, 5, 70]
+    assert fork.token_hash.tokens.tolist() == [0, 1, 2, 3, 4, 5, 60]
+    assert target.token_hash.tokens.tolist() == [0, 1, 2, 3, 4, 50]
+    fork.truncate(6)
+    assert len(table.token_hash) == 7 and len(fork.token_hash) == 6
+    assert len({one.token_hash.sequence for one in (table, fork, target)}) == 3
+    for one in (table, fork, target):
+        canary.verify(one)
+
+
+def test_a_canary_says_its_state(canary):
+    table = written(canary, list(range(6)))
+    assert repr(canary) == "Canary(32 pages of 4, 0 layers, 6 slots noted)"
+    assert repr(table.token_hash) == "RollingHash(sequence 0, 6 tokens)"
 
 
 def test_notes_that_do_not_fit_are_errors_and_change_nothing(canary):

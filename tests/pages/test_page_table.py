@@ -5,7 +5,7 @@ import pytest
 from page_helpers import FailingPool, RecordingPool, snapshot, table_of
 from paged_mlx.errors import OutOfPages
 from paged_mlx.pages.page_map import PageTableEntry
-from paged_mlx.pages.policies import FIFOPageAllocator, PageAllocator
+from paged_mlx.pages.policies import BuddyPageAllocator, FIFOPageAllocator, PageAllocator
 from paged_mlx.pages.table import PageTable, append_batch, share_prefix
 
 
@@ -196,6 +196,92 @@ def test_fork_shares_every_page_and_takes_none(allocator):
 
 def test_fork_of_an_empty_table_is_empty(allocator):
     assert PageTable(4).fork().append_tokens(1, allocator).slots.tolist() == [0]
+
+
+def test_a_fork_of_a_sealed_table_is_sealed(allocator):
+    table = table_of(allocator, 2)
+    table.seal()
+    fork = table.fork()
+    assert fork.is_sealed
+    assert fork.append_tokens(1, allocator).copies == [] and fork.is_ragged
+    assert fork.page_ids == [0, 1] and table.page_ids == [0] and table.is_sealed
+    allocator.check([table, fork])
+
+
+def test_a_fork_has_the_window_and_the_gaps_of_its_table_and_changes_alone(allocator):
+    table = table_of(allocator, 6)
+    table.seal()
+    table.append_tokens(5, allocator)
+    table.free_before(6)
+    fork = table.fork()
+    assert (fork.entries, fork.num_freed, fork.is_ragged) == (table.entries, 2, True)
+    fork.free_before(10)
+    fork.append_tokens(9, allocator)
+    assert fork.num_freed == 3 and fork.num_tokens == 20
+    assert table.num_freed == 2 and table.slots(6).tolist() == [8, 9, 10, 11, 12]
+    table.append_tokens(1, allocator)
+    assert fork.logical_to_physical(11)[0] != table.logical_to_physical(11)[0]
+    allocator.check([table, fork])
+
+
+# Adopted pages.
+
+
+def test_adopting_pages_shares_them(allocator):
+    table = table_of(allocator, 10)
+    other = PageTable(4)
+    other.adopt([-1, *table.page_ids[1:]], 10, allocator)
+    assert other.page_ids == [1, 2] and other.num_freed == 1
+    assert other.append_tokens(1, allocator).copies == [(2, 3)]
+    allocator.check([table, other])
+
+
+@pytest.mark.parametrize(
+    ("page_ids", "num_tokens", "match"),
+    [
+        ([0, 0], 8, "must be different pages; got one twice"),
+        ([0, 1], 4, "page_ids must be 1 pages for 4 tokens; got 2"),
+        ([0], 5, "page_ids must be 2 pages for 5 tokens; got 1"),
+        ([0, 9], 8, "must be held by somebody"),
+        ([0, -1], 8, r"must be in \[0, 16\)"),
+    ],
+)
+def test_adopting_pages_that_do_not_fit_is_an_error(allocator, page_ids, num_tokens, match):
+    table, other = table_of(allocator, 8), PageTable(4)
+    before = snapshot(allocator, table, other)
+    with pytest.raises(ValueError, match=match):
+        other.adopt(page_ids, num_tokens, allocator)
+    with pytest.raises(ValueError, match="table must be empty; got 8 tokens"):
+        table.adopt([0], 4, allocator)
+    assert snapshot(allocator, table, other) == before
+
+
+# Running out of pages, and going on.
+
+
+@pytest.mark.parametrize("kind", [PageAllocator, FIFOPageAllocator, BuddyPageAllocator])
+@pytest.mark.parametrize("spare", range(6))
+def test_a_batch_that_runs_out_of_pages_goes_on_when_there_are_some(kind, spare):
+    allocator = kind(16, 4)
+    pool = RecordingPool()
+    allocator.attach(pool)
+    plain, shared, sealed = (table_of(allocator, n) for n in (4, 6, 3))
+    fork = shared.fork()
+    sealed.seal()
+    tables, counts = [plain, shared, fork, sealed], [5, 1, 3, 2]  # 2 + a copy + 1 + 1 pages
+    stray = allocator.allocate_pages(allocator.num_free - spare)
+    before = snapshot(allocator, *tables)
+    if spare < 5:
+        with pytest.raises(OutOfPages, match=f"5 pages to give, 1 of them for copies; got {spare}"):
+            append_batch(tables, counts, allocator)
+        assert snapshot(allocator, *tables) == before and pool.copies == []
+    allocator.free_pages(stray)
+    appended = append_batch(tables, counts, allocator)
+    assert [table.num_tokens for table in tables] == [9, 7, 9, 5]
+    ends = [table.slots(table.num_tokens - n).tolist() for table, n in zip(tables, counts)]
+    assert appended.slots.tolist() == sum(ends, [])
+    assert pool.copies == [appended.copies] and len(appended.copies) == 1
+    allocator.check(tables)
 
 
 # Sealed pages.

@@ -416,3 +416,54 @@ def test_check_sees_a_cache_that_disagrees_with_itself(allocator, cache, broken)
         page.parent.remove_child(page)
     with pytest.raises(AssertionError):
         allocator.check()
+
+
+def test_a_page_keeps_its_hits_when_it_fills_up(allocator, cache):
+    table = table_of(allocator, 4)
+    cache.insert([1, 2], table, tail=True)
+    assert run(cache, [1, 2, 9])[1] == 2
+    cache.insert([1, 2, 3, 4], table)
+    assert cache.match([1, 2, 3, 4, 5]).page_ids == table.page_ids
+    assert cache._tree.by_page[table.page_ids[0]].hits == 1
+
+
+def test_a_page_that_comes_back_has_the_priority_it_came_with(allocator):
+    cache = PrefixCache(allocator, policy=eviction.lowest_priority)
+    table = table_of(allocator, 4)
+    for priority in (9, 1):
+        cache.insert(range(4), table, priority=priority)
+        cache.reset()
+    cache.insert(range(4), table, priority=1)
+    other = table_of(allocator, 4)
+    cache.insert(range(100, 104), other, priority=5)
+    table.release()
+    other.release()
+    assert cache.evict(1) == 1
+    assert cache.match(range(5)).num_tokens == 0 and cache.match(range(100, 105)).num_tokens == 4
+
+
+def test_statistics_say_how_pages_left(allocator, cache):
+    first, _ = run(cache, list(range(8)))
+    second, _ = run(cache, list(range(50, 58)))
+    first.release()
+    cache.evict(1)
+    cache.forget([second.page_ids[0]])  # and the page that continues it
+    stats = cache.stats
+    assert (stats.stored, stats.evicted, stats.forgotten) == (4, 1, 2)
+    cache.reset()
+    assert stats.forgotten == 3 and cache.num_pages == 0
+
+
+def test_reuse_that_runs_out_of_pages_goes_on_when_there_are_some():
+    allocator = PageAllocator(4, 4)
+    cache = PrefixCache(allocator)
+    first, _ = run(cache, list(range(8)))
+    again = PageTable(4)
+    assert cache.reuse([*range(6), 9, 9, 9, 9, 9, 9, 9], again) == 6
+    before = snapshot(allocator, first, again)
+    with pytest.raises(OutOfPages):
+        again.append_tokens(7, allocator)
+    assert snapshot(allocator, first, again) == before
+    first.release()
+    assert again.append_tokens(6, allocator).copies == [(1, 3)] and again.page_ids == [0, 3, 2]
+    allocator.check([again], [cache])

@@ -24,6 +24,7 @@ from paged_mlx.errors import (
     UnknownPage,
     UseAfterFree,
     fail,
+    kind_of,
     whole_number,
 )
 from paged_mlx.pages.observers import Evictor, Evictors, Pool
@@ -266,7 +267,8 @@ class PageAllocator:
 
         Raises:
             UseAfterFree: Nobody holds the page.
-            PageError: Another evictor holds it.
+            PageError: An evictor holds it already.
+            ValueError: The evictor was not added.
         """
         page_id = self._held("hold", page_id, UseAfterFree)
         self.evictors.start(page_id, evictor)
@@ -274,6 +276,7 @@ class PageAllocator:
 
     def let_go(self, page_id: int) -> bool:
         """Undo ``hold``; return whether the page is free now."""
+        page_id = self._known("let_go", page_id)
         self.evictors.stop(page_id)
         return self.free_page(page_id)
 
@@ -336,7 +339,7 @@ class PageAllocator:
             try:
                 ids = np.array([self._known(function, page_id) for page_id in page_ids], np.int32)
             except TypeError:
-                fail(function, "page_ids must be a sequence of page ids", repr(page_ids))
+                fail(function, "page_ids must be a sequence of page ids", kind_of(page_ids))
             if len(set(ids.tolist())) < len(ids):
                 fail(function, "page_ids must be different pages", "one twice", PageError)
         if ids.size and int(ids.view(np.uint32).max()) >= self.total_pages:
@@ -365,7 +368,7 @@ class PageAllocator:
             ValueError: The pool has fewer pages than ids exist, or pages of another size.
         """
         if not isinstance(pool, Pool):
-            fail("attach", "pool must have all that observers.Pool has", repr(pool))
+            fail("attach", "pool must have all that observers.Pool has", kind_of(pool))
         if pool.page_size != self.page_size:
             must = f"pool.page_size must be {self.page_size}, as the allocator's"
             fail("attach", must, pool.page_size)
@@ -393,14 +396,20 @@ class PageAllocator:
         Args:
             pairs: ``(source, target)`` page ids; each page is held by somebody.
         """
-        for pair in pairs:
+        copied = []
+        try:
+            for source, target in pairs:
+                copied.append((source, target))
+        except (TypeError, ValueError):
+            fail("copy_pages", "pairs must be (source, target) page ids", kind_of(pairs))
+        for pair in copied:
             for page_id in pair:
                 known = type(page_id) is int and 0 <= page_id < self.total_pages
                 if not known or not self._refs[page_id]:
                     self._held("copy_pages", page_id, UseAfterFree)
-        if pairs:
+        if copied:
             for pool in self._pools.values():
-                pool.copy(list(pairs))
+                pool.copy(copied)
 
     def _tell_freed(self, page_ids: Sequence[int]) -> None:
         for pool in self.pools:

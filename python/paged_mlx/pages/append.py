@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paged_mlx.errors import OutOfPages, fail, whole_number
+from paged_mlx.errors import OutOfPages, fail, kind_of, whole_number
 from paged_mlx.pages.allocator import PageAllocator
 from paged_mlx.pages.page_map import PageMap, new_version
 
@@ -59,7 +59,7 @@ def _checked_counts(num_tokens: Sequence[int], num_maps: int) -> list[int]:
     try:
         counts = list(num_tokens)
     except TypeError:
-        fail("append_tokens", "num_tokens must be a sequence of counts", repr(num_tokens))
+        fail("append_tokens", "num_tokens must be a sequence of counts", kind_of(num_tokens))
     if len(counts) != num_maps:
         must = f"num_tokens must have one count per table, {num_maps}"
         fail("append_tokens", must, len(counts))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paged_mlx.errors import fail, whole_number
+from paged_mlx.errors import fail, kind_of, whole_number
 from paged_mlx.pages.allocator import PageAllocator
 from paged_mlx.pages.page_map import NO_PAGE, PageMap
-from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.table import PageTable, maps_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,10 @@ class BlockTable:
         try:
             maps = [table.map for table in tables]
         except (TypeError, AttributeError):
-            fail("pack", "tables must be a list of PageTables", _kinds(tables))
+            maps = maps_of("pack", tables)  # refuses, and says what is no table
         versions, lengths = [m.version for m in maps], [m.num_tokens for m in maps]
-        content = versions, lengths, None if query_lens is None else list(query_lens)
+        query_lens = None if query_lens is None else _whole_numbers(query_lens)
+        content = versions, lengths, query_lens
         if self._last and self._last[0] == content:
             self.rows_written = 0
             return self._last[1]
@@ -166,19 +167,15 @@ class BlockTable:
         return starts, lens.astype(np.int32, copy=False)
 
 
-def _kinds(tables: object) -> str:
-    if not isinstance(tables, (list, tuple)):
-        return repr(tables)
-    kinds = (type(table).__name__ for table in tables if not isinstance(table, PageTable))
-    return f"a list with {next(kinds)}"
-
-
-def _cu_seqlens(query_lens: Sequence[int], context_lens: np.ndarray) -> np.ndarray:
+def _whole_numbers(query_lens: Sequence[int]) -> list[int]:
     try:
-        checked = [whole_number("pack", "query_lens", length) for length in query_lens]
+        return [whole_number("pack", "query_lens", length) for length in query_lens]
     except TypeError:
-        fail("pack", "query_lens must be a sequence of lengths", repr(query_lens))
-    lens = np.array(checked)
+        fail("pack", "query_lens must be a sequence of lengths", kind_of(query_lens))
+
+
+def _cu_seqlens(query_lens: list[int], context_lens: np.ndarray) -> np.ndarray:
+    lens = np.array(query_lens)
     if len(lens) != len(context_lens):
         fail("pack", f"query_lens must have one length per table, {len(context_lens)}", len(lens))
     if (lens > context_lens).any():

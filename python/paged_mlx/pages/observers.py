@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from paged_mlx.errors import PageError, fail
+from paged_mlx.errors import PageError, fail, kind_of
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ class Evictors:
     def add(self, evictor: Evictor) -> None:
         """Ask ``evictor`` for pages, after those added before it, when none is free."""
         if not isinstance(evictor, Evictor):
-            fail("add", "evictor must have all that observers.Evictor has", repr(evictor))
+            fail("add", "evictor must have all that observers.Evictor has", kind_of(evictor))
         self._evictors.append(evictor)
 
     def remove(self, evictor: Evictor) -> None:
@@ -98,10 +98,11 @@ class Evictors:
         Raises:
             ValueError: It was never added, or still holds pages.
         """
-        if evictor not in self._evictors or evictor in self.held.values():
-            must = "evictor must be one that was added and holds no page"
-            fail("remove", must, repr(evictor))
-        self._evictors.remove(evictor)
+        others = [other for other in self._evictors if other is not evictor]
+        holds = any(holder is evictor for holder in self.held.values())
+        if holds or len(others) == len(self._evictors):
+            fail("remove", "evictor must be one that was added and holds no page", kind_of(evictor))
+        self._evictors = others
 
     def forget(self, page_ids: Iterable[int]) -> None:
         """Have the evictors that hold these pages let go of them; other holders keep them."""
@@ -110,6 +111,8 @@ class Evictors:
 
     def start(self, page_id: int, evictor: Evictor) -> None:
         """Note that ``evictor`` holds a page; at most one does."""
+        if not any(added is evictor for added in self._evictors):
+            fail("hold", "evictor must be one that was added", kind_of(evictor))
         if page_id in self.held:
             fail("hold", "page_id must be held by one evictor alone", page_id, PageError)
         self.held[page_id] = evictor

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paged_mlx.errors import fail, whole_number
+from paged_mlx.errors import fail, kind_of, whole_number
 from paged_mlx.pages.allocator import PageAllocator
 
 NO_PAGE = -1
@@ -171,7 +171,7 @@ class PageMap:
     def check_allocator(self, function: str, allocator: PageAllocator) -> None:
         """Refuse an allocator that the pages do not come from, or cannot."""
         if not isinstance(allocator, PageAllocator):
-            fail(function, "allocator must be a PageAllocator", repr(allocator))
+            fail(function, "allocator must be a PageAllocator", kind_of(allocator))
         if allocator is not self.allocator and self.allocator is not None:
             must = "allocator must be the one that the table's pages came from"
             fail(function, must, repr(allocator))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paged_mlx.errors import OutOfPages, fail, whole_number
+from paged_mlx.errors import OutOfPages, fail, kind_of, whole_number
 from paged_mlx.pages.allocator import MAX_SLOTS, PageAllocator
 from paged_mlx.pages.append import Appended, append
 from paged_mlx.pages.page_map import NO_PAGE, PageMap, PageTableEntry
@@ -180,13 +180,15 @@ class PageTable:
             fail("adopt", "table must be empty", f"{self.num_tokens} tokens")
         self.map.check_allocator("adopt", allocator)
         pages = PageMap(self.page_size, allocator)
-        if len(page_ids) != pages.num_covering(num_tokens):
-            must = (
-                f"page_ids must be {pages.num_covering(num_tokens)} pages for {num_tokens} tokens"
-            )
-            fail("adopt", must, len(page_ids))
+        try:
+            page_ids = list(page_ids)
+        except TypeError:
+            fail("adopt", "page_ids must be a sequence of page ids", kind_of(page_ids))
+        count = pages.num_covering(num_tokens)
+        if len(page_ids) != count:
+            fail("adopt", f"page_ids must be {count} pages for {num_tokens} tokens", len(page_ids))
         for page_id in page_ids:
-            if page_id != NO_PAGE:
+            if type(page_id) is not int or page_id != NO_PAGE:
                 break
             pages.num_freed += 1
         allocator.share_pages(page_ids[pages.num_freed :])
@@ -290,6 +292,19 @@ class PageTable:
             self.map.allocator.free_pages(page_ids[::-1])
 
 
+def maps_of(function: str, tables: Sequence[PageTable]) -> list[PageMap]:
+    """Return the page maps of tables, for a function that names itself in the error."""
+    maps = []
+    try:
+        for table in tables:
+            if not isinstance(table, PageTable):
+                fail(function, "tables must be PageTables", kind_of(table))
+            maps.append(table.map)
+    except TypeError:
+        fail(function, "tables must be a list of PageTables", kind_of(tables))
+    return maps
+
+
 def append_batch(
     tables: Sequence[PageTable], num_tokens: Sequence[int], allocator: PageAllocator
 ) -> Appended:
@@ -306,7 +321,7 @@ def append_batch(
         OutOfPages: There are too few pages for all; nothing has changed.
         ValueError: An argument is wrong.
     """
-    return append([table.map for table in tables], num_tokens, allocator)
+    return append(maps_of("append_tokens", tables), num_tokens, allocator)
 
 
 def share_prefix(
@@ -333,7 +348,8 @@ def share_prefix(
     Raises:
         ValueError: An argument is wrong, or the source gave back pages of the prefix.
     """
-    name, source, target = "share_prefix", source_table.map, target_table.map
+    name = "share_prefix"
+    source, target = maps_of(name, (source_table, target_table))
     prefix_length = whole_number(name, "prefix_length", prefix_length)
     if partial not in ("copy", "seal"):
         fail(name, 'partial must be "copy" or "seal"', repr(partial))
@@ -377,7 +393,7 @@ def copy_on_write(page_table: PageTable, logical_pos: int, page_allocator: PageA
         OutOfPages: There is no page to copy to; nothing has changed.
         ValueError: The position is not in the table, or the allocator is not its own.
     """
-    pages, allocator = page_table.map, page_allocator
+    (pages,), allocator = maps_of("copy_on_write", (page_table,)), page_allocator
     pages.check_allocator("copy_on_write", allocator)
     entry, _ = pages.locate("copy_on_write", logical_pos)
     source = pages.ids[entry]

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from paged_mlx.errors import PageError, fail, whole_number
-from paged_mlx.pages.allocator import PageAllocator
+from paged_mlx.errors import PageError, fail, kind_of, whole_number
+from paged_mlx.pages.allocator import MAX_SLOTS, PageAllocator
 from paged_mlx.pages.observers import Evictor
 from paged_mlx.pages.page_map import NO_PAGE
-from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.table import PageTable, maps_of
 from paged_mlx.pages.tokens import TOKEN_BYTES, Tokens, pack_tokens, unpack_tokens
 from paged_mlx.prefix.events import (
     CacheCleared,
@@ -73,6 +73,11 @@ class PrefixCache(Evictor):
         hash_page: HashPage = hash_page,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(allocator, PageAllocator):
+            fail("PrefixCache", "allocator must be a PageAllocator", kind_of(allocator))
+        for name, function in (("policy", policy), ("hash_page", hash_page), ("clock", clock)):
+            if not callable(function):
+                fail("PrefixCache", f"{name} must be a function", kind_of(function))
         self._allocator = allocator
         self._page_size = allocator.page_size
         self._window = None if window is None else whole_number("PrefixCache", "window", window, 1)
@@ -133,16 +138,17 @@ class PrefixCache(Evictor):
             ValueError: The table is not empty, or of another allocator or page size.
         """
         packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
+        (pages,) = maps_of("reuse", (table,))
         if table.num_tokens:
             fail("reuse", "table must be empty", f"{table.num_tokens} tokens")
-        table.map.check_allocator("reuse", self._allocator)
-        pages, behind, num_tokens = self._tree.find(packed[:-TOKEN_BYTES], packed_keys)
+        pages.check_allocator("reuse", self._allocator)
+        found, behind, num_tokens = self._tree.find(packed[:-TOKEN_BYTES], packed_keys)
         self.stats.add_query(len(packed) // TOKEN_BYTES, num_tokens, self._page_size)
         if num_tokens:
-            self._touch(pages)
-            for page in pages:
+            self._touch(found)
+            for page in found:
                 page.hits += 1
-            page_ids = [NO_PAGE] * behind + [page.page_id for page in pages]
+            page_ids = [NO_PAGE] * behind + [page.page_id for page in found]
             table.adopt(page_ids, num_tokens, self._allocator)
         return num_tokens
 
@@ -184,9 +190,11 @@ class PrefixCache(Evictor):
         """
         packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
         num_tokens = len(packed) // TOKEN_BYTES
+        (pages,) = maps_of("insert", (table,))
+        priority = whole_number("insert", "priority", priority, -MAX_SLOTS)
         if num_tokens > table.num_tokens:
             fail("insert", f"table must hold all tokens, {num_tokens}", table.num_tokens)
-        table.map.check_allocator("insert", self._allocator)
+        pages.check_allocator("insert", self._allocator)
         page_ids = table.leading_pages(num_tokens, tail)
         known, fresh = self._tree.compare(packed, packed_keys, page_ids)
         for place, page_id in fresh:
@@ -227,8 +235,10 @@ class PrefixCache(Evictor):
 
     def _store(self, place: CachedPage, page_id: int, priority: int) -> CachedPage:
         """Take a reference to a page, and make it findable where it belongs."""
-        if page_id in self._tree.by_page:
-            self._forget([self._tree.by_page[page_id]])
+        part = self._tree.by_page.get(page_id)
+        if part is not None:  # a page that was cached part-filled; it keeps its count of hits
+            place.hits = part.hits
+            self._forget([part])
         self._allocator.hold(page_id, self)
         self._tree.hold(place, page_id)
         place.created = place.last_used = self._time
@@ -284,7 +294,7 @@ class PrefixCache(Evictor):
 
     def evict(self, num_pages: int) -> int:
         """Give back up to ``num_pages`` pages that nobody else holds; return how many."""
-        evicted = 0
+        num_pages, evicted = whole_number("evict", "num_pages", num_pages), 0
         while evicted < num_pages and self._num_idle:
             self._let_go(self._queue.pop() or self._uncover())
             evicted += 1
@@ -312,6 +322,11 @@ class PrefixCache(Evictor):
         Returns:
             Pages dropped. Tables that hold them keep them.
         """
+        try:
+            for page_id in page_ids:
+                self._allocator.ref_count(page_id)
+        except TypeError:
+            fail("forget", "page_ids must be a sequence of page ids", kind_of(page_ids))
         before = self.num_pages
         for page_id in page_ids:
             page = self._tree.by_page.get(page_id)

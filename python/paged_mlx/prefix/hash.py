@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
-from paged_mlx.errors import fail, whole_number
+from paged_mlx.errors import fail, kind_of, whole_number
 from paged_mlx.pages.tokens import TOKEN_BYTES, Tokens, pack_tokens
 
 HashPage = Callable[[bytes, bytes, bytes], bytes]
@@ -66,9 +66,13 @@ def pack_keys(keys: Iterable[ExtraKey], page_size: int) -> dict[int, bytes]:
     Every part has its type and length before it, so no two sets of keys pack alike.
     """
     packed: dict[int, list[bytes]] = {}
+    try:
+        keys = list(keys)
+    except TypeError:
+        fail("pack_keys", "keys must be a sequence of ExtraKeys", kind_of(keys))
     for key in keys:
         if not isinstance(key, ExtraKey):
-            fail("pack_keys", "keys must be ExtraKey objects", repr(key))
+            fail("pack_keys", "keys must be ExtraKey objects", kind_of(key))
         position = whole_number("pack_keys", "position", key.position)
         parts = (_packed_value(key.kind), _packed_value(key.value), _packed_value(position))
         packed.setdefault(position // page_size, []).append(b"".join(parts))
