@@ -320,19 +320,8 @@ class PagePool:
         Raises:
             ValueError: An id is outside the pool, a target is named twice or is a source.
         """
-        array = pair_array("PagePool.copy", pairs, self.num_pages)
-        if array.shape[0] == 0:
-            return
-        state = self.state
-        flat = [pages for arrays in state for pages in arrays]
-        copied = iter(
-            operations.copy_pages(flat, array, alias=True, stream=self.stream, known=self.known)
-        )
-        for arrays in state:
-            arrays[:] = [next(copied) for _ in arrays]
-        self._fold_writes()
-        pairs = np.asarray(pairs)
-        self._tokens_stored[pairs[:, 1]] = self._tokens_stored[pairs[:, 0]]
+        if pair_array("PagePool.copy", pairs, self.num_pages).shape[0]:
+            self.copied(np.asarray(pairs).tolist())
 
     def slots(self, slot_mapping: Ints | SlotMapping) -> SlotMapping:
         """``slot_mapping`` checked against this pool, for use with every layer."""
@@ -375,6 +364,21 @@ class PagePool:
         self._plans.clear()
         if self._wants_canary:
             self.canary = Canary(allocator, self.num_layers)
+
+    def copied(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Do ``copy`` with pairs that are known to be right, as an allocator's are."""
+        flat: list[mx.array] = []
+        for arrays in self.state:
+            flat += arrays
+        copies = operations.copy_pages(
+            flat, mx.array(pairs, mx.int32), alias=True, stream=self.stream, known=self.known
+        )
+        for arrays in self.state:
+            arrays[:] = copies[: len(arrays)]
+            del copies[: len(arrays)]
+        self._fold_writes()
+        for source, target in pairs:
+            self._tokens_stored[target] = self._tokens_stored[source]
 
     def detached(self) -> None:
         """Belong to no allocator; the pool makes one of its own when it is asked for."""

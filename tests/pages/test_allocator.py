@@ -172,7 +172,7 @@ def test_sizes_are_refused_before_anything_so_large_is_allocated(kind):
     for call in (
         lambda: kind(2**31 - 1, 2),
         lambda: kind(2**20, 2**12),
-        lambda: kind(2**30, 1, max_pages=2**32),
+        lambda: kind(2**10, 2, max_pages=2**30),
         lambda: allocator.grow(2**11),
     ):
         with pytest.raises(ValueError, match="must be at most 2147483647"):
@@ -261,6 +261,19 @@ def test_attach_refuses_a_pool_that_does_not_fit():
     with pytest.raises(ValueError, match="pool.page_size must be 4"):
         allocator.attach(pool)
     assert allocator.pools == []
+
+
+@pytest.mark.parametrize("pairs", [[(0, 2), (1, 2)], [(0, 1), (1, 2)], [(3, 3)]])
+def test_copies_that_depend_on_their_order_are_refused(pairs):
+    allocator = PageAllocator(4, 4)
+    pool = RecordingPool()
+    allocator.attach(pool)
+    allocator.allocate_pages(4)
+    with pytest.raises(
+        PageError, match=r"^\[copy_pages\] pairs must name each target once, and no"
+    ):
+        allocator.copy_pages(pairs)
+    assert pool.copies == []
 
 
 # Growing and shrinking.

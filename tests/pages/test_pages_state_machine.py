@@ -44,7 +44,7 @@ class SlotPool(Pool):
         for slot, token in zip(slots.tolist(), tokens):
             self.tokens[slot] = token
 
-    def copy(self, pairs):
+    def copied(self, pairs):
         copied = {}
         for source, target in pairs:
             for offset in range(self.page_size):

@@ -13,14 +13,14 @@ class RecordingPool(Pool):
         self.num_pages = num_pages
         self.copies = []
 
-    def copy(self, pairs):
+    def copied(self, pairs):
         self.copies.append(pairs)
 
 
 class FailingPool(RecordingPool):
     """A pool that can neither copy nor grow."""
 
-    def copy(self, pairs):
+    def copied(self, pairs):
         raise MemoryError("no room to copy")
 
     def grow(self, num_pages):

@@ -395,6 +395,9 @@ class PageAllocator:
 
         Args:
             pairs: ``(source, target)`` page ids; each page is held by somebody.
+
+        Raises:
+            ValueError: A page is free or unknown, a target twice, or source and target.
         """
         copied = []
         try:
@@ -407,9 +410,14 @@ class PageAllocator:
                 known = type(page_id) is int and 0 <= page_id < self.total_pages
                 if not known or not self._refs[page_id]:
                     self._held("copy_pages", page_id, UseAfterFree)
-        if copied:
-            for pool in self._pools.values():
-                pool.copy(copied)
+        if not copied:
+            return
+        sources, targets = map(set, zip(*copied))
+        if len(targets) < len(copied) or not targets.isdisjoint(sources):
+            must = "pairs must name each target once, and no source as a target"
+            fail("copy_pages", must, copied, PageError)
+        for pool in self._pools.values():
+            pool.copied(copied)
 
     def _tell_freed(self, page_ids: Sequence[int]) -> None:
         for pool in self.pools:

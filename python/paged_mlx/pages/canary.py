@@ -87,7 +87,7 @@ class Canary(Pool):
         self._notes = np.concatenate([self._notes, np.full((added, self.page_size), _NOTHING)])
         self._due = np.pad(self._due, ((0, 0), (0, added), (0, 0)))
 
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copied(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the notes of whole pages."""
         sources, targets = (list(pages) for pages in zip(*pairs))
         self._notes[targets] = self._notes[sources]

@@ -12,7 +12,7 @@ from paged_mlx.errors import PageError, fail, kind_of
 class Pool(Protocol):
     """Something that has bytes, or notes, for every page of an allocator.
 
-    A class that inherits from it defines ``num_pages``, ``page_size`` and ``copy``; the rest
+    A class that inherits from it defines ``num_pages``, ``page_size`` and ``copied``; the rest
     does nothing by default.
 
     Attributes:
@@ -25,8 +25,11 @@ class Pool(Protocol):
     page_size: int
     wants_freed: bool = False
 
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole pages, ``(source, target)`` each, before any later write."""
+    def copied(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages, ``(source, target)`` each, before any later write.
+
+        The ids are of pages that are held; no page is a target twice, or source and target.
+        """
 
     def freed(self, page_ids: Sequence[int]) -> None:
         """These pages have no holder any more."""
