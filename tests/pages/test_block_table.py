@@ -5,7 +5,7 @@ import pytest
 from page_helpers import table_of
 from paged_mlx.pages.block_table import BlockTable, pack
 from paged_mlx.pages.policies import PageAllocator
-from paged_mlx.pages.table import PageTable, append_batch
+from paged_mlx.pages.table import PageTable, append_batch, copy_on_write
 
 
 @pytest.fixture
@@ -146,3 +146,15 @@ def test_a_block_table_says_its_state():
     assert repr(block_table) == "BlockTable(0 rows of 0 pages, 0 just written)"
     block_table.update([table_of(allocator, 9), table_of(allocator, 2)])
     assert repr(block_table) == "BlockTable(2 rows of 3 pages, 2 just written)"
+
+
+def test_a_row_is_rewritten_when_its_tail_page_was_copied():
+    allocator = PageAllocator(8, 4)
+    block_table, table = BlockTable(), table_of(allocator, 6)
+    fork = table.fork()
+    block_table.update([table, fork])
+    fork.append_tokens(1, allocator)
+    assert block_table.update([table, fork]).block_tables.tolist() == [[0, 1], [0, 2]]
+    assert block_table.rows_written == 1
+    copy_on_write(fork, 0, allocator)
+    assert block_table.update([table, fork]).block_tables.tolist() == [[0, 1], [3, 2]]

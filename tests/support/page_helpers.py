@@ -8,6 +8,7 @@ class RecordingPool(Pool):
     """A pool without arrays that remembers what it was told; by default of any length."""
 
     page_size = 4
+    num_pages = 0
 
     def __init__(self, num_pages=2**31):
         self.num_pages = num_pages

@@ -16,14 +16,19 @@ class Pool(Protocol):
     does nothing by default.
 
     Attributes:
-        num_pages: Pages that it has bytes for, at least as many as there are ids.
         page_size: Tokens in a page.
-        wants_freed: Whether it is to be told which pages become free.
     """
 
-    num_pages: int
     page_size: int
-    wants_freed: bool = False
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that it has bytes for, at least as many as there are ids."""
+
+    @property
+    def wants_freed(self) -> bool:
+        """Whether it is to be told which pages become free."""
+        return False
 
     def copied(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, ``(source, target)`` each, before any later write.
@@ -52,15 +57,15 @@ class Pool(Protocol):
 class Evictor(Protocol):
     """Something that holds pages only because they might be useful again."""
 
-    num_evictable: int  # pages that ``evict`` could free now
+    @property
+    def num_evictable(self) -> int:
+        """Pages that ``evict`` could free now."""
 
     def evict(self, num_pages: int) -> int:
         """Free up to ``num_pages`` pages that no table holds; return how many."""
-        return 0
 
     def forget(self, page_ids: Sequence[int]) -> int:
         """Let go of these pages, whoever else holds them; return how many."""
-        return 0
 
     def pages_idle(self, page_ids: Sequence[int]) -> None:
         """The evictor is now the only holder of these pages."""

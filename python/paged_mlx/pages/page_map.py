@@ -134,7 +134,7 @@ class PageMap:
 
     def slots(self, start: int, stop: int) -> np.ndarray:
         """Return the slots of positions ``[start, stop)``, all held, ``int32``."""
-        positions = np.arange(start, stop, dtype=np.int32)
+        positions: np.ndarray = np.arange(start, stop, dtype=np.int32)
         if self.starts is None:
             entry = positions // self.page_size
             offset = positions - entry * self.page_size

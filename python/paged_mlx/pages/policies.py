@@ -205,6 +205,7 @@ class BuddyPageAllocator(PageAllocator):
                 (num_pages - len(taken)).bit_length() - 1, self.longest_run.bit_length() - 1
             )
             start = self._take_run(order)
+            assert start is not None, "the longest run is not there"
             taken.extend(range(start, start + (1 << order)))
         return taken
 

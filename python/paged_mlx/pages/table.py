@@ -288,7 +288,7 @@ class PageTable:
     def _give_back(self, first: int, end: int) -> None:
         """Release the pages of entries [first, end), the last one first."""
         page_ids = self.map.ids[max(first, self.map.num_freed) : end]
-        if page_ids:
+        if page_ids and self.map.allocator is not None:
             self.map.allocator.free_pages(page_ids[::-1])
 
 
@@ -364,7 +364,7 @@ def share_prefix(
     if target.allocator not in (None, source.allocator):
         must = "target_table must belong to no allocator, or to the source's"
         fail(name, must, repr(target.allocator))
-    if not prefix_length:
+    if not prefix_length or source.allocator is None:
         return
     if source.num_freed:
         must = "source_table must hold its whole prefix"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -47,7 +48,7 @@ class EventLog:
         self._events: deque[CacheEvent] = deque(maxlen=capacity)
         self._number = 0
 
-    def add(self, kind: type[CacheEvent], *fields: object) -> None:
+    def add(self, kind: Callable[..., CacheEvent], *fields: object) -> None:
         """Record an event; without capacity it is only counted."""
         self._number += 1
         if self._events.maxlen:

@@ -54,7 +54,7 @@ class CachedPage:
         self.page_hash = page_hash
         self.tokens = tokens
         self.keys = keys
-        self.parent = parent
+        self.parent: CachedPage = parent  # type: ignore[assignment]  # the root has none
         self.children: dict[bytes, list[CachedPage]] = {}
         self.kept: dict[tuple[bytes, bytes], object] = {}
         self.idle = False
@@ -247,6 +247,7 @@ class PrefixTree:
         known, fresh = self.chain(tokens, keys), []
         parent, names = self.root, set()
         for index, page_id in enumerate(page_ids):
+            place: CachedPage | None
             if index < len(known):
                 place = known[index]
             else:
@@ -299,7 +300,7 @@ class PrefixTree:
         while place is not self.root and not place.held and not place.children:
             parent = place.parent
             parent.remove_child(place)
-            place.parent = None
+            place.parent = None  # type: ignore[assignment]
             del self.by_hash[place.page_hash]
             place = parent
         return place if place.held else None
