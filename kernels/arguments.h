@@ -65,6 +65,18 @@ inline long page_row(int page_id, int kv_head, int offset, int num_kv_heads, int
   return (long(page_id) * num_kv_heads + kv_head) * page_size + offset;
 }
 
+// Lanes of the vector body that share the row of a key: so many that a lane's part of
+// Q and of the result, over all rows, is 16 elements each where the dims allow.
+constexpr int lanes_of_key(int rows, int head_dim, int v_head_dim) {
+  const int most = rows * (head_dim > v_head_dim ? head_dim : v_head_dim);
+  int lanes = 8;
+  while (16 * lanes < most && lanes < 32 && head_dim % (2 * lanes) == 0 &&
+         v_head_dim % (2 * lanes) == 0) {
+    lanes *= 2;
+  }
+  return lanes;
+}
+
 // Offsets are in words from the start of the plan, those of plan_format.h.
 struct AttendArguments {
   long mask_head_stride;  // elements; 0 broadcasts

@@ -1,5 +1,5 @@
-// Attention of 3 to 16 rows against a run of pages: decode of a head group, a
-// short verify.
+// Attention of 3 rows and more against a run of pages: decode of a head group, a
+// short verify, prefill, a prefix that many sequences share.
 //
 //   plan         int32 words of plan_format.h
 //   q            [tokens, num_q_heads, D]                     T
@@ -8,155 +8,285 @@
 //   out, lse     [tokens, num_q_heads, DV] T, [tokens, num_q_heads] float
 //   partial_out, partial_state: see ResultWriter
 //
-// Grid: one threadgroup per (KV head, item). Each simdgroup owns a run of the
-// item's keys and reads each of their K and V rows once, 32 keys a step.
-// Then, after a barrier, the simdgroups' states are merged.
+// Grid: one threadgroup per (KV head, item, tile of ROWS rows), of exactly
+// SIMDGROUPS simdgroups. A step is 8 or 16 keys a simdgroup. The simdgroups split the keys of the
+// step for Q K^T and the columns of V for P V, so that the threadgroup reads each
+// row of K and V once, stages neither, and a simdgroup holds a part of the result
+// only. What they exchange, row maxima and weights, costs two barriers a step.
 //
-// Compiled with T, D, DV, ROWS (the most of an item: 4, or a multiple of 8) and
-// SIMDGROUPS (the most of a threadgroup) as macros of prefix PAGED_MLX_.
+// Compiled with T, D, DV, ROWS (a multiple of 8) and SIMDGROUPS (at most 8) as
+// macros of prefix PAGED_MLX_.
 
 #include "attend_parameters.h"
-#include "key_groups.h"
-#include "merge_simdgroups.h"
+#include "matrices.h"
 #include "page_walk.h"
 #include "scores.h"
 #include "softmax.h"
 
 namespace paged_mlx {
 
-// Q in registers.
-template <typename T, int D, int ROW_TILES>
-struct HeldQueries {
-  Matrix<T> q[ROW_TILES][D / 8];
+// Columns that a simdgroup takes at a time: of 8, 16 and 32 the most that leave
+// the busiest simdgroup no more than it must have.
+constexpr int busiest_columns(int dim, int width, int simdgroups) {
+  return (dim + width * simdgroups - 1) / (width * simdgroups) * width;
+}
 
-  template <int WIDTH, int BEGIN>
-  struct Part {
-    thread const HeldQueries& queries;
-
-    explicit Part(thread const HeldQueries& queries_) : queries(queries_) {}
-
-    thread const Matrix<T>& matrix(int m, int i) const {
-      return queries.q[m][BEGIN / 8 + i];
+constexpr int unit_columns(int dim, int simdgroups) {
+  int best = 8;
+  for (int width = 16; width <= 32; width *= 2) {
+    if (dim % width == 0 &&
+        busiest_columns(dim, width, simdgroups) <= busiest_columns(dim, best, simdgroups)) {
+      best = width;
     }
-  };
+  }
+  return best;
+}
+
+// A lane's columns of one row go to the result.
+template <typename T, int DV>
+struct PutResult {
+  thread const ResultWriter<T, DV>& writer;
+  int token, head, slot, begin;
+  float factor;
+
+  template <int N>
+  void operator()(int column, thread const float (&values)[N]) const {
+    writer.write_values(token, head, slot, begin + column, factor, values);
+  }
 };
 
-template <typename T, int D, int DV, int ROW_TILES>
+template <typename T, int D, int DV, int ROW_TILES, int SIMDGROUPS>
 struct TileAttention {
+  enum {
+    kRows = 8 * ROW_TILES,
+    kGroups = ROW_TILES == 1 && SIMDGROUPS <= 4 ? 2 : 1, // that a simdgroup scores in a whole step
+    kEdgeStep = 8 * SIMDGROUPS, // keys of a step that is not whole: one group of each simdgroup
+    kStep = kGroups * kEdgeStep,
+    kColumns = unit_columns(DV, SIMDGROUPS),
+    kUnits = busiest_columns(DV, kColumns, SIMDGROUPS) / kColumns,
+    kOut = kUnits * kColumns / 8
+  };
+
   thread const PageWalk& walk;
   thread const Scoring& scoring;
   const device T* k_pages;
   const device T* v_pages;
+  threadgroup T* q;         // matrices of each row tile, see DimRuns
+  threadgroup float* maxima; // [SIMDGROUPS, kRows]
+  threadgroup float2* weights; // [ROW_TILES, kStep / 8 groups, 32 lanes], of the lane
+  short simdgroup;
   LanePlace at;
   QueryRow rows[ROW_TILES];
-  SoftmaxState states[ROW_TILES];
-  HeldQueries<T, D, ROW_TILES> queries;
-  Matrix<float> out[ROW_TILES][DV / 8];
-  Matrix<float> scores[ROW_TILES][4]; // then weights; of the step's 32 keys
+  SoftmaxState states[ROW_TILES]; // the sum: of this lane's columns of keys
+  Matrix<float> out[ROW_TILES][kOut];
 
   TileAttention(
       thread const PageWalk& walk_,
       thread const Scoring& scoring_,
       const device T* k_pages_,
       const device T* v_pages_,
+      threadgroup T* q_,
+      threadgroup float* maxima_,
+      threadgroup float2* weights_,
+      short simdgroup_,
       short lane)
-      : walk(walk_), scoring(scoring_), k_pages(k_pages_), v_pages(v_pages_), at(lane) {}
+      : walk(walk_),
+        scoring(scoring_),
+        k_pages(k_pages_),
+        v_pages(v_pages_),
+        q(q_),
+        maxima(maxima_),
+        weights(weights_ + lane),
+        simdgroup(simdgroup_),
+        at(lane) {}
 
-  void begin(const device T* q, thread const RowReader& reader) {
+  void begin(const device T* queries, thread const RowReader& reader, int first_row) {
 #pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
-      rows[m] = reader.read(8 * m + at.row);
-      const long row = long(rows[m].token) * reader.arguments.num_q_heads + rows[m].head;
-      DimRuns<T, D>::load_query(q + row * D, at, queries.q[m]);
+      rows[m] = reader.read(first_row + 8 * m + at.row);
+      if (m % SIMDGROUPS == simdgroup) {
+        const long row = long(rows[m].token) * reader.arguments.num_q_heads + rows[m].head;
+        DimRuns<T, D>::stage(queries + row * D, at, q + 8 * m * D);
+      }
 #pragma clang loop unroll(full)
-      for (int i = 0; i < DV / 8; i++) {
+      for (int i = 0; i < kOut; i++) {
         out[m][i] = Matrix<float>(0);
       }
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  template <bool EDGE>
-  void step(int slot) {
-    dot<EDGE>(slot);
-    score_groups<EDGE, ROW_TILES, 4>(walk, scoring, rows, slot, at, &scores[0][0]);
-    weigh<EDGE>();
-    add_values<EDGE>(slot);
+  // Slots [slot, slot + kStep), all of them seen by all rows.
+  void whole_step(int slot) {
+    const int own = slot + 8 * kGroups * simdgroup;
+    RowWalk k_rows(walk, own), v_rows(walk, slot);
+    KeyPair<T> pairs[kGroups];
+#pragma clang loop unroll(full)
+    for (int g = 0; g < kGroups; g++) {
+      const device T* key = k_pages + (k_rows.row(8 * g) + at.column) * D;
+      pairs[g] = KeyPair<T>{key, key + D, true, true};
+    }
+    weigh<false>(own, pairs);
+#pragma clang loop unroll(full)
+    for (int g = 0; g < kStep / 8; g++) {
+      add_values<false>(v_pages + (v_rows.row(8 * g) + at.row) * DV, true, g);
+    }
   }
 
-  template <bool EDGE>
-  void dot(int slot) {
-    GroupWalk slots(walk, slot);
+  // Slots [slot, slot + kEdgeStep), of which any may be dead or hidden.
+  void edge_step(int slot) {
+    const int own = slot + 8 * simdgroup, first = own + at.column;
+    const KeyPair<T> pairs[1] = {
+        {k_pages + walk.row(first) * D,
+         k_pages + walk.row(first + 1) * D,
+         walk.is_live(first),
+         walk.is_live(first + 1)}};
+    weigh<true>(own, pairs);
+#pragma clang loop unroll(disable)
+    for (int g = 0; g < SIMDGROUPS; g++) {
+      const int value = slot + 8 * g + at.row;
+      add_values<true>(v_pages + walk.row(value) * DV, walk.is_live(value), g);
+    }
+  }
+
+  // The simdgroup's keys, from slot `own` on, get weights that all simdgroups can read.
+  template <bool EDGE, int GROUPS>
+  void weigh(int own, thread const KeyPair<T> (&pairs)[GROUPS]) {
+    Matrix<float> scores[ROW_TILES][GROUPS];
+    dot(pairs, scores);
+    score<EDGE>(own, pairs, scores);
+    put_maxima(scores);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    put_weights<EDGE>(scores);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  template <int GROUPS>
+  void dot(
+      thread const KeyPair<T> (&pairs)[GROUPS],
+      thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
 #pragma clang loop unroll(full)
-    for (int g = 0; g < 4; g++) {
-      slots.enter(g);
-      const KeyPair<T> pairs[1] = {key_pair<T, D, EDGE>(slots, k_pages, at)};
-      Matrix<float> sums[ROW_TILES];
+    for (int m = 0; m < ROW_TILES; m++) {
 #pragma clang loop unroll(full)
-      for (int m = 0; m < ROW_TILES; m++) {
-        sums[m] = Matrix<float>(0);
+      for (int g = 0; g < GROUPS; g++) {
+        scores[m][g] = Matrix<float>(0);
       }
-      DimRuns<T, D>::template multiply<ROW_TILES, 1>(queries, pairs, at, sums);
+    }
+    DimRuns<T, D>::template multiply<ROW_TILES, GROUPS>(q, pairs, at, scores);
+  }
+
+  // From dot products to scores.
+  template <bool EDGE, int GROUPS>
+  void score(
+      int own,
+      thread const KeyPair<T> (&pairs)[GROUPS],
+      thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+#pragma clang loop unroll(full)
+    for (int g = 0; g < GROUPS; g++) {
+      const int slot = own + 8 * g + at.column;
+      const int first = walk.position(slot);
+      const int second = kRagged ? walk.position(slot + 1) : first + 1;
 #pragma clang loop unroll(full)
       for (int m = 0; m < ROW_TILES; m++) {
-        scores[m][g] = sums[m];
+        thread float2& two = elements(scores[m][g]);
+        two.x = pairs[g].first_live ? scoring.of<EDGE>(two.x, rows[m], first) : kHidden;
+        two.y = pairs[g].second_live ? scoring.of<EDGE>(two.y, rows[m], second) : kHidden;
       }
     }
   }
 
-  template <bool EDGE>
-  void weigh() {
+  template <int GROUPS>
+  void put_maxima(thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
 #pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
-      float most = states[m].most;
+      float most = kLowest;
 #pragma clang loop unroll(full)
-      for (int g = 0; g < 4; g++) {
+      for (int g = 0; g < GROUPS; g++) {
         const float2 two = elements(scores[m][g]);
         most = max(most, max(two.x, two.y));
       }
-      const float factor = states[m].raise(row_max(most));
+      most = row_max(most);
+      if (at.column == 0) {
+        maxima[simdgroup * kRows + 8 * m + at.row] = most;
+      }
+    }
+  }
+
+  template <bool EDGE, int GROUPS>
+  void put_weights(thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
 #pragma clang loop unroll(full)
-      for (int g = 0; g < 4; g++) {
-        thread float2& two = elements(scores[m][g]);
+    for (int m = 0; m < ROW_TILES; m++) {
+      raise(m);
+#pragma clang loop unroll(full)
+      for (int g = 0; g < GROUPS; g++) {
+        float2 two = elements(scores[m][g]);
         two.x = states[m].template weight<EDGE>(two.x);
         two.y = states[m].template weight<EDGE>(two.y);
-        states[m].sum += two.x + two.y;
-      }
-#pragma clang loop unroll(full)
-      for (int i = 0; i < DV / 8; i++) {
-        elements(out[m][i]) *= factor;
+        *weight_of(m, GROUPS * simdgroup + g) = two;
       }
     }
   }
 
+  // Row tile m moves to the maxima of all simdgroups.
+  void raise(int m) {
+    float most = states[m].most;
+#pragma clang loop unroll(full)
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      most = max(most, maxima[s * kRows + 8 * m + at.row]);
+    }
+    const float factor = states[m].raise(most);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kOut; i++) {
+      elements(out[m][i]) *= factor;
+    }
+  }
+
+  threadgroup float2* weight_of(int m, int group) const {
+    return weights + 32 * (m * kStep / 8 + group);
+  }
+
+  // The values of the step's keys of `group`; the lane reads its columns of one key.
   template <bool EDGE>
-  void add_values(int slot) {
-    GroupWalk slots(walk, slot);
+  void add_values(const device T* value, bool live, int group) {
+    Matrix<float> p[ROW_TILES];
 #pragma clang loop unroll(full)
-    for (int g = 0; g < 4; g++) {
-      slots.enter(g);
-      ColumnRuns<T, DV>::template multiply<EDGE, ROW_TILES, 4, DV / 8>(
-          &scores[0][g],
-          v_pages + slots.row(at.row) * DV,
-          !EDGE || slots.is_live(at.row),
-          at,
-          &out[0][0]);
+    for (int m = 0; m < ROW_TILES; m++) {
+      const float2 two = *weight_of(m, group);
+      elements(p[m]) = two;
+      states[m].sum += two.x + two.y;
+    }
+#pragma clang loop unroll(full)
+    for (int u = 0; u < kUnits; u++) {
+      const int column = (u * SIMDGROUPS + simdgroup) * kColumns;
+      if (column < DV) {
+        ColumnRuns<T, kColumns>::template multiply<EDGE, ROW_TILES, kOut>(
+            p, value + column, live, at, &out[0][u * kColumns / 8]);
+      }
     }
   }
-};
 
-// Puts a lane's columns into the window that begins at `begin`.
-template <typename Merge>
-struct PutValues {
-  thread const Merge& merge;
-  int sum, row, begin;
-
-  template <int N>
-  void operator()(int column, thread const float (&values)[N]) const {
-    if (column >= begin && column < begin + Merge::kColumns) {
-      threadgroup float* to = merge.value(sum, row, column - begin);
+  // The simdgroup's columns of the rows that there are.
+  void write(thread const RowReader& reader, thread const ResultWriter<T, DV>& writer, int first_row) {
 #pragma clang loop unroll(full)
-      for (int i = 0; i < N; i++) {
-        to[i] = values[i];
+    for (int m = 0; m < ROW_TILES; m++) {
+      const int row = first_row + 8 * m + at.row;
+      const float most = states[m].most, sum = row_sum(states[m].sum);
+      if (row >= reader.num_rows) {
+        continue;
+      }
+      const int token = reader.token(row), head = reader.head(row);
+      const int slot = row / reader.arguments.gqa_factor;
+      const float factor = finish(most, sum, writer.sink(head)).factor;
+#pragma clang loop unroll(full)
+      for (int u = 0; u < kUnits; u++) {
+        const int column = (u * SIMDGROUPS + simdgroup) * kColumns;
+        if (column < DV) {
+          const PutResult<T, DV> put{writer, token, head, slot, column, factor};
+          ColumnRuns<T, kColumns>::each(&out[m][u * kColumns / 8], at, put);
+        }
+      }
+      if (simdgroup == 0 && at.column == 0) {
+        writer.write_state(token, head, slot, most, sum);
       }
     }
   }
@@ -167,60 +297,50 @@ struct PutValues {
 using namespace paged_mlx;
 
 [[kernel, max_total_threads_per_threadgroup(32 * PAGED_MLX_SIMDGROUPS)]] void attend_tile(
-    PAGED_MLX_ATTEND_PARAMETERS,
-    ushort num_simdgroups [[simdgroups_per_threadgroup]]) {
+    PAGED_MLX_ATTEND_PARAMETERS) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV;
-  constexpr int kRows = PAGED_MLX_ROWS, kRowTiles = (kRows + 7) / 8;
+  constexpr int kRowTiles = PAGED_MLX_ROWS / 8, kSimdgroups = PAGED_MLX_SIMDGROUPS;
   typedef PAGED_MLX_T T;
-  typedef SimdgroupMerge<PAGED_MLX_SIMDGROUPS, 1, kRows, DV> Merge;
-  threadgroup float values[Merge::kValues];
-  threadgroup float merge_states[Merge::kStates];
+  typedef TileAttention<T, D, DV, kRowTiles, kSimdgroups> Tile;
+  threadgroup uint4 staged[Tile::kRows * D * sizeof(T) / 16]; // of 16 bytes, for their alignment
+  threadgroup float maxima[kSimdgroups * Tile::kRows];
+  threadgroup float2 weights[kRowTiles * Tile::kStep * 4];
 
   const device PlanItem& item =
       reinterpret_cast<const device PlanItem*>(plan + arguments.items)[group.y];
-  const PageWalk walk(plan, item, arguments, group.x);
-  const RowReader rows(plan, item, arguments, alibi_slopes, group.x);
+  const RowReader reader(plan, item, arguments, alibi_slopes, group.x);
+  const int first_row = group.z * Tile::kRows;
+  if (first_row >= reader.num_rows) {
+    return;
+  }
+  PageWalk walk(plan, item, arguments, group.x);
   const Scoring scoring(arguments, mask);
-  TileAttention<T, D, DV, kRowTiles> tile(walk, scoring, k_pages, v_pages, lane);
-  tile.begin(q, rows);
+  Tile tile(
+      walk,
+      scoring,
+      k_pages,
+      v_pages,
+      reinterpret_cast<threadgroup T*>(staged),
+      maxima,
+      weights,
+      simdgroup,
+      lane);
+  tile.begin(q, reader, first_row);
 
-  const int2 whole = seen_by_all(tile.rows);
-  const int2 steps = walk.steps(item.key_begin, item.key_end, 32);
-  const int count = steps.y - steps.x;
-  const int end = steps.x + count * (simdgroup + 1) / num_simdgroups;
-  for (int s = steps.x + count * simdgroup / num_simdgroups; s < end; s++) {
-    const int first = walk.first_position + 32 * s;
-    if (walk.all_live(32 * s, 32) && first >= whole.x && first + 32 <= whole.y) {
-      tile.step<false>(32 * s);
+  const int2 whole = seen_by_all(tile.rows), any = seen_by_any(tile.rows);
+  const int2 slots = walk.slots(any.x, any.y, Tile::kEdgeStep);
+  walk.narrow(any.x, any.y);
+  for (int slot = slots.x; slot < slots.y;) {
+    if (walk.is_whole(slot, Tile::kStep, whole)) {
+      tile.whole_step(slot);
+      slot += Tile::kStep;
     } else {
-      tile.step<true>(32 * s);
+      tile.edge_step(slot);
+      slot += Tile::kEdgeStep;
     }
   }
 
-  const Merge merge{values, merge_states, num_simdgroups};
-#pragma clang loop unroll(full)
-  for (int m = 0; m < kRowTiles; m++) {
-    tile.states[m].sum = row_sum(tile.states[m].sum);
-    const int row = 8 * m + tile.at.row;
-    if (tile.at.column == 0 && row < kRows) {
-      merge.put_state(simdgroup, row, tile.states[m]);
-    }
-  }
   const ResultWriter<T, DV> writer{
       out, lse, partial_out, partial_state, sinks, arguments.num_q_heads, item.partial};
-  for (int begin = 0; begin < DV; begin += Merge::kColumns) {
-    if (begin > 0) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-#pragma clang loop unroll(full)
-    for (int m = 0; m < kRowTiles; m++) {
-      const int row = 8 * m + tile.at.row;
-      if (row < kRows) {
-        const PutValues<Merge> put{merge, simdgroup, row, begin};
-        ColumnRuns<T, DV>::each(tile.out[m], tile.at, put);
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    merge.write_window(begin, rows, writer, thread_index, 32 * num_simdgroups);
-  }
+  tile.write(reader, writer, first_row);
 }

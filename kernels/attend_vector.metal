@@ -1,10 +1,14 @@
 // Attention of 1 or 2 rows against a run of pages: decode without a head group.
 //
-// Buffers, grid and macros as in attend_tile.metal; ROWS is 1 or 2. Eight lanes
-// share a key, so a load of the simdgroup covers 16 bytes x 8 lanes of four keys;
-// a step is 32 keys, of which a lane reads its part of eight. The eight partial
-// dot products are summed over the lanes by a transposing butterfly that leaves
-// each lane the score of one key.
+// Buffers and macros as in attend_tile.metal; ROWS is 1 or 2.
+//
+// Grid: one threadgroup per (KV head, item). Each simdgroup owns a run of the
+// item's keys and reads each of their K and V rows once; after a barrier the
+// simdgroups' states are merged.
+//
+// kLanes lanes share a key, the fewer the shorter its row. A step is four loads of
+// the simdgroup. The partial dot products of a key are summed over its lanes so that
+// each lane of a quad gets the score of one of the four loads.
 
 #include "attend_parameters.h"
 #include "merge_simdgroups.h"
@@ -14,47 +18,20 @@
 
 namespace paged_mlx {
 
-// Where a lane stands: its part of a row, and its key among four.
-struct KeyLane {
-  short part, key;
-
-  explicit KeyLane(short lane) : part(lane & 7), key(lane >> 3) {}
-};
-
-// sums[t] of the eight lanes of a key, for eight t: lane `part` gets the total
-// of t = part.
-inline float transposed_sum(thread const float (&sums)[8], short part) {
-  float four[4], two[2];
-#pragma clang loop unroll(full)
-  for (int i = 0; i < 4; i++) {
-    const bool upper = part & 4;
-    const float low = sums[i], high = sums[i + 4];
-    four[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, 4);
-  }
-#pragma clang loop unroll(full)
-  for (int i = 0; i < 2; i++) {
-    const bool upper = part & 2;
-    const float low = four[i], high = four[i + 2];
-    two[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, 2);
-  }
-  const bool upper = part & 1;
-  const float low = two[0], high = two[1];
-  return (upper ? high : low) + simd_shuffle_xor(upper ? low : high, 1);
-}
-
-// The elements [BEGIN, N) of a row, in runs of 8 lanes x kWidth. A lane keeps
-// its elements of run after run in an array, from BEGIN / 8 on.
-template <typename T, int N, int BEGIN = 0, bool MORE = (BEGIN < N)>
+// The part that a lane has of every row that it reads: the elements [BEGIN, N) in
+// runs of LANES x kWidth, kept from BEGIN / LANES on.
+template <typename T, int N, int LANES, int BEGIN = 0, bool MORE = (BEGIN < N)>
 struct LaneRuns {
-  enum { kWidth = run_width<T>(N - BEGIN, 8), kNext = BEGIN + 8 * kWidth };
-  typedef LaneRuns<T, N, kNext> Rest;
+  enum { kWidth = run_width<T>(N - BEGIN, LANES), kNext = BEGIN + LANES * kWidth };
+  enum { kAt = BEGIN / LANES };
+  typedef LaneRuns<T, N, LANES, kNext> Rest;
 
-  static void load(const device T* row, short part, thread float* to) {
+  static void load(const device T* row, short part, thread T* to) {
     Run<T, kWidth> run;
     run.load(row + BEGIN + kWidth * part);
 #pragma clang loop unroll(full)
     for (int i = 0; i < kWidth; i++) {
-      to[BEGIN / 8 + i] = float(run.v[i]);
+      to[kAt + i] = run.v[i];
     }
     Rest::load(row, part, to);
   }
@@ -64,7 +41,7 @@ struct LaneRuns {
   static void dot(
       const device T* key,
       short part,
-      thread const float (&q)[ROWS][N / 8],
+      thread const T (&q)[ROWS][N / LANES],
       thread float (&sums)[ROWS]) {
     Run<T, kWidth> run;
     run.load(key + BEGIN + kWidth * part);
@@ -72,7 +49,7 @@ struct LaneRuns {
     for (int i = 0; i < kWidth; i++) {
 #pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
-        sums[r] += q[r][BEGIN / 8 + i] * float(run.v[i]);
+        sums[r] += float(q[r][kAt + i]) * float(run.v[i]);
       }
     }
     Rest::template dot<ROWS>(key, part, q, sums);
@@ -84,7 +61,7 @@ struct LaneRuns {
       const device T* value,
       short part,
       thread const float (&weights)[ROWS],
-      thread float (&out)[ROWS][N / 8]) {
+      thread float (&out)[ROWS][N / LANES]) {
     Run<T, kWidth> run;
     run.load(value + BEGIN + kWidth * part);
 #pragma clang loop unroll(full)
@@ -92,7 +69,7 @@ struct LaneRuns {
 #pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
         const bool hidden = (EDGE || kHasMask) && is_no_weight(weights[r]);
-        out[r][BEGIN / 8 + i] += weights[r] * (hidden ? 0.0f : float(run.v[i]));
+        out[r][kAt + i] += weights[r] * (hidden ? 0.0f : float(run.v[i]));
       }
     }
     Rest::template add<EDGE, ROWS>(value, part, weights, out);
@@ -109,22 +86,22 @@ struct LaneRuns {
     if (first >= begin && first < begin + columns) {
 #pragma clang loop unroll(full)
       for (int i = 0; i < kWidth; i++) {
-        window[first - begin + i] = from[BEGIN / 8 + i];
+        window[first - begin + i] = from[kAt + i];
       }
     }
     Rest::put(from, part, begin, columns, window);
   }
 };
 
-template <typename T, int N, int BEGIN>
-struct LaneRuns<T, N, BEGIN, false> {
-  static void load(const device T*, short, thread float*) {}
+template <typename T, int N, int LANES, int BEGIN>
+struct LaneRuns<T, N, LANES, BEGIN, false> {
+  static void load(const device T*, short, thread T*) {}
 
   template <int ROWS>
   static void dot(
       const device T*,
       short,
-      thread const float (&)[ROWS][N / 8],
+      thread const T (&)[ROWS][N / LANES],
       thread float (&)[ROWS]) {}
 
   template <bool EDGE, int ROWS>
@@ -132,23 +109,28 @@ struct LaneRuns<T, N, BEGIN, false> {
       const device T*,
       short,
       thread const float (&)[ROWS],
-      thread float (&)[ROWS][N / 8]) {}
+      thread float (&)[ROWS][N / LANES]) {}
 
   static void put(thread const float*, short, int, int, threadgroup float*) {}
 };
 
 template <typename T, int D, int DV, int ROWS>
 struct VectorAttention {
+  enum {
+    kLanes = lanes_of_key(ROWS, D, DV),
+    kKeys = 32 / kLanes, // of a load
+    kStep = 4 * kKeys
+  };
+
   thread const PageWalk& walk;
   thread const Scoring& scoring;
   const device T* k_pages;
   const device T* v_pages;
-  KeyLane at;
+  short part, key; // of the lane: its part of a row, its key of a load
   QueryRow rows[ROWS];
-  SoftmaxState states[ROWS];
-  float q[ROWS][D / 8];
-  float out[ROWS][DV / 8];
-  float weights[ROWS]; // scores before; of the lane's key of the step
+  SoftmaxState states[ROWS]; // the sum: of this lane's keys
+  T q[ROWS][D / kLanes];
+  float out[ROWS][DV / kLanes];
 
   VectorAttention(
       thread const PageWalk& walk_,
@@ -156,95 +138,119 @@ struct VectorAttention {
       const device T* k_pages_,
       const device T* v_pages_,
       short lane)
-      : walk(walk_), scoring(scoring_), k_pages(k_pages_), v_pages(v_pages_), at(lane) {}
+      : walk(walk_),
+        scoring(scoring_),
+        k_pages(k_pages_),
+        v_pages(v_pages_),
+        part(lane % kLanes),
+        key(lane / kLanes) {}
 
   void begin(const device T* queries, thread const RowReader& reader) {
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
       rows[r] = reader.read(r);
       const long row = long(rows[r].token) * reader.arguments.num_q_heads + rows[r].head;
-      LaneRuns<T, D>::load(queries + row * D, at.part, q[r]);
+      LaneRuns<T, D, kLanes>::load(queries + row * D, part, q[r]);
 #pragma clang loop unroll(full)
-      for (int i = 0; i < DV / 8; i++) {
+      for (int i = 0; i < DV / kLanes; i++) {
         out[r][i] = 0;
       }
     }
   }
 
-  template <bool EDGE>
-  void step(int slot) {
-    dot<EDGE>(slot);
-    score<EDGE>(slot + 4 * at.part + at.key);
-    weigh<EDGE>();
-    add_values<EDGE>(slot);
-  }
-
-  template <bool EDGE>
-  void dot(int slot) {
-    GroupWalk slots(walk, slot);
-    float sums[ROWS][8];
+  // Slots [slot, slot + kStep), all of them seen by all rows.
+  void whole_step(int slot) {
+    RowWalk k_rows(walk, slot), v_rows(walk, slot);
+    float sums[4][ROWS] = {}, weights[ROWS];
 #pragma clang loop unroll(full)
-    for (int t = 0; t < 8; t++) {
-      const int i = t % 2 * 4 + at.key;
-      if (t % 2 == 0) {
-        slots.enter(t / 2);
-      }
-      float sum[ROWS] = {};
-      if (!EDGE || slots.is_live(i)) {
-        LaneRuns<T, D>::template dot<ROWS>(k_pages + slots.row(i) * D, at.part, q, sum);
-      }
+    for (int t = 0; t < 4; t++) {
+      const device T* row = k_pages + (k_rows.row(kKeys * t) + key) * D;
+      LaneRuns<T, D, kLanes>::template dot<ROWS>(row, part, q, sums[t]);
+    }
+#pragma clang loop unroll(full)
+    for (int r = 0; r < ROWS; r++) {
+      weights[r] = over_key(of_quad(sums[0][r], sums[1][r], sums[2][r], sums[3][r]));
+    }
+    weigh<false>(slot + kKeys * (part % 4) + key, true, part < 4, weights);
+#pragma clang loop unroll(full)
+    for (int t = 0; t < 4; t++) {
+      float own[ROWS];
 #pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
-        sums[r][t] = sum[r];
+        own[r] = quad_broadcast(weights[r], t);
       }
-    }
-#pragma clang loop unroll(full)
-    for (int r = 0; r < ROWS; r++) {
-      weights[r] = transposed_sum(sums[r], at.part);
+      const device T* row = v_pages + (v_rows.row(kKeys * t) + key) * DV;
+      LaneRuns<T, DV, kLanes>::template add<false, ROWS>(row, part, own, out);
     }
   }
 
+  // Slots [slot, slot + kKeys), of which any may be dead or hidden.
+  void edge_step(int slot) {
+    const int own = slot + key;
+    const bool live = walk.is_live(own);
+    const long row = walk.row(own);
+    float weights[ROWS] = {};
+    if (live) {
+      LaneRuns<T, D, kLanes>::template dot<ROWS>(k_pages + row * D, part, q, weights);
+    }
+#pragma clang loop unroll(full)
+    for (int r = 0; r < ROWS; r++) {
+      weights[r] += simd_shuffle_xor(weights[r], 1);
+      weights[r] += simd_shuffle_xor(weights[r], 2);
+      weights[r] = over_key(weights[r]);
+    }
+    weigh<true>(own, live, part == 0, weights);
+    if (live) {
+      LaneRuns<T, DV, kLanes>::template add<true, ROWS>(v_pages + row * DV, part, weights, out);
+    }
+  }
+
+  // Of four sums of each lane, lane i of a quad gets the quad's total of the i-th.
+  float of_quad(float a, float b, float c, float d) const {
+    const bool high = part & 2, odd = part & 1;
+    const float even_sum = (high ? c : a) + simd_shuffle_xor(high ? a : c, 2);
+    const float odd_sum = (high ? d : b) + simd_shuffle_xor(high ? b : d, 2);
+    return (odd ? odd_sum : even_sum) + simd_shuffle_xor(odd ? even_sum : odd_sum, 1);
+  }
+
+  // Over the quads that share a key.
+  static float over_key(float sum) {
+#pragma clang loop unroll(full)
+    for (int distance = 4; distance < kLanes; distance *= 2) {
+      sum += simd_shuffle_xor(sum, distance);
+    }
+    return sum;
+  }
+
+  // Scores of the key of `slot` become its weights. counts: no lane before has the
+  // same key.
   template <bool EDGE>
-  void score(int slot) {
+  void weigh(int slot, bool live, bool counts, thread float (&scores)[ROWS]) {
     const int position = walk.position(slot);
-    const bool live = !EDGE || walk.is_live(slot);
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
-      weights[r] = live ? scoring.of<EDGE>(weights[r], rows[r], position) : kHidden;
-    }
-  }
-
-  template <bool EDGE>
-  void weigh() {
+      const float score = live ? scoring.of<EDGE>(scores[r], rows[r], position) : kHidden;
+      const float factor = states[r].raise(max(states[r].most, simd_max(score)));
+      scores[r] = states[r].template weight<EDGE>(score);
+      states[r].sum += counts ? scores[r] : 0.0f;
 #pragma clang loop unroll(full)
-    for (int r = 0; r < ROWS; r++) {
-      const float factor = states[r].raise(max(states[r].most, simd_max(weights[r])));
-      weights[r] = states[r].template weight<EDGE>(weights[r]);
-      states[r].sum += weights[r];
-#pragma clang loop unroll(full)
-      for (int i = 0; i < DV / 8; i++) {
+      for (int i = 0; i < DV / kLanes; i++) {
         out[r][i] *= factor;
       }
     }
   }
 
-  template <bool EDGE>
-  void add_values(int slot) {
-    GroupWalk slots(walk, slot);
+  // Every lane gets the simdgroup's sums.
+  void gather() {
 #pragma clang loop unroll(full)
-    for (int t = 0; t < 8; t++) {
-      const int i = t % 2 * 4 + at.key;
-      if (t % 2 == 0) {
-        slots.enter(t / 2);
-      }
-      float weight[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      states[r].sum = simd_sum(states[r].sum);
 #pragma clang loop unroll(full)
-      for (int r = 0; r < ROWS; r++) {
-        weight[r] = simd_shuffle(weights[r], 8 * at.key + t);
-      }
-      if (!EDGE || slots.is_live(i)) {
-        const device T* value = v_pages + slots.row(i) * DV;
-        LaneRuns<T, DV>::template add<EDGE, ROWS>(value, at.part, weight, out);
+      for (int distance = kLanes; distance < 32; distance *= 2) {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < DV / kLanes; i++) {
+          out[r][i] += simd_shuffle_xor(out[r][i], distance);
+        }
       }
     }
   }
@@ -259,7 +265,8 @@ using namespace paged_mlx;
     ushort num_simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV, kRows = PAGED_MLX_ROWS;
   typedef PAGED_MLX_T T;
-  typedef SimdgroupMerge<PAGED_MLX_SIMDGROUPS, 4, kRows, DV> Merge;
+  typedef VectorAttention<T, D, DV, kRows> Vector;
+  typedef SimdgroupMerge<PAGED_MLX_SIMDGROUPS, kRows, DV> Merge;
   threadgroup float values[Merge::kValues];
   threadgroup float merge_states[Merge::kStates];
 
@@ -268,26 +275,29 @@ using namespace paged_mlx;
   const PageWalk walk(plan, item, arguments, group.x);
   const RowReader rows(plan, item, arguments, alibi_slopes, group.x);
   const Scoring scoring(arguments, mask);
-  VectorAttention<T, D, DV, kRows> vector(walk, scoring, k_pages, v_pages, lane);
+  Vector vector(walk, scoring, k_pages, v_pages, lane);
   vector.begin(q, rows);
 
-  const int2 whole = seen_by_all(vector.rows);
-  const int2 steps = walk.steps(item.key_begin, item.key_end, 32);
-  const int count = steps.y - steps.x;
-  const int end = steps.x + count * (simdgroup + 1) / num_simdgroups;
-  for (int s = steps.x + count * simdgroup / num_simdgroups; s < end; s++) {
-    const int first = walk.first_position + 32 * s;
-    if (walk.all_live(32 * s, 32) && first >= whole.x && first + 32 <= whole.y) {
-      vector.step<false>(32 * s);
+  const int2 seen = seen_by_all(vector.rows);
+  const int2 slots = walk.slots(item.key_begin, item.key_end, Vector::kStep);
+  const int count = (slots.y - slots.x) / Vector::kStep;
+  const int end = slots.x + count * (simdgroup + 1) / num_simdgroups * Vector::kStep;
+  for (int slot = slots.x + count * simdgroup / num_simdgroups * Vector::kStep; slot < end;
+       slot += Vector::kStep) {
+    if (walk.is_whole(slot, Vector::kStep, seen)) {
+      vector.whole_step(slot);
     } else {
-      vector.step<true>(32 * s);
+#pragma clang loop unroll(disable)
+      for (int i = 0; i < Vector::kStep; i += Vector::kKeys) {
+        vector.edge_step(slot + i);
+      }
     }
   }
 
+  vector.gather();
   const Merge merge{values, merge_states, num_simdgroups};
 #pragma clang loop unroll(full)
   for (int r = 0; r < kRows; r++) {
-    vector.states[r].sum = simd_sum(vector.states[r].sum);
     if (lane == 0) {
       merge.put_state(simdgroup, r, vector.states[r]);
     }
@@ -300,8 +310,11 @@ using namespace paged_mlx;
     }
 #pragma clang loop unroll(full)
     for (int r = 0; r < kRows; r++) {
-      threadgroup float* window = merge.value(4 * simdgroup + vector.at.key, r, 0);
-      LaneRuns<T, DV>::put(vector.out[r], vector.at.part, begin, Merge::kColumns, window);
+      if (vector.key == 0) {
+        threadgroup float* window = merge.value(simdgroup, r, 0);
+        LaneRuns<T, DV, Vector::kLanes>::put(
+            vector.out[r], vector.part, begin, Merge::kColumns, window);
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     merge.write_window(begin, rows, writer, thread_index, 32 * num_simdgroups);

@@ -22,10 +22,12 @@ inline thread vec<T, 2>& elements(thread Matrix<T>& matrix) {
 
 // Where a lane's elements lie.
 struct LanePlace {
-  short row, column;
+  short lane, row, column;
 
-  explicit LanePlace(short lane)
-      : row((lane & 16) / 4 + (lane & 6) / 2), column((lane & 8) / 2 + (lane & 1) * 2) {}
+  explicit LanePlace(short lane_)
+      : lane(lane_),
+        row((lane_ & 16) / 4 + (lane_ & 6) / 2),
+        column((lane_ & 8) / 2 + (lane_ & 1) * 2) {}
 };
 
 // Over the four lanes that hold a row of a matrix.
@@ -47,67 +49,96 @@ struct KeyPair {
   bool first_live, second_live;
 };
 
+// A lane's elements of WIDTH matrices that lie together in threadgroup memory.
+template <typename T, int WIDTH>
+struct StagedMatrices {
+  enum {
+    kMost = 16 / int(sizeof(T)),
+    kTake = 2 * WIDTH < kMost ? 2 * WIDTH : kMost,
+    kLoads = 2 * WIDTH / kTake
+  };
+
+  Run<T, kTake> runs[kLoads];
+
+  void load(const threadgroup T* from) {
+#pragma clang loop unroll(full)
+    for (int l = 0; l < kLoads; l++) {
+      runs[l].load_staged(from + l * kTake);
+    }
+  }
+
+  vec<T, 2> elements_of(int i) const {
+    const int l = 2 * i / kTake, at = 2 * i % kTake;
+    return vec<T, 2>(runs[l].v[at], runs[l].v[at + 1]);
+  }
+};
+
 // The dims [BEGIN, D) of Q K^T, in runs of 8 lanes x kWidth dims. Matrix i of a
-// run holds the dims BEGIN + kWidth * lane + i.
+// run holds the dims BEGIN + kWidth * lane + i. In threadgroup memory the runs of
+// Q's matrices follow each other; of a run, the elements of a lane stand together.
 template <typename T, int D, int BEGIN = 0, bool MORE = (BEGIN < D)>
 struct DimRuns {
   enum { kWidth = run_width<T>(D - BEGIN, 8), kNext = BEGIN + 8 * kWidth };
   typedef DimRuns<T, D, kNext> Rest;
 
-  // The lane's part of a row of Q, as the matrices q[BEGIN / 8 ...].
-  static void load_query(const device T* row, LanePlace at, thread Matrix<T>* q) {
+  // The lane's elements of eight rows of Q; `row` is the row of the lane.
+  static void stage(const device T* row, LanePlace at, threadgroup T* q) {
     Run<T, kWidth> first, second;
     first.load(row + BEGIN + kWidth * at.column);
     second.load(row + BEGIN + kWidth * (at.column + 1));
+    threadgroup vec<T, 2>* to =
+        reinterpret_cast<threadgroup vec<T, 2>*>(q + 8 * BEGIN + 2 * kWidth * at.lane);
 #pragma clang loop unroll(full)
     for (int i = 0; i < kWidth; i++) {
-      elements(q[BEGIN / 8 + i]) = vec<T, 2>(first.v[i], second.v[i]);
+      to[i] = vec<T, 2>(first.v[i], second.v[i]);
     }
-    Rest::load_query(row, at, q);
+    Rest::stage(row, at, q);
   }
 
-  // scores[m, g] += Q[m] . K[g]^T for GROUPS groups of 8 keys; the lane reads the
+  // scores[m][g] += Q[m] . K[g]^T for GROUPS groups of eight keys; the lane reads the
   // dims of its row for the two keys of its columns.
-  template <int ROW_TILES, int GROUPS, typename Queries>
+  template <int ROW_TILES, int GROUPS>
   static void multiply(
-      thread const Queries& queries,
+      const threadgroup T* q,
       thread const KeyPair<T> (&pairs)[GROUPS],
       LanePlace at,
-      thread Matrix<float>* scores) {
-    Run<T, kWidth> runs[GROUPS][2];
+      thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+    Run<T, kWidth> first[GROUPS], second[GROUPS];
 #pragma clang loop unroll(full)
     for (int g = 0; g < GROUPS; g++) {
-      runs[g][0].load_if(pairs[g].first_live, pairs[g].first + BEGIN + kWidth * at.row);
-      runs[g][1].load_if(pairs[g].second_live, pairs[g].second + BEGIN + kWidth * at.row);
+      first[g].load_if(pairs[g].first_live, pairs[g].first + BEGIN + kWidth * at.row);
+      second[g].load_if(pairs[g].second_live, pairs[g].second + BEGIN + kWidth * at.row);
     }
-    const typename Queries::template Part<kWidth, BEGIN> part(queries);
 #pragma clang loop unroll(full)
-    for (int i = 0; i < kWidth; i++) {
+    for (int m = 0; m < ROW_TILES; m++) {
+      StagedMatrices<T, kWidth> staged;
+      staged.load(q + 8 * (m * D + BEGIN) + 2 * kWidth * at.lane);
 #pragma clang loop unroll(full)
-      for (int g = 0; g < GROUPS; g++) {
-        Matrix<T> keys;
-        elements(keys) = vec<T, 2>(runs[g][0].v[i], runs[g][1].v[i]);
+      for (int i = 0; i < kWidth; i++) {
+        Matrix<T> rows;
+        elements(rows) = staged.elements_of(i);
 #pragma clang loop unroll(full)
-        for (int m = 0; m < ROW_TILES; m++) {
-          thread Matrix<float>& sum = scores[m * GROUPS + g];
-          simdgroup_multiply_accumulate(sum, part.matrix(m, i), keys, sum);
+        for (int g = 0; g < GROUPS; g++) {
+          Matrix<T> keys;
+          elements(keys) = vec<T, 2>(first[g].v[i], second[g].v[i]);
+          simdgroup_multiply_accumulate(scores[m][g], rows, keys, scores[m][g]);
         }
       }
     }
-    Rest::template multiply<ROW_TILES, GROUPS>(queries, pairs, at, scores);
+    Rest::template multiply<ROW_TILES, GROUPS>(q, pairs, at, scores);
   }
 };
 
 template <typename T, int D, int BEGIN>
 struct DimRuns<T, D, BEGIN, false> {
-  static void load_query(const device T*, LanePlace, thread Matrix<T>*) {}
+  static void stage(const device T*, LanePlace, threadgroup T*) {}
 
-  template <int ROW_TILES, int GROUPS, typename Queries>
+  template <int ROW_TILES, int GROUPS>
   static void multiply(
-      thread const Queries&,
+      const threadgroup T*,
       thread const KeyPair<T> (&)[GROUPS],
       LanePlace,
-      thread Matrix<float>*) {}
+      thread Matrix<float> (&)[ROW_TILES][GROUPS]) {}
 };
 
 // Values of a key that are infinite or NaN, apart from those that are finite: 0 times
@@ -133,12 +164,11 @@ struct ColumnRuns {
   enum { kWidth = run_width<T>(DV - BEGIN, 4), kNext = BEGIN + 4 * kWidth };
   typedef ColumnRuns<T, DV, kNext> Rest;
 
-  // out[m, columns] += weights[m] . V for 8 keys; the lane reads the row of its
-  // key. STRIDE: matrices from one m to the next, in weights and in out. EDGE: as
-  // in Scoring.
-  template <bool EDGE, int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
+  // out[m * STRIDE, columns] += weights[m] . V for 8 keys; the lane reads the row of
+  // its key. EDGE as in Scoring.
+  template <bool EDGE, int ROW_TILES, int STRIDE>
   static void multiply(
-      thread Matrix<float>* weights,
+      thread Matrix<float> (&weights)[ROW_TILES],
       const device T* key,
       bool live,
       LanePlace at,
@@ -146,26 +176,25 @@ struct ColumnRuns {
     Run<T, kWidth> run;
     run.load_if(live, key + BEGIN + kWidth * (at.column / 2));
     if (EDGE || kHasMask) {
-      split_off<ROW_TILES, WEIGHTS_STRIDE, OUT_STRIDE>(weights, run, out);
+      split_off<ROW_TILES, STRIDE>(weights, run, out);
     }
 #pragma clang loop unroll(full)
-    for (int i = 0; i < kWidth / 2; i++) {
-      Matrix<T> values;
-      elements(values) = vec<T, 2>(run.v[2 * i], run.v[2 * i + 1]);
+    for (int m = 0; m < ROW_TILES; m++) {
 #pragma clang loop unroll(full)
-      for (int m = 0; m < ROW_TILES; m++) {
-        thread Matrix<float>& sum = out[m * OUT_STRIDE + BEGIN / 8 + i];
-        simdgroup_multiply_accumulate(sum, weights[m * WEIGHTS_STRIDE], values, sum);
+      for (int i = 0; i < kWidth / 2; i++) {
+        Matrix<T> values;
+        elements(values) = vec<T, 2>(run.v[2 * i], run.v[2 * i + 1]);
+        thread Matrix<float>& sum = out[m * STRIDE + BEGIN / 8 + i];
+        simdgroup_multiply_accumulate(sum, weights[m], values, sum);
       }
     }
-    Rest::template multiply<EDGE, ROW_TILES, WEIGHTS_STRIDE, OUT_STRIDE>(
-        weights, key, live, at, out);
+    Rest::template multiply<EDGE, ROW_TILES, STRIDE>(weights, key, live, at, out);
   }
 
   // Values that are not finite go to the rows that see their key, and are 0 from now on.
-  template <int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
+  template <int ROW_TILES, int STRIDE>
   static void split_off(
-      thread Matrix<float>* weights,
+      thread Matrix<float> (&weights)[ROW_TILES],
       thread Run<T, kWidth>& run,
       thread Matrix<float>* out) {
     bool found = false;
@@ -185,12 +214,12 @@ struct ColumnRuns {
       run.v[2 * i + 1] = is_not_finite(two.y) ? T(0.0f) : run.v[2 * i + 1];
 #pragma clang loop unroll(full)
       for (int m = 0; m < ROW_TILES; m++) {
-        const float2 weight = elements(weights[m * WEIGHTS_STRIDE]);
+        const float2 weight = elements(weights[m]);
         Matrix<float> sees, sum(0);
         elements(sees) = float2(!is_no_weight(weight.x), !is_no_weight(weight.y));
         simdgroup_multiply_accumulate(sum, sees, codes, sum);
         const float2 seen = elements(sum);
-        elements(out[m * OUT_STRIDE + BEGIN / 8 + i]) += float2(decoded(seen.x), decoded(seen.y));
+        elements(out[m * STRIDE + BEGIN / 8 + i]) += float2(decoded(seen.x), decoded(seen.y));
       }
     }
   }
@@ -212,9 +241,9 @@ struct ColumnRuns {
 
 template <typename T, int DV, int BEGIN>
 struct ColumnRuns<T, DV, BEGIN, false> {
-  template <bool EDGE, int ROW_TILES, int WEIGHTS_STRIDE, int OUT_STRIDE>
+  template <bool EDGE, int ROW_TILES, int STRIDE>
   static void multiply(
-      thread Matrix<float>*,
+      thread Matrix<float> (&)[ROW_TILES],
       const device T*,
       bool,
       LanePlace,

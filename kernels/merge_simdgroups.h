@@ -7,25 +7,25 @@
 
 namespace paged_mlx {
 
-// Columns of a window: as many as 16 KiB hold, a power of two.
-constexpr int window_columns(int states, int rows, int dim) {
+// Columns of a window: as many as 4 KiB hold, a power of two. It is used once, at
+// the end, and its memory keeps other threadgroups off the core until then.
+constexpr int window_columns(int simdgroups, int rows, int dim) {
   int columns = 512;
-  while (states * rows * columns * 4 > 16384 && columns > 32) {
+  while (simdgroups * rows * columns * 4 > 4096 && columns > 32) {
     columns /= 2;
   }
   return columns < dim ? columns : dim;
 }
 
-// SUMS: sums of values that each simdgroup brings for one maximum.
-template <int SIMDGROUPS, int SUMS, int ROWS, int DV>
+template <int SIMDGROUPS, int ROWS, int DV>
 struct SimdgroupMerge {
   enum {
-    kColumns = window_columns(SIMDGROUPS * SUMS, ROWS, DV),
-    kValues = SIMDGROUPS * SUMS * ROWS * kColumns,
+    kColumns = window_columns(SIMDGROUPS, ROWS, DV),
+    kValues = SIMDGROUPS * ROWS * kColumns,
     kStates = SIMDGROUPS * ROWS * 2
   };
 
-  threadgroup float* values; // [SIMDGROUPS * SUMS, ROWS, kColumns]
+  threadgroup float* values; // [SIMDGROUPS, ROWS, kColumns]
   threadgroup float* states; // [SIMDGROUPS, ROWS, 2]
   int num_simdgroups;
 
@@ -34,8 +34,8 @@ struct SimdgroupMerge {
     states[2 * (simdgroup * ROWS + row) + 1] = state.sum;
   }
 
-  threadgroup float* value(int sum, int row, int column) const {
-    return values + (sum * ROWS + row) * kColumns + column;
+  threadgroup float* value(int simdgroup, int row, int column) const {
+    return values + (simdgroup * ROWS + row) * kColumns + column;
   }
 
   SoftmaxState total(int row) const {
@@ -66,13 +66,10 @@ struct SimdgroupMerge {
       float sums[4] = {0, 0, 0, 0};
       for (int s = 0; s < num_simdgroups; s++) {
         const float weight = weight_at(states[2 * (s * ROWS + row)] - all.most);
+        const threadgroup float* from = value(s, row, column);
 #pragma clang loop unroll(full)
-        for (int k = 0; k < SUMS; k++) {
-          const threadgroup float* from = value(s * SUMS + k, row, column);
-#pragma clang loop unroll(full)
-          for (int j = 0; j < 4; j++) {
-            sums[j] += weight * from[j];
-          }
+        for (int j = 0; j < 4; j++) {
+          sums[j] += weight * from[j];
         }
       }
       const int token = rows.token(row), head = rows.head(row);

@@ -36,7 +36,7 @@ inline bool is_not_finite(float x) {
   return (as_type<uint>(x) & 0x7f800000u) == 0x7f800000u;
 }
 
-// W elements by one load of at most 16 bytes.
+// BYTES of a load, as words.
 template <int BYTES>
 struct Words;
 template <>
@@ -61,75 +61,64 @@ struct Words<16> {
   }
 };
 
-template <typename T, int W, int SIZE = sizeof(T)>
+// Elements 2 i and 2 i + 1 of what a load brought.
+template <typename T, int SIZE = sizeof(T)>
+struct Pair {
+  template <typename W>
+  static vec<T, 2> get(typename W::type words, int i) {
+    return as_type<vec<T, 2>>(W::get(words, i));
+  }
+};
+template <typename T>
+struct Pair<T, 4> {
+  template <typename W>
+  static vec<T, 2> get(typename W::type words, int i) {
+    return vec<T, 2>(as_type<T>(W::get(words, 2 * i)), as_type<T>(W::get(words, 2 * i + 1)));
+  }
+};
+
+// W elements by one load of at most 16 bytes.
+template <typename T, int W>
 struct Run {
+  typedef Words<W * int(sizeof(T))> words;
   T v[W];
+
+  void load(const device T* from) {
+    take(*reinterpret_cast<const device typename words::type*>(from));
+  }
+
+  void load_staged(const threadgroup T* from) {
+    take(*reinterpret_cast<const threadgroup typename words::type*>(from));
+  }
 
   void load_if(bool live, const device T* from) {
     if (live) {
       load(from);
     } else {
-#pragma clang loop unroll(full)
-      for (int i = 0; i < W; i++) {
-        v[i] = T(0.0f);
-      }
+      take(typename words::type(0));
     }
   }
 
-  void load(const device T* from) {
-    typedef Words<2 * W> words;
-    const typename words::type raw = *reinterpret_cast<const device typename words::type*>(from);
+  void take(typename words::type raw) {
 #pragma clang loop unroll(full)
     for (int i = 0; i < W / 2; i++) {
-      const vec<T, 2> two = as_type<vec<T, 2>>(words::get(raw, i));
+      const vec<T, 2> two = Pair<T>::template get<words>(raw, i);
       v[2 * i] = two.x;
       v[2 * i + 1] = two.y;
     }
   }
 };
 
-template <typename T, int W>
-struct Run<T, W, 4> {
-  T v[W];
-
-  void load_if(bool live, const device T* from) {
-    if (live) {
-      load(from);
-    } else {
-#pragma clang loop unroll(full)
-      for (int i = 0; i < W; i++) {
-        v[i] = T(0.0f);
-      }
-    }
-  }
-
-  void load(const device T* from) {
-    typedef Words<4 * W> words;
-    const typename words::type raw = *reinterpret_cast<const device typename words::type*>(from);
-#pragma clang loop unroll(full)
-    for (int i = 0; i < W; i++) {
-      v[i] = as_type<T>(words::get(raw, i));
-    }
-  }
-};
-
 template <typename T>
-struct Run<T, 1, 2> {
+struct Run<T, 1> {
   T v[1];
-
-  void load_if(bool live, const device T* from) {
-    if (live) {
-      load(from);
-    } else {
-#pragma clang loop unroll(full)
-      for (int i = 0; i < 1; i++) {
-        v[i] = T(0.0f);
-      }
-    }
-  }
 
   void load(const device T* from) {
     v[0] = *from;
+  }
+
+  void load_if(bool live, const device T* from) {
+    v[0] = live ? *from : T(0.0f);
   }
 };
 

@@ -38,20 +38,23 @@ struct PageWalk {
         kv_head(kv_head_),
         num_kv_heads(arguments.num_kv_heads) {}
 
-  // The steps of `size` slots that hold the keys [low, high) of the item: [x, y).
-  int2 steps(int low, int high, int size) const {
+  // The slots that hold the keys [low, high) of the item, as [x, y), from and to
+  // multiples of `size`.
+  int2 slots(int low, int high, int size) const {
     if (low >= high) {
       return int2(0);
     }
-    const int2 slots =
+    const int2 all =
         kRagged ? int2(0, page_count * kPageSize) : int2(low, high) - first_position;
-    return int2(slots.x / size, (slots.y + size - 1) / size);
+    return int2(all.x / size, (all.y + size - 1) / size) * size;
   }
 
-  // Every key of [slot, slot + count) is one that the item holds.
-  bool all_live(int slot, int count) const {
+  // The slots [slot, slot + count) hold keys of [seen.x, seen.y) only, and RowWalk
+  // finds their rows.
+  bool is_whole(int slot, int count, int2 seen) const {
     const int first = first_position + slot;
-    return !kRagged && first >= key_begin && first + count <= key_end;
+    return !kRagged && kPageSize % 8 == 0 && slot % min(count, 32) == 0 && first >= seen.x &&
+        first + count <= seen.y;
   }
 
   // Keys outside [low, high) are not live from now on.
@@ -88,39 +91,23 @@ struct PageWalk {
   }
 };
 
-// The rows of the pool behind the slots of a step, eight after eight: enter(0),
-// enter(1), ... in order. Looks into the table as seldom as pages allow.
-struct GroupWalk {
+// The rows of the pool behind the slots of a whole step, in order. Looks into the
+// table as seldom as pages allow.
+struct RowWalk {
   thread const PageWalk& walk;
   int slot;   // of the step
-  int group;  // of eight slots
-  long first; // row of slot `slot` as if its page went on; see row()
+  long first; // row of slot `slot` as if the page of the last look went on
 
-  GroupWalk(thread const PageWalk& walk_, int slot_)
-      : walk(walk_), slot(slot_), group(0), first(0) {}
+  RowWalk(thread const PageWalk& walk_, int slot_) : walk(walk_), slot(slot_), first(0) {}
 
-  void enter(int g) {
-    const int groups_of_a_page = kPageSize % 64 == 0 ? 8
-        : kPageSize % 32 == 0                        ? 4
-        : kPageSize % 16 == 0                        ? 2
-                                                     : 1;
-    group = g;
-    if (kPageSize % 8 == 0 && g % groups_of_a_page == 0) {
-      first = walk.row(slot + 8 * g) - 8 * g;
+  // Of slot `slot` + i, i a constant; those of a call come in order, without gaps of
+  // more than eight.
+  long row(int i) {
+    const int run = kPageSize % 32 == 0 ? 32 : kPageSize % 16 == 0 ? 16 : 8;
+    if (i % run == 0) {
+      first = walk.row(slot + i) - i;
     }
-  }
-
-  int slot_of(int i) const {
-    return slot + 8 * group + i;
-  }
-
-  // Of slot i of the group.
-  long row(int i) const {
-    return kPageSize % 8 == 0 ? first + 8 * group + i : walk.row(slot_of(i));
-  }
-
-  bool is_live(int i) const {
-    return walk.is_live(slot_of(i));
+    return first + i;
   }
 };
 

@@ -61,7 +61,7 @@ def test_every_kernel_names_its_address_spaces(dispatches):
     assert errors == {}
 
 
-@pytest.mark.parametrize("kernel", ["attend_vector", "attend_wide", "merge"])
+@pytest.mark.parametrize("kernel", ["attend_vector", "attend_tile", "merge"])
 def test_a_dropped_address_space_is_an_error(dispatches, kernel):
     text = next(d["text"] for d in dispatches.values() if d["kernel"] == kernel)
     dropped = re.sub(r"\b(?:device|threadgroup|thread) (\w+\* \w+)", r"\1", text, count=1)

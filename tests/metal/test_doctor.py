@@ -57,7 +57,7 @@ def test_a_checkout_examines_the_metal_text_and_every_kernel_of_it():
         result = doctor.examine([replace(patient, inside=doctor.contextlib.nullcontext())])
     assert result.right and launches.findings == []
     wanted = {
-        "attend_vector", "attend_tile", "attend_wide", "merge", "merge_states",
+        "attend_vector", "attend_tile", "merge", "merge_states",
         "write_pages", "copy_pages", "gather_pages",
     }  # fmt: skip
     assert wanted <= set(launches.kernels)

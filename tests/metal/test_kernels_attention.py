@@ -14,12 +14,13 @@ pytestmark = pytest.mark.skipif(
     metal_host.unsupported() is not None, reason=str(metal_host.unsupported())
 )
 
-# Rows per KV head that lead to each body, at head_dim 64.
+# Rows per KV head that lead to each body: few, those of a head group, many.
 BODIES = {
-    "attend_vector": Case(num_q_heads=2, num_kv_heads=2, sequences=((1, 70), (1, 1), (1, 200))),
-    "attend_tile": Case(num_q_heads=6, num_kv_heads=2, sequences=((1, 70), (2, 90), (1, 200))),
-    "attend_wide": Case(num_q_heads=4, num_kv_heads=1, sequences=((12, 70), (30, 150), (9, 9))),
+    "vector": Case(num_q_heads=2, num_kv_heads=2, sequences=((1, 70), (1, 1), (1, 200))),
+    "tile": Case(num_q_heads=6, num_kv_heads=2, sequences=((1, 70), (2, 90), (1, 200))),
+    "prefill": Case(num_q_heads=4, num_kv_heads=1, sequences=((12, 70), (30, 150), (9, 9))),
 }
+KERNEL = {"vector": "attend_vector", "tile": "attend_tile", "prefill": "attend_tile"}
 EVERYTHING = dict(sliding_window=50, softcap=4.0, alibi=1.0, sinks="random")
 
 
@@ -38,30 +39,30 @@ def check(case: Case, kernels=None, **options):
 @pytest.mark.parametrize("dtype", dtypes.NAMES)
 @pytest.mark.parametrize("body", BODIES)
 def test_each_body_is_right_in_each_dtype(body, dtype):
-    check(BODIES[body].replace(dtype=dtype), [body])
+    check(BODIES[body].replace(dtype=dtype), [KERNEL[body]])
 
 
 @pytest.mark.parametrize("mask", ["boolean_per_head", "additive"])
 @pytest.mark.parametrize("body", BODIES)
 def test_window_softcap_alibi_sinks_and_a_mask_combine(body, mask):
-    check(BODIES[body].replace(dtype="float16", mask=mask, **EVERYTHING), [body])
+    check(BODIES[body].replace(dtype="float16", mask=mask, **EVERYTHING), [KERNEL[body]])
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_partitions_merge_to_the_same_result(body):
     case = BODIES[body].replace(dtype="float16", **EVERYTHING)
-    attended = check(case, [body, "merge"], fixed_partition=32)
+    attended = check(case, [KERNEL[body], "merge"], fixed_partition=32)
     assert attended.plan.num_partials > attended.plan.num_merges
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_ragged_pages_are_read_where_they_are_filled(body):
-    check(BODIES[body].replace(dtype="float16", ragged=True), [body])
+    check(BODIES[body].replace(dtype="float16", ragged=True), [KERNEL[body]])
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_page_sizes_and_dims_that_fit_nothing(body):
-    check(BODIES[body].replace(page_size=5, head_dim=72, v_head_dim=88), [body])
+    check(BODIES[body].replace(page_size=5, head_dim=72, v_head_dim=88), [KERNEL[body]])
 
 
 @pytest.mark.parametrize(
@@ -69,10 +70,10 @@ def test_page_sizes_and_dims_that_fit_nothing(body):
     [
         (Case(head_dim=8, v_head_dim=8, sequences=((1, 70),)), ["attend_vector"]),
         (Case(head_dim=136, v_head_dim=24, num_q_heads=4, sequences=((1, 70),)), ["attend_tile"]),
-        (Case(head_dim=16, v_head_dim=40, num_q_heads=9, sequences=((4, 70),)), ["attend_wide"]),
+        (Case(head_dim=16, v_head_dim=40, num_q_heads=9, sequences=((4, 70),)), ["attend_tile"]),
         (Case(head_dim=512, num_q_heads=1, sequences=((1, 70),)), ["attend_vector"]),
-        (Case(head_dim=512, num_q_heads=12, sequences=((1, 70),)), ["attend_wide"]),
-        (Case(head_dim=512, v_head_dim=64, dtype="float32", sequences=((1, 70),)), ["attend_wide"]),
+        (Case(head_dim=512, num_q_heads=12, sequences=((1, 70),)), ["attend_tile"]),
+        (Case(head_dim=512, v_head_dim=64, dtype="float32", sequences=((1, 70),)), ["attend_tile"]),
     ],
     ids=lambda value: f"{value.head_dim}x{value.num_q_heads}" if isinstance(value, Case) else None,
 )
@@ -86,11 +87,11 @@ def test_a_prefix_that_sequences_share_is_read_for_all_of_them():
     )
     attended = check(case)
     assert max(len(item["tokens"]) for item in attended.plan.items) == 12
-    assert {"attend_wide", "attend_tile", "merge"} == set(attended.kernels)
+    assert {"attend_tile", "merge"} == set(attended.kernels)
 
 
 def test_pages_of_one_token_are_read():
-    check(BODIES["attend_tile"].replace(page_size=1, dtype="float16"))
+    check(BODIES["tile"].replace(page_size=1, dtype="float16"))
 
 
 def test_rows_that_see_nothing_are_zero_and_have_no_lse():
@@ -103,13 +104,13 @@ def test_rows_that_see_nothing_are_zero_and_have_no_lse():
 @pytest.mark.parametrize("body", BODIES)
 def test_a_mask_that_hides_a_whole_row_leaves_nothing(body):
     case = BODIES[body].replace(mask="boolean_per_head", mask_density=1.0, sinks=1.0)
-    attended = check(case, [body])
+    attended = check(case, [KERNEL[body]])
     assert not attended.out.any() and np.isneginf(attended.lse).all()
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_scores_far_below_zero_are_not_lost(body):
-    check(BODIES[body].replace(shift=-60.0), [body])
+    check(BODIES[body].replace(shift=-60.0), [KERNEL[body]])
 
 
 def test_a_mask_of_the_lowest_number_hides_nothing():

@@ -31,6 +31,7 @@ _PROMPTS = ((20, 70), (9, 9), (25, 45))
 
 CHECKS = {
     "vector": Check("", Case(**_VECTOR, sequences=_SHORT, values="needles")),
+    "vector, whole steps": Check("", Case(num_q_heads=2, page_size=16, sequences=((1, 160),))),
     "vector, two rows": Check("", Case(dtype="float16", num_q_heads=2, page_size=32, sequences=_SHORT)),
     "vector, window": Check("", Case(**_VECTOR, sequences=_SHORT, sliding_window=19, values="needles")),
     "vector, ragged": Check("", Case(num_q_heads=1, page_size=5, sequences=_SHORT, ragged=True, layout=3)),
@@ -51,6 +52,7 @@ CHECKS = {
     ),
     "tile, 16 rows": Check("", Case(num_q_heads=16, sequences=((1, 70), (1, 20)))),
     "wide": Check("", Case(**_WIDE, sequences=_PROMPTS, values="needles")),
+    "wide, far apart": Check("", Case(**_WIDE, sequences=_PROMPTS, spread=120.0)),
     "wide, window": Check("", Case(**_WIDE, sequences=((40, 150),), sliding_window=9, values="needles")),
     "wide, options": Check("", Case(**_WIDE, sequences=_PROMPTS, mask="additive_per_head", **_OPTIONS)),
     "wide, not causal": Check("", Case(**_WIDE, sequences=_PROMPTS, causal=False, dtype="float16")),

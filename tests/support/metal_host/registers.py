@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from . import lowering
@@ -85,9 +85,14 @@ def _read(optimised: str) -> Footprint:
     )
 
 
-_WORDS = {"i1": 0.03125, "i8": 0.5, "i16": 0.5, "half": 0.5, "bfloat": 0.5, "i32": 1, "float": 1}
-_WORDS |= {"i64": 2, "double": 2, "ptr": 2, "void": 0}  # a pointer of a GPU has 64 bits
+_WORDS = {"half": 0.5, "bfloat": 0.5, "float": 1, "double": 2, "ptr": 2, "void": 0}
 _NAME = re.compile(r"%[\w.$-]+")
+# Loads and stores of a GPU take a place and a distance from it: a pointer at a constant
+# distance from another, and an index made 64 bits wide, take no register of their own.
+_NEAR = re.compile(
+    r"getelementptr [^%]*(?:%\"[^\"]*\", )?ptr %[\w.$-]+(?:, i\d+ -?\d+)+$"
+    r"|[sz]ext (?:nneg )?i32 %[\w.$-]+ to i64$"
+)
 _CONVERSION = re.compile(
     r"(zext|sext|trunc|fpext|fptrunc|bitcast|sitofp|uitofp|fptosi|fptoui|ptrtoint|inttoptr|addrspacecast)\b"
 )
@@ -112,6 +117,7 @@ class _Instruction:
     text: str
     operands: list[str]
     incoming: list[tuple[str, str]]  # of a phi: value, block
+    bases: list[str] = field(default_factory=list)  # operands, as what takes a register
 
 
 class _Body:
@@ -120,10 +126,16 @@ class _Body:
     def __init__(self, text: str):
         self.blocks: dict[str, list[_Instruction]] = {}
         self.next: dict[str, list[str]] = {}
+        self.base: dict[str, str] = {}  # of what takes no register of its own
         self._read(text.split("\n")[1:])
-        self.words = {
-            i.result: _words_of(i.text) for b in self.blocks.values() for i in b if i.result
-        }
+        for instruction in self._all():
+            bases = [self.base.get(name, name) for name in instruction.operands]
+            instruction.bases = bases
+            phi = [(self.base.get(value, value), block) for value, block in instruction.incoming]
+            instruction.incoming = phi
+        self.words = {i.result: _words_of(i.text) for i in self._all() if i.result}
+        for name in self._threadgroup_places():
+            self.words[name] = 1
 
     def _read(self, lines: list[str]) -> None:
         block = "%entry"
@@ -148,8 +160,20 @@ class _Body:
         result, text = (named[1], named[2]) if named else (None, text)
         if text.startswith("phi"):
             return _Instruction(result, text, [], re.findall(r"\[ ([^,]+), (%[\w.$-]+) \]", text))
-        operands = _NAME.findall(re.sub(r"label %[\w.$-]+", "", text))
+        operands = _NAME.findall(re.sub(r"label %[\w.$-]+|%\"[^\"]*\"", "", text))
+        if _NEAR.match(text) and operands:
+            self.base[result] = self.base.get(operands[0], operands[0])
         return _Instruction(result, text, operands, [])
+
+    def _threadgroup_places(self) -> list[str]:
+        """Pointers into threadgroup memory, which has no more than 32 bits of addresses."""
+        places = []
+        for instruction in self._all():
+            is_place = instruction.text.startswith("getelementptr")
+            known = is_place and any(name in places for name in instruction.operands)
+            if known or "@metal_host_threadgroup_variable(" in instruction.text:
+                places.append(instruction.result)
+        return places
 
     def in_memory(self) -> list[str]:
         """Types of what the function keeps on its stack, arguments of the host's runtime left out."""
@@ -203,7 +227,7 @@ class _Body:
                 alive = set(out)
                 for instruction in reversed(self.blocks[name]):
                     alive.discard(instruction.result)
-                    alive.update(u for u in instruction.operands if u in divergent)
+                    alive.update(u for u in instruction.bases if u in divergent)
                 if out != live_out[name] or alive != live_in[name]:
                     live_out[name], live_in[name], changed = out, alive, True
         most = 0.0
@@ -212,7 +236,7 @@ class _Body:
             most = max(most, sum(self.words[v] for v in alive))
             for instruction in reversed(block):
                 alive.discard(instruction.result)
-                alive.update(u for u in instruction.operands if u in divergent)
+                alive.update(u for u in instruction.bases if u in divergent)
                 most = max(most, sum(self.words[v] for v in alive))
         return most
 
@@ -255,7 +279,7 @@ def _words_of(text: str) -> float:
     """Words of an instruction's result."""
     operation = text.split()[0]
     if operation in ("icmp", "fcmp"):
-        return _WORDS["i1"]
+        return 1 / 32
     if operation in ("getelementptr", "alloca"):
         return _WORDS["ptr"]
     if _CONVERSION.match(text):
@@ -285,7 +309,10 @@ def _size(type_name: str) -> float:
     vector = re.match(r"<(\d+) x (\w+)>", type_name)
     if vector:
         return int(vector[1]) * _WORDS.get(vector[2], 1)
-    return _WORDS.get(type_name.split()[0].rstrip(","), 1)
+    name = type_name.split()[0].rstrip(",")
+    if re.fullmatch(r"i\d+", name):
+        return int(name[1:]) / 32
+    return _WORDS.get(name, 1)
 
 
 def _threadgroup_bytes(entry: str) -> int:
