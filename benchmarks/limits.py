@@ -5,6 +5,7 @@ import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
 
+from benchmarks import roofline
 from benchmarks.harness import Candidate
 from benchmarks.workload import Workload
 
@@ -31,10 +32,10 @@ def page_reads(
 
     def read(layer):
         k_pages, v_pages = work.pool[layer].arrays
-        return _ext.read_pages(k_pages, v_pages, page_ids)
+        return roofline.read_pages(k_pages, v_pages, page_ids, threads)
 
     nbytes = len(page_ids) * work.g.page_size * work.g.bytes_per_token
-    run = work.in_turn(on_threads(threads, read), start)
+    run = work.in_turn(read, start)
     return Candidate(PAGE_READS, run, nbytes, limit=True)
 
 
@@ -50,8 +51,9 @@ def flops(work: Workload) -> float:
 def multiplications(work: Workload, threads: int = 1, isa: str = "") -> Candidate:
     """As many multiplications as the step has, at the peak of the instruction set."""
     count, dots = flops(work), work.g.dtype == "bfloat16"
-    run = on_threads(threads, lambda: _ext.spend_flops(count, dots), isa)
-    return Candidate(MULTIPLICATIONS, run, limit=True)
+    return Candidate(
+        MULTIPLICATIONS, lambda: roofline.spend_flops(count, dots, threads, isa), limit=True
+    )
 
 
 def memcpy(nbytes: int, pool_bytes: int = 256 << 20) -> Candidate:

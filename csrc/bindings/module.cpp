@@ -12,5 +12,4 @@ NB_MODULE(_ext, m) {
   paged_mlx::bind_operations(m);
   paged_mlx::bind_handles(m);
   paged_mlx::bind_diagnostics(m);
-  paged_mlx::bind_limits(m);
 }

@@ -9,6 +9,5 @@ void bind_plan(nanobind::module_& m);
 void bind_operations(nanobind::module_& m);
 void bind_diagnostics(nanobind::module_& m);
 void bind_handles(nanobind::module_& m);
-void bind_limits(nanobind::module_& m);
 
 } // namespace paged_mlx

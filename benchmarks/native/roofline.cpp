@@ -1,7 +1,10 @@
-#include "cpu/limits.h"
-
+// What the machine itself can do, for benchmarks to measure the kernels against: the same
+// pages read and nothing computed, the same multiplications and nothing read. On a pool of
+// threads like attend()'s. Built and called by benchmarks/roofline.py.
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <string>
 
 #if defined(__x86_64__)
@@ -10,11 +13,9 @@
 #include <arm_neon.h>
 #endif
 
-#include "cpu/attention.h"
-#include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
 
-namespace paged_mlx::cpu {
+using namespace paged_mlx::cpu;
 
 namespace {
 
@@ -122,8 +123,7 @@ float spend_dot_products(int64_t steps) {
   PAGED_MLX_CHAINS(__m512, _mm512_set1_ps(1.0f), _mm512_dpbf16_ps(sums[c], small, small))
 }
 
-Rate best_rate(bool dot_products) {
-  const std::string name = isa();
+Rate best_rate(const std::string& name, bool dot_products) {
   if (name == "v4_bf16" && dot_products) {
     return {spend_dot_products, 64};
   }
@@ -137,7 +137,7 @@ float spend_neon(int64_t steps) {
   PAGED_MLX_CHAINS(float32x4_t, one, vfmaq_f32(one, sums[c], half))
 }
 
-Rate best_rate(bool) {
+Rate best_rate(const std::string&, bool) {
   return {spend_neon, 8};
 }
 
@@ -157,29 +157,34 @@ void spend_unit(void* context, int unit) {
 
 } // namespace
 
+extern "C" {
+
+// Reads the named pages of K and V whole, the K page and then the V page, and
+// prefetches the next ones meanwhile. Returns a sum, so that nothing is left out.
 float read_pages(
-    const void* k_pages,
-    const void* v_pages,
+    const char* k_pages,
+    const char* v_pages,
     size_t k_page_bytes,
     size_t v_page_bytes,
     const int32_t* page_ids,
-    int count) {
-  Reader reader{
-      {static_cast<const char*>(k_pages), static_cast<const char*>(v_pages)},
-      {k_page_bytes, v_page_bytes},
-      page_ids,
-      count};
-  const int units = (count + kPagesPerUnit - 1) / kPagesPerUnit;
-  run_parallel(units, num_threads(), read_unit, &reader);
+    int count,
+    int threads) {
+  Reader reader{{k_pages, v_pages}, {k_page_bytes, v_page_bytes}, page_ids, count};
+  set_pool_size(threads);
+  run_parallel((count + kPagesPerUnit - 1) / kPagesPerUnit, threads, read_unit, &reader);
   return float(reader.sum.load());
 }
 
-float spend_flops(double flops, bool dot_products) {
-  const Rate rate = best_rate(dot_products);
+// Does this many floating-point operations, an addition and a multiplication each
+// counted, at the best rate of the instruction set; `dot_products`: of pairs of
+// bfloat16, where it has them. Returns a sum.
+float spend_flops(double flops, const char* isa, bool dot_products, int threads) {
+  const Rate rate = best_rate(isa, dot_products);
   Spending spending{rate.spend, int64_t(flops / (double(kChains) * rate.flops))};
   const int units = int((spending.steps + kStepsPerUnit - 1) / kStepsPerUnit);
-  run_parallel(units, num_threads(), spend_unit, &spending);
+  set_pool_size(threads);
+  run_parallel(units, threads, spend_unit, &spending);
   return spending.sum.load();
 }
 
-} // namespace paged_mlx::cpu
+} // extern "C"
