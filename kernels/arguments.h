@@ -61,7 +61,7 @@ namespace paged_mlx {
 
 // Row of a page's slot in a pool [num_pages, num_kv_heads, page_size, D]; the
 // slot's elements are [row * D, row * D + D).
-inline long page_row(int page_id, int kv_head, int offset, int num_kv_heads, int page_size) {
+static inline long page_row(int page_id, int kv_head, int offset, int num_kv_heads, int page_size) {
   return (long(page_id) * num_kv_heads + kv_head) * page_size + offset;
 }
 

@@ -3,14 +3,13 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
-#include "mlx/allocator.h"
 #include "mlx/ops.h"
 
 #include "bindings/module.h"
 #include "ops/fetch_pages.h"
 #include "ops/write_attend.h"
-#include "shape_check.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -43,9 +42,6 @@ struct SharedTables {
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Row = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// A step's arrays from its tables. Pages that every sequence gave back, the first
-// `num_freed`, are left out. The new tokens of all rows stand in the last columns:
-// shorter rows are moved to the right, by giving each page its first column.
 SharedTables make_tables(
     const Table& block_tables,
     const Row& starts,
@@ -58,44 +54,22 @@ SharedTables make_tables(
     int skip,
     const std::optional<Table>& page_starts,
     const std::optional<Table>& page_lens) {
-  const int batch = int(block_tables.shape(0)), width = int(block_tables.shape(1));
-  const int max_pages = width - num_freed, first = num_freed * page_size;
-  const int new_column = length - num_tokens; // of every row's first new token
-  if (int(starts.size()) != batch || max_pages < 0 || skip < 0 || skip > length) {
-    fail(
-        "FetchTables",
-        "starts must have " + std::to_string(batch) + " lengths, as block_tables, and skip be at most " +
-            std::to_string(length),
-        std::to_string(starts.size()) + " lengths, and skip " + std::to_string(skip));
-  }
-  bool ragged = page_starts.has_value();
-  for (int b = 0; b < batch; b++) {
-    ragged = ragged || starts.data()[b] - first != new_column;
-  }
-  auto tables = std::make_shared<FetchTables>(FetchTables{
-      batch, max_pages, written ? 0 : num_tokens, length, skip, ragged, mx::array({0}, mx::int32)});
-  const int size = tables->num_words();
-  tables->words = mx::array(mx::allocator::malloc(size * sizeof(int32_t)), mx::Shape{size}, mx::int32);
-  int32_t* const words = tables->words.data<int32_t>();
-  for (int b = 0; b < batch; b++) {
-    const int count = counts ? counts->data()[b] : num_tokens;
-    const int shift = new_column - starts.data()[b]; // from a position to its column
-    for (int i = 0; i < max_pages; i++) {
-      const int from = b * width + num_freed + i, to = b * max_pages + i;
-      words[to] = block_tables.data()[from];
-      if (ragged) {
-        const int position = page_starts ? page_starts->data()[from] : first + i * page_size;
-        words[tables->page_starts() + to] = position + shift;
-        words[tables->page_lens() + to] = page_lens ? page_lens->data()[from] : page_size;
-      }
-    }
-    words[tables->context_lens() + b] = new_column + (written ? count : 0);
-    for (int t = 0; t < tables->num_tokens; t++) {
-      const int slot = b * length + new_column + t;
-      words[tables->slots() + b * num_tokens + t] = t < count ? slot : -1;
-    }
-  }
-  return {std::move(tables)};
+  auto optional = [](const auto& ints) { return ints ? ints->data() : nullptr; };
+  return {make_fetch_tables({
+      int(block_tables.shape(0)),
+      int(block_tables.shape(1)),
+      block_tables.data(),
+      int(starts.size()),
+      starts.data(),
+      optional(counts),
+      num_tokens,
+      written,
+      num_freed,
+      page_size,
+      length,
+      skip,
+      optional(page_starts),
+      optional(page_lens)})};
 }
 
 // The same K or V. In float32 it stands for the pages still, since nothing is lost.
@@ -147,27 +121,6 @@ nb::object source_of(const nb::handle& k, const nb::handle& v) {
     }
   }
   return nb::none();
-}
-
-nb::tuple write_and_attend(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& plan,
-    const std::optional<mx::array>& k,
-    const std::optional<mx::array>& v,
-    const std::optional<mx::array>& slots,
-    float scale,
-    const std::optional<mx::array>& sinks,
-    mx::StreamOrDevice s) {
-  std::optional<NewTokens> tokens;
-  if (k && v && slots) {
-    tokens = NewTokens{*k, *v, *slots};
-  } else if (k || v || slots) {
-    fail("write_attend", "k, v and slots must be given together", "some of them");
-  }
-  auto made = write_attend(q, k_pages, v_pages, plan, tokens, scale, sinks, s);
-  return nb::make_tuple(std::move(made[0]), std::move(made[1]), std::move(made[2]));
 }
 
 } // namespace
@@ -244,7 +197,7 @@ void bind_handles(nb::module_& m) {
       "The source of a K and a V of one layer; None for any other two arrays.");
   m.def(
       "write_attend",
-      &write_and_attend,
+      &write_attend,
       "q"_a,
       "k_pages"_a,
       "v_pages"_a,

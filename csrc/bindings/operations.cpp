@@ -8,10 +8,11 @@
 #include "metal/gpu_cores.h"
 #include "metal/launch.h"
 #include "ops/attention.h"
-#include "ops/launch.h"
+#include "ops/dtypes.h"
 #include "ops/merge_states.h"
 #include "ops/pages.h"
 #include "ops/pool_memory.h"
+#include "ops/primitive.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -151,7 +152,7 @@ void bind_operations(nb::module_& m) {
 void bind_diagnostics(nb::module_& m) {
   m.def(
       "buffer_copies",
-      []() { return g_buffer_copies.load(); },
+      &buffer_copies,
       "Whole buffers copied so far because a write could not be done in place.");
   m.def(
       "data_address",

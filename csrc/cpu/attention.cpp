@@ -77,13 +77,12 @@ Job make_job(const AttentionArgs& args) {
   job.head_dim = args.head_dim;
   job.v_head_dim = args.v_head_dim;
   job.sliding_window = plan->sliding_window;
-  job.scale = args.scale;
-  job.softcap = args.softcap;
-  job.alibi_slopes = args.alibi_slopes;
-  job.sinks = args.sinks;
-  job.mask = args.mask.kind == MaskKind::none ? nullptr : &args.mask;
-  job.plain = !job.mask && !job.alibi_slopes && job.softcap == 0 && job.scale > 0;
-  job.score_unit = job.plain ? job.scale : 1.0f;
+  job.options = args.options;
+  job.alibi_slopes = args.options.alibi ? args.alibi_slopes : nullptr;
+  job.sinks = args.options.sinks ? args.sinks : nullptr;
+  job.mask = args.options.mask == MaskKind::none ? nullptr : &args.mask;
+  job.plain = job.options.is_plain() && job.options.scale > 0;
+  job.score_unit = job.plain ? job.options.scale : 1.0f;
   job.partial_stride = (args.v_head_dim + kDimAlign - 1) / kDimAlign * kDimAlign;
   return job;
 }

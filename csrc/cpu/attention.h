@@ -6,18 +6,15 @@
 
 #include <cstdint>
 
+#include "attention_options.h"
+
 namespace paged_mlx::cpu {
 
 enum class DType { float32, float16, bfloat16 };
 
-enum class MaskKind { none, boolean, additive };
-
-// A mask over (query head, query token, key position).
-//
-// boolean:  uint8, 0 hides the key. additive: float32, added to the score after
-// scale, softcap and ALiBi; -inf hides the key. A stride of 0 broadcasts.
+// A mask over (query head, query token, key position), of the kind that the options name.
+// A stride of 0 broadcasts.
 struct Mask {
-  MaskKind kind = MaskKind::none;
   const void* data = nullptr;
   int64_t head_stride = 0;  // elements
   int64_t token_stride = 0; // elements; the key position has stride 1
@@ -34,10 +31,9 @@ struct AttentionArgs {
 
   int head_dim;
   int v_head_dim;
-  float scale;
-  float softcap;             // 0: none; score = softcap * tanh(score / softcap)
-  const float* alibi_slopes; // [num_q_heads] or null; adds slope * (key - query position)
-  const float* sinks;        // [num_q_heads] or null; a logit that takes weight and gives no value
+  AttentionOptions options;
+  const float* alibi_slopes; // [num_q_heads], if the options have them
+  const float* sinks;        // [num_q_heads], if the options have them
   Mask mask;
 };
 

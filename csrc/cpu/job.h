@@ -42,11 +42,10 @@ struct Job {
   int v_head_dim;
   int sliding_window;
 
-  float scale;
-  float softcap;
-  const float* alibi_slopes;
-  const float* sinks;
-  const Mask* mask;
+  AttentionOptions options;
+  const float* alibi_slopes; // null: none
+  const float* sinks;        // null: none
+  const Mask* mask;          // null: none
   bool plain;       // a score is scale * dot, nothing else, and scale > 0
   float score_unit; // kernels keep scores, and their maxima, in units of this:
                     // scale when plain, so that they need not multiply; else 1

@@ -33,7 +33,7 @@ void merge_head(const Job& job, const PlanMerge& merge, int head, float* acc) {
 }
 
 template <typename X>
-void merge_states(const Job& job, int begin, int end, char* memory) {
+void merge_partials(const Job& job, int begin, int end, char* memory) {
   Scratch scratch{memory};
   float* const acc = scratch.take<float>(padded(job.v_head_dim));
   for (int i = begin; i < end; i++) {

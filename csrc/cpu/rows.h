@@ -6,6 +6,7 @@
 // first, where it is exact for the keys that matter.
 #pragma once
 
+#include "arguments.h"
 #include "cpu/job.h"
 #include "cpu/simd.h"
 
@@ -66,20 +67,19 @@ PAGED_MLX_INLINE int page_start(const Job& job, const PlanItem& item, int i) {
 PAGED_MLX_INLINE int page_len(const Job& job, const PlanItem& item, int i) {
   return job.page_starts ? job.page_lens[item.page_begin + i] : job.page_size;
 }
-// Row of the pool, seen as [num_pages * num_kv_heads * page_size, dim], that
-// holds slot 0 of page i of the item, KV head 0.
-PAGED_MLX_INLINE int64_t page_row(const Job& job, const PlanItem& item, int i) {
-  return int64_t(job.pages[item.page_begin + i]) * job.num_kv_heads * job.page_size;
+// Row of the pool that holds slot 0 of page i of the item.
+PAGED_MLX_INLINE int64_t first_row(const Job& job, const PlanItem& item, int i, int kv_head) {
+  return page_row(job.pages[item.page_begin + i], kv_head, 0, job.num_kv_heads, job.page_size);
 }
 
 PAGED_MLX_INLINE const char* mask_row(const Job& job, const Row& row) {
   const int64_t at = row.head * job.mask->head_stride + row.token * job.mask->token_stride;
-  const int64_t size = job.mask->kind == MaskKind::boolean ? 1 : sizeof(float);
+  const int64_t size = job.options.mask == MaskKind::boolean ? 1 : sizeof(float);
   return static_cast<const char*>(job.mask->data) + at * size;
 }
 // What the mask adds to the score of one key.
 PAGED_MLX_INLINE float mask_bias(const Job& job, const char* mask, int key) {
-  if (job.mask->kind == MaskKind::boolean) {
+  if (job.options.mask == MaskKind::boolean) {
     return mask[key] ? 0.0f : kNegInf;
   }
   return reinterpret_cast<const float*>(mask)[key];
@@ -92,9 +92,10 @@ PAGED_MLX_INLINE float exponent_unit(const Job& job) {
 
 // A dot product to a score, before masks: scale, softcap, ALiBi.
 PAGED_MLX_INLINE Vec to_score(const Job& job, Vec dot, Vec slope, Vec distance) {
-  Vec s = dot * splat(job.scale);
-  if (job.softcap > 0) {
-    s = splat(job.softcap) * tanh(s / splat(job.softcap));
+  Vec s = dot * splat(job.options.scale);
+  if (job.options.softcap > 0) {
+    const Vec cap = splat(job.options.softcap);
+    s = cap * tanh(s / cap);
   }
   if (job.alibi_slopes) {
     s = fma(slope, distance, s);

@@ -43,9 +43,9 @@ class Walk {
   // Pool row, KV head 0, of a key of the span.
   int64_t row(const Span& span, int key) const {
     if (pages_ == 1) {
-      return page_row(job_, item_, span.first_page) + key;
+      return first_row(job_, item_, span.first_page, 0) + key;
     }
-    return page_row(job_, item_, span.first_page + key / job_.page_size) + key % job_.page_size;
+    return first_row(job_, item_, span.first_page + key / job_.page_size, 0) + key % job_.page_size;
   }
 
   // The same for a span that may lie behind the item, where the walk goes on
@@ -56,7 +56,7 @@ class Walk {
     const int end =
         job_.prefetch_next_item ? job_.plan->num_pages - item_.page_begin : item_.page_count;
     const int slot = pages_ == 1 ? key : key % job_.page_size;
-    return page_row(job_, item_, clamp_int(page, 0, end - 1)) + slot;
+    return first_row(job_, item_, clamp_int(page, 0, end - 1), 0) + slot;
   }
 
  private:

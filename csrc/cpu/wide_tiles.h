@@ -51,13 +51,13 @@ PAGED_MLX_INLINE void pack_row(const typename X::T* from, int n, float* words) {
 class KeyCursor {
  public:
   KeyCursor(const Job& job, const PlanItem& item, int kv_head)
-      : job_(job), item_(item), head_row_(int64_t(kv_head) * job.page_size) {}
+      : job_(job), item_(item), kv_head_(kv_head) {}
 
   int64_t row(int key) {
     while (key >= end_ && page_ + 1 < item_.page_count) {
       page_++;
       end_ = page_start(job_, item_, page_) + page_len(job_, item_, page_);
-      offset_ = page_row(job_, item_, page_) + head_row_ - page_start(job_, item_, page_);
+      offset_ = first_row(job_, item_, page_, kv_head_) - page_start(job_, item_, page_);
     }
     return offset_ + key;
   }
@@ -65,7 +65,7 @@ class KeyCursor {
  private:
   const Job& job_;
   const PlanItem& item_;
-  int64_t head_row_;
+  int kv_head_;
   int page_ = -1;
   int end_ = INT32_MIN;
   int64_t offset_ = 0;

@@ -13,7 +13,6 @@
 namespace paged_mlx::metal {
 
 using cpu::DType;
-using cpu::MaskKind;
 
 // The fields mean what they mean in cpu::AttentionArgs.
 struct AttendCall {
@@ -23,11 +22,8 @@ struct AttendCall {
   const int32_t* words; // the plan again, as the host reads it
   Buffer out, lse;
   int head_dim, v_head_dim;
-  float scale;
-  float softcap;
-  Buffer alibi_slopes, sinks; // null: none
-  MaskKind mask_kind;
-  Buffer mask;
+  AttentionOptions options;
+  Buffer alibi_slopes, sinks, mask; // those that the options have
   int64_t mask_head_stride, mask_token_stride;
   ItemRange items;                   // what this call attends
   Buffer partial_out, partial_state; // of all ranges of a plan; null: scratch memory

@@ -45,9 +45,10 @@ AttendArguments arguments_of(const AttendCall& call) {
   a.num_kv_heads = plan.num_kv_heads;
   a.gqa_factor = gqa_factor(call);
   a.sliding_window = plan.sliding_window;
-  const double unit = call.mask_kind == MaskKind::additive ? 1.0 : kLog2E; // of scores
-  a.scale = call.softcap > 0 ? call.scale / call.softcap : float(call.scale * unit);
-  a.softcap = float(call.softcap * unit);
+  const AttentionOptions& o = call.options;
+  const double unit = o.mask == MaskKind::additive ? 1.0 : kLog2E; // of scores
+  a.scale = o.softcap > 0 ? o.scale / o.softcap : float(o.scale * unit);
+  a.softcap = float(o.softcap * unit);
   return a;
 }
 
@@ -55,13 +56,13 @@ AttendArguments arguments_of(const AttendCall& call) {
 void set_constants(Variant& variant, const AttendCall& call) {
   const PlanHeader& plan = header(call);
   variant.set(PAGED_MLX_CONSTANT_WINDOW, plan.sliding_window > 0)
-      .set(PAGED_MLX_CONSTANT_SOFTCAP, call.softcap > 0)
-      .set(PAGED_MLX_CONSTANT_ALIBI, call.alibi_slopes != nullptr)
-      .set(PAGED_MLX_CONSTANT_SINKS, call.sinks != nullptr)
-      .set(PAGED_MLX_CONSTANT_MASK, call.mask_kind != MaskKind::none)
+      .set(PAGED_MLX_CONSTANT_SOFTCAP, call.options.softcap > 0)
+      .set(PAGED_MLX_CONSTANT_ALIBI, call.options.alibi)
+      .set(PAGED_MLX_CONSTANT_SINKS, call.options.sinks)
+      .set(PAGED_MLX_CONSTANT_MASK, call.options.mask != MaskKind::none)
       .set(PAGED_MLX_CONSTANT_RAGGED, plan.page_starts != 0)
       .set(PAGED_MLX_CONSTANT_PAGE_SIZE, plan.page_size)
-      .set(PAGED_MLX_CONSTANT_MASK_ADDS, call.mask_kind == MaskKind::additive);
+      .set(PAGED_MLX_CONSTANT_MASK_ADDS, call.options.mask == MaskKind::additive);
 }
 
 Variant body_variant(const AttendCall& call, const Body& body, int simdgroups) {
@@ -118,13 +119,13 @@ void bind(Encoder& encoder, const AttendCall& call, const Partials& partials) {
   encoder.set_output(PAGED_MLX_BUFFER_LSE, call.lse);
   encoder.set_output(PAGED_MLX_BUFFER_PARTIAL_OUT, partials.out);
   encoder.set_output(PAGED_MLX_BUFFER_PARTIAL_STATE, partials.state);
-  if (call.alibi_slopes) {
+  if (call.options.alibi) {
     encoder.set_input(PAGED_MLX_BUFFER_ALIBI, call.alibi_slopes);
   }
-  if (call.sinks) {
+  if (call.options.sinks) {
     encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);
   }
-  if (call.mask_kind != MaskKind::none) {
+  if (call.options.mask != MaskKind::none) {
     encoder.set_input(PAGED_MLX_BUFFER_MASK, call.mask);
   }
 }
@@ -174,7 +175,7 @@ void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& pa
   encoder.set_input(PAGED_MLX_BUFFER_PARTIAL_STATE, partials.state);
   encoder.set_output(PAGED_MLX_BUFFER_OUT, call.out);
   encoder.set_output(PAGED_MLX_BUFFER_LSE, call.lse);
-  if (call.sinks) {
+  if (call.options.sinks) {
     encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);
   }
   const size_t rows = size_t(plan.num_merges) * plan.num_q_heads;

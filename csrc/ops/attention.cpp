@@ -3,11 +3,13 @@
 #include <cmath>
 
 #include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
-#include "ops/launch.h"
+#include "ops/dtypes.h"
+#include "ops/page_rows.h"
+#include "ops/parts.h"
+#include "ops/primitive.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -50,14 +52,7 @@ int64_t head_stride(const mx::array& mask) {
   return mask.shape(0) == 1 ? 0 : int64_t(mask.shape(1)) * mask.shape(2);
 }
 
-} // namespace
-
-PlanGeometry attention_geometry(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const std::optional<mx::array>& mask) {
-  const ShapeCheck shape = check_arrays(q, k_pages, v_pages);
+PlanGeometry geometry_of(const ShapeCheck& shape, const std::optional<mx::array>& mask) {
   return {
       shape.at("tokens"),
       shape.at("num_q_heads"),
@@ -67,106 +62,70 @@ PlanGeometry attention_geometry(
       mask && mask->ndim() > 0 ? mask->shape(-1) : -1};
 }
 
-std::vector<mx::array> paged_attention(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& plan,
-    std::optional<float> scale,
-    std::optional<float> softcap,
-    const std::optional<mx::array>& alibi_slopes,
-    const std::optional<mx::array>& sinks,
-    const std::optional<mx::array>& mask,
-    mx::StreamOrDevice s_) {
-  const auto s = mx::to_stream(s_);
-  ShapeCheck shape = check_arrays(q, k_pages, v_pages);
-  check_plan(kOp, plan, attention_geometry(q, k_pages, v_pages, mask));
-  AttentionOptions options;
-  options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
-  check_number(kOp, "scale", options.scale, false);
-  if (softcap) {
-    check_number(kOp, "softcap", *softcap, true);
-    options.softcap = *softcap;
-  }
-  std::vector<mx::array> inputs = {
-      mx::contiguous(q, false, s), row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};
-  if (alibi_slopes) {
-    options.alibi = true;
-    inputs.push_back(per_head(kOp, "alibi_slopes", *alibi_slopes, shape, s));
-  }
-  if (sinks) {
-    options.sinks = true;
-    inputs.push_back(per_head(kOp, "sinks", *sinks, shape, s));
-  }
-  if (mask) {
-    options.mask = mask->dtype() == mx::bool_ ? cpu::MaskKind::boolean : cpu::MaskKind::additive;
-    inputs.push_back(normal_mask(*mask, shape, s));
-  }
-  const auto parts = parts_of(plan, shape.at("head_dim") + shape.at("v_head_dim"), s);
-  auto outputs = chain(parts, inputs, kKNext, [&](const Part& part, auto part_inputs) {
-    const auto node = std::make_shared<PagedAttention>(s, options, part);
-    std::vector<mx::Dtype> dtypes = {q.dtype(), mx::float32, q.dtype(), q.dtype()};
-    auto shapes = node->output_shapes(part_inputs);
-    dtypes.resize(shapes.size(), mx::float32);
-    return mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(part_inputs));
-  });
-  outputs.erase(outputs.begin() + kNumOutputs, outputs.end());
-  return outputs;
-}
+// One node; attention whose work is long is a chain of them.
+class PagedAttention : public PagesPrimitive {
+ public:
+  PagedAttention(mx::Stream stream, AttentionOptions options, Part part)
+      : PagesPrimitive(stream), options_(options), part_(part) {}
 
-std::vector<mx::Shape> PagedAttention::output_shapes(const std::vector<mx::array>& inputs) {
-  const auto &q = inputs[kQ], &v_pages = inputs[kVPages];
-  std::vector<mx::Shape> shapes = {
-      {q.shape(0), q.shape(1), v_pages.shape(3)},
-      {q.shape(0), q.shape(1)},
-      inputs[kKPages].shape(),
-      v_pages.shape()};
-  for (auto& partial : partial_shapes(part_, q.shape(1), v_pages.shape(3))) {
-    shapes.push_back(std::move(partial));
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    const auto &q = inputs[kQ], &v_pages = inputs[kVPages];
+    std::vector<mx::Shape> shapes = {
+        {q.shape(0), q.shape(1), v_pages.shape(3)},
+        {q.shape(0), q.shape(1)},
+        inputs[kKPages].shape(),
+        v_pages.shape()};
+    for (auto& partial : partial_shapes(part_, q.shape(1), v_pages.shape(3))) {
+      shapes.push_back(std::move(partial));
+    }
+    return shapes;
   }
-  return shapes;
-}
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& node = static_cast<const PagedAttention&>(other);
+    return options_ == node.options_ && part_ == node.part_;
+  }
+  const char* name() const override {
+    return "PagedAttention";
+  }
 
-bool PagedAttention::is_equivalent(const mx::Primitive& other) const {
-  const auto& node = static_cast<const PagedAttention&>(other);
-  return options_ == node.options_ && part_ == node.part_;
-}
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override;
 
-void PagedAttention::allocate(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) const {
-  take_memory(part_, inputs, outputs, kKNext, [](mx::array& output) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
-  });
-}
+ private:
+  // Where each optional input stands; -1: not given.
+  struct OptionalInputs {
+    int alibi, sinks, mask;
+  };
+  OptionalInputs optional_inputs() const {
+    int next = kFirstOption;
+    OptionalInputs at;
+    at.alibi = options_.alibi ? next++ : -1;
+    at.sinks = options_.sinks ? next++ : -1;
+    at.mask = options_.mask != MaskKind::none ? next++ : -1;
+    return at;
+  }
+  PlanGeometry geometry(const Arrays& inputs) const;
+  auto launch(const Arrays& inputs) const;
+  cpu::AttentionArgs cpu_args(const Arrays& inputs, Arrays& outputs) const;
 
-// Where each optional input stands; -1: not given.
-PagedAttention::OptionalInputs PagedAttention::optional_inputs() const {
-  int next = kFirstOption;
-  OptionalInputs at;
-  at.alibi = options_.alibi ? next++ : -1;
-  at.sinks = options_.sinks ? next++ : -1;
-  at.mask = options_.mask != cpu::MaskKind::none ? next++ : -1;
-  return at;
-}
+  AttentionOptions options_;
+  Part part_;
+};
 
-PlanGeometry PagedAttention::geometry(const std::vector<mx::array>& inputs) const {
+PlanGeometry PagedAttention::geometry(const Arrays& inputs) const {
   const auto &q = inputs[kQ], &k = inputs[kKPages];
   const int mask = optional_inputs().mask;
   const int mask_keys = mask < 0 ? -1 : inputs[mask].shape(2);
   return {q.shape(0), q.shape(1), k.shape(1), k.shape(2), k.shape(0), mask_keys};
 }
 
-// The launch as a function of an encoder and of what binds inputs and outputs.
-auto PagedAttention::launch(const std::vector<mx::array>& inputs) const {
+auto PagedAttention::launch(const Arrays& inputs) const {
   metal::AttendCall call{};
   call.dtype = cpu_dtype(inputs[kQ].dtype());
   call.words = inputs[kPlan].data<int32_t>();
   call.head_dim = inputs[kQ].shape(2);
   call.v_head_dim = inputs[kVPages].shape(3);
-  call.scale = options_.scale;
-  call.softcap = options_.softcap;
-  call.mask_kind = options_.mask;
+  call.options = options_;
   call.items = part_.items;
   const OptionalInputs at = optional_inputs();
   if (at.mask >= 0) {
@@ -191,16 +150,7 @@ auto PagedAttention::launch(const std::vector<mx::array>& inputs) const {
   };
 }
 
-void PagedAttention::eval_cpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  allocate(inputs, outputs);
-  if (host_launch(stream())) {
-    return dispatch_on_host(stream(), inputs, outputs, launch(inputs));
-  }
-  if (!part_.is_last()) { // made for kernels, but none run: the last node attends everything
-    return;
-  }
+cpu::AttentionArgs PagedAttention::cpu_args(const Arrays& inputs, Arrays& outputs) const {
   auto optional = [&](int i) { return i < 0 ? nullptr : inputs[i].data<float>(); };
   const OptionalInputs at = optional_inputs();
   cpu::AttentionArgs args{};
@@ -213,31 +163,92 @@ void PagedAttention::eval_cpu(
   args.lse = outputs[kLse].data<float>();
   args.head_dim = inputs[kQ].shape(2);
   args.v_head_dim = inputs[kVPages].shape(3);
-  args.scale = options_.scale;
-  args.softcap = options_.softcap;
+  args.options = options_;
   args.alibi_slopes = optional(at.alibi);
   args.sinks = optional(at.sinks);
   if (at.mask >= 0) {
-    args.mask = {
-        options_.mask, inputs[at.mask].data<char>(), head_stride(inputs[at.mask]), inputs[at.mask].shape(2)};
+    const mx::array& mask = inputs[at.mask];
+    args.mask = {mask.data<char>(), head_stride(mask), mask.shape(2)};
   }
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(outputs[kOut]);
-  encoder.set_output_array(outputs[kLse]);
-  encoder.dispatch([args, geometry = geometry(inputs), words = inputs[kPlan].size()]() {
-    check_plan(kOp, args.plan, words, geometry);
-    cpu::attend(args);
-  });
+  return args;
 }
 
-void PagedAttention::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  allocate(inputs, outputs);
-  dispatch_on_gpu(kOp, stream(), inputs, outputs, launch(inputs));
+void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
+  take_memory(part_, inputs, outputs, kKNext, [](mx::array& output) {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
+  });
+  if (runs_kernels(stream())) {
+    return run_kernels(inputs, outputs, launch(inputs));
+  }
+  if (!part_.is_last()) { // made for kernels, but none run: the last node attends everything
+    return;
+  }
+  // mx.compile may have put another plan in the place of the one that was checked.
+  run_on_cpu(
+      inputs,
+      outputs,
+      [args = cpu_args(inputs, outputs), geometry = geometry(inputs), words = inputs[kPlan].size()]() {
+        check_plan(kOp, args.plan, words, geometry);
+        cpu::attend(args);
+      });
+}
+
+} // namespace
+
+
+PlanGeometry attention_geometry(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const std::optional<mx::array>& mask) {
+  return geometry_of(check_arrays(q, k_pages, v_pages), mask);
+}
+
+std::vector<mx::array> paged_attention(
+    const mx::array& q,
+    const mx::array& k_pages,
+    const mx::array& v_pages,
+    const mx::array& plan,
+    std::optional<float> scale,
+    std::optional<float> softcap,
+    const std::optional<mx::array>& alibi_slopes,
+    const std::optional<mx::array>& sinks,
+    const std::optional<mx::array>& mask,
+    mx::StreamOrDevice s_) {
+  const auto s = mx::to_stream(s_);
+  ShapeCheck shape = check_arrays(q, k_pages, v_pages);
+  check_plan(kOp, plan, geometry_of(shape, mask));
+  AttentionOptions options;
+  options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
+  check_number(kOp, "scale", options.scale, false);
+  if (softcap) {
+    check_number(kOp, "softcap", *softcap, true);
+    options.softcap = *softcap;
+  }
+  std::vector<mx::array> inputs = {
+      mx::contiguous(q, false, s), row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};
+  if (alibi_slopes) {
+    options.alibi = true;
+    inputs.push_back(per_head(kOp, "alibi_slopes", *alibi_slopes, shape, s));
+  }
+  if (sinks) {
+    options.sinks = true;
+    inputs.push_back(per_head(kOp, "sinks", *sinks, shape, s));
+  }
+  if (mask) {
+    options.mask = mask->dtype() == mx::bool_ ? MaskKind::boolean : MaskKind::additive;
+    inputs.push_back(normal_mask(*mask, shape, s));
+  }
+  const auto parts = parts_of(plan, shape.at("head_dim") + shape.at("v_head_dim"), s);
+  auto outputs = chain(parts, inputs, kKNext, [&](const Part& part, auto part_inputs) {
+    const auto node = std::make_shared<PagedAttention>(s, options, part);
+    std::vector<mx::Dtype> dtypes = {q.dtype(), mx::float32, q.dtype(), q.dtype()};
+    auto shapes = node->output_shapes(part_inputs);
+    dtypes.resize(shapes.size(), mx::float32);
+    return mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(part_inputs));
+  });
+  outputs.erase(outputs.begin() + kNumOutputs, outputs.end());
+  return outputs;
 }
 
 } // namespace paged_mlx

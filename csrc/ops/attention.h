@@ -5,26 +5,13 @@
 #include <vector>
 
 #include "mlx/array.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
 
-#include "cpu/attention.h"
 #include "ops/attention_checks.h"
-#include "ops/parts.h"
 
 namespace paged_mlx {
 
 namespace mx = mlx::core;
-
-struct AttentionOptions {
-  float scale = 1;
-  float softcap = 0; // 0: none
-  bool alibi = false;
-  bool sinks = false;
-  cpu::MaskKind mask = cpu::MaskKind::none;
-
-  bool operator==(const AttentionOptions&) const = default;
-};
 
 // Checks shapes and dtypes. Throws std::invalid_argument in the one message form.
 PlanGeometry attention_geometry(
@@ -52,33 +39,5 @@ std::vector<mx::array> paged_attention(
     const std::optional<mx::array>& sinks,
     const std::optional<mx::array>& mask,
     mx::StreamOrDevice s = {});
-
-// One node; attention whose work is long is a chain of them.
-class PagedAttention : public mx::Primitive {
- public:
-  PagedAttention(mx::Stream stream, AttentionOptions options, Part part)
-      : mx::Primitive(stream), options_(options), part_(part) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  bool is_equivalent(const mx::Primitive& other) const override;
-
-  const char* name() const override {
-    return "PagedAttention";
-  }
-
- private:
-  struct OptionalInputs {
-    int alibi, sinks, mask;
-  };
-  OptionalInputs optional_inputs() const;
-  PlanGeometry geometry(const std::vector<mx::array>& inputs) const;
-  void allocate(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) const;
-  auto launch(const std::vector<mx::array>& inputs) const;
-
-  AttentionOptions options_;
-  Part part_;
-};
 
 } // namespace paged_mlx

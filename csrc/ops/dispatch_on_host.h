@@ -1,8 +1,8 @@
-// The host's half of launch.h, which includes it. A test puts another in its place: one that
+// The host's half of dispatch.h, which includes it. A test puts another in its place: one that
 // encodes for a GPU (tests/support/metal_contract).
 #pragma once
 
-#include "ops/launch.h"
+#include "ops/dispatch.h"
 
 namespace paged_mlx {
 

@@ -3,12 +3,10 @@
 #include <algorithm>
 
 #include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
-#include "ops/gather_row.h"
-#include "ops/launch.h"
+#include "ops/page_rows.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -18,44 +16,6 @@ namespace {
 constexpr const char* kOp = "fetch_pages";
 
 enum Input { kPages, kWords, kTokens };
-
-// K or V of all sequences, on the CPU.
-struct Gatherer {
-  std::shared_ptr<const FetchTables> tables;
-  const int32_t* words;
-  const char* pages;
-  int64_t num_kv_heads, page_size, row_bytes;
-  std::optional<TokenRows> tokens;
-  char* out;
-
-  void operator()() const {
-    const FetchTables& t = *tables;
-    for (int64_t b = 0; b < t.batch; b++) {
-      const int64_t at = b * t.max_pages;
-      const GatherRow row{
-          words + at,
-          t.ragged ? words + t.page_starts() + at : nullptr,
-          t.ragged ? words + t.page_lens() + at : nullptr,
-          t.max_pages,
-          words[t.context_lens() + b],
-          t.length,
-          num_kv_heads,
-          page_size};
-      row(pages, out + b * num_kv_heads * t.length * row_bytes, row_bytes);
-    }
-    for (int64_t i = 0; tokens && i < tokens->num_tokens(); i++) {
-      add(i, words[t.slots() + i]);
-    }
-  }
-
-  void add(int64_t token, int64_t slot) const {
-    const int64_t length = tables->length;
-    for (int64_t h = 0; slot >= 0 && h < num_kv_heads; h++) {
-      const int64_t row = (slot / length * num_kv_heads + h) * length + slot % length;
-      tokens->copy(token, h, out + row * row_bytes);
-    }
-  }
-};
 
 // A part of `words` as something to bind.
 mx::array view(const mx::array& words, int begin, int count) {
@@ -67,7 +27,7 @@ mx::array view(const mx::array& words, int begin, int count) {
 // Inputs as the Metal launch binds them: the words part by part, after the rest.
 enum Part { kTables, kLens, kSlots, kStarts, kPageLens };
 
-std::vector<mx::array> with_parts(std::vector<mx::array> inputs, const FetchTables& t) {
+Arrays with_parts(Arrays inputs, const FetchTables& t) {
   const mx::array words = inputs[kWords];
   const int table = t.batch * t.max_pages;
   inputs.push_back(view(words, 0, table));
@@ -79,6 +39,22 @@ std::vector<mx::array> with_parts(std::vector<mx::array> inputs, const FetchTabl
   }
   return inputs;
 }
+
+// Its outputs are its first two inputs, once all inputs have been computed.
+class After : public PagesPrimitive {
+ public:
+  using PagesPrimitive::PagesPrimitive;
+
+  const char* name() const override {
+    return "After";
+  }
+
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+    outputs[1].copy_shared_buffer(inputs[1]);
+  }
+};
 
 } // namespace
 
@@ -168,8 +144,7 @@ mx::array GatherHandle::allocate(mx::array& out) const {
   return whole;
 }
 
-// The launch as a function of an encoder and of what binds inputs and outputs.
-auto GatherHandle::launch(const std::vector<mx::array>& inputs) const {
+auto GatherHandle::launch(const Arrays& inputs) const {
   const mx::array& pages = inputs[kPages];
   metal::GatherPagesCall gather{};
   gather.batch = tables_->batch;
@@ -201,47 +176,48 @@ auto GatherHandle::launch(const std::vector<mx::array>& inputs) const {
   };
 }
 
-void GatherHandle::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+void GatherHandle::eval(const Arrays& inputs, Arrays& outputs) {
   if (take_replacement(outputs[0])) {
     return;
   }
   *has_read_ = true;
-  std::vector<mx::array> whole = {allocate(outputs[0])};
-  if (host_launch(stream())) {
+  Arrays whole = {allocate(outputs[0])};
+  if (runs_kernels(stream())) {
     auto bound = inputs;
-    if (tokens_) {
+    if (tokens_ && device() == mx::Device::cpu) {
       bound[kTokens] = token_major(inputs[kTokens], stream());
     }
-    return dispatch_on_host(stream(), with_parts(bound, *tables_), whole, launch(inputs));
+    return run_kernels(with_parts(std::move(bound), *tables_), whole, launch(inputs));
   }
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(outputs[0]);
+  const FetchTables& t = *tables_;
   const mx::array& pages = inputs[kPages];
-  std::optional<TokenRows> tokens;
-  if (tokens_) {
-    tokens.emplace(inputs[kTokens]);
-  }
-  encoder.dispatch(Gatherer{
-      tables_,
-      inputs[kWords].data<int32_t>(),
-      pages.data<char>(),
+  const int32_t* const words = inputs[kWords].data<int32_t>();
+  const PageGather gather{
+      words,
+      words + t.context_lens(),
+      t.ragged ? words + t.page_starts() : nullptr,
+      t.ragged ? words + t.page_lens() : nullptr,
+      t.batch,
+      t.max_pages,
+      t.length,
       pages.shape(1),
-      pages.shape(2),
-      row_bytes(pages),
-      tokens,
-      whole[0].data<char>()});
-}
-
-void GatherHandle::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  if (take_replacement(outputs[0])) {
-    return;
+      pages.shape(2)};
+  std::vector<SlotWriter> writers; // the gather is seen as `batch` pages of `length` slots
+  if (tokens_) {
+    writers.emplace_back(inputs[kTokens], whole[0]);
   }
-  *has_read_ = true;
-  std::vector<mx::array> whole = {allocate(outputs[0])};
-  dispatch_on_gpu(kOp, stream(), with_parts(inputs, *tables_), whole, launch(inputs));
+  run_on_cpu(
+      inputs,
+      outputs,
+      [gather,
+       writers,
+       from = pages.data<char>(),
+       to = whole[0].data<char>(),
+       row = row_bytes(pages),
+       slots = words + t.slots()]() {
+        gather.run(from, to, row);
+        write_slots(kOp, "slots", writers, slots);
+      });
 }
 
 std::vector<mx::array> Fetch::settle(const mx::array& k_pages, const mx::array& v_pages) {
@@ -274,11 +250,6 @@ bool Fetches::read_pages() const {
 bool Fetches::are_alive() const {
   return std::any_of(
       fetches_.begin(), fetches_.end(), [](const auto& entry) { return entry.second.is_alive(); });
-}
-
-void After::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  outputs[0].copy_shared_buffer(inputs[0]);
-  outputs[1].copy_shared_buffer(inputs[1]);
 }
 
 } // namespace paged_mlx

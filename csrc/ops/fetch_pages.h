@@ -14,51 +14,17 @@
 #include <vector>
 
 #include "mlx/array.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
 
-#include "ops/token_rows.h"
+#include "ops/fetch_tables.h"
+#include "ops/primitive.h"
 
 namespace paged_mlx {
-
-namespace mx = mlx::core;
-
-// Where the K and V of a step's sequences lie: the same for all layers.
-struct FetchTables {
-  int batch, max_pages, num_tokens; // num_tokens: of a row, padding included; 0: all are in pages
-  int length;                       // columns of the gather
-  int skip;                         // columns at its front that handles leave out
-  bool ragged;                      // pages are not one after the other from column 0
-
-  // int32: block_tables [batch, max_pages], context_lens [batch], slots [batch *
-  // num_tokens], and if ragged page_starts and page_lens [batch, max_pages].
-  // context_lens: the column behind the last token that the pages hold. slots:
-  // where the new tokens go in the gather, seen as `batch` pages of `length` slots.
-  // page_starts: the column of each page's first token.
-  mx::array words;
-
-  // Positions in `words`.
-  int context_lens() const {
-    return batch * max_pages;
-  }
-  int slots() const {
-    return context_lens() + batch;
-  }
-  int page_starts() const {
-    return slots() + batch * num_tokens;
-  }
-  int page_lens() const {
-    return page_starts() + batch * max_pages;
-  }
-  int num_words() const {
-    return ragged ? page_lens() + batch * max_pages : page_starts();
-  }
-};
 
 // A handle's node. Inputs: the pages of K or of V, `words`, and the new tokens.
 // It lives as long as the handle can be evaluated, by whomever holds it: in
 // Python, or as an input of another node.
-class GatherHandle : public mx::Primitive {
+class GatherHandle : public PagesPrimitive {
  public:
   GatherHandle(
       mx::Stream stream,
@@ -66,14 +32,15 @@ class GatherHandle : public mx::Primitive {
       std::shared_ptr<std::atomic<bool>> has_read,
       mx::array pages,
       std::optional<mx::array> tokens)
-      : mx::Primitive(stream),
+      : PagesPrimitive(stream),
         tables_(std::move(tables)),
         has_read_(std::move(has_read)),
         pages_(std::move(pages)),
         tokens_(std::move(tokens)) {}
 
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  bool is_row_contiguous(int) const override {
+    return false; // it leaves columns out
+  }
   const char* name() const override {
     return "GatherHandle";
   }
@@ -85,10 +52,13 @@ class GatherHandle : public mx::Primitive {
   // evaluated, this takes its result and reads no page.
   const mx::array& replace();
 
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override;
+
  private:
   bool take_replacement(mx::array& out) const;
   mx::array allocate(mx::array& out) const;
-  auto launch(const std::vector<mx::array>& inputs) const;
+  auto launch(const Arrays& inputs) const;
 
   std::shared_ptr<const FetchTables> tables_;
   std::shared_ptr<std::atomic<bool>> has_read_;
@@ -168,19 +138,5 @@ FetchedPages fetch_pages(
     const std::optional<mx::array>& k,
     const std::optional<mx::array>& v,
     mx::StreamOrDevice s = {});
-
-// Its outputs are its first two inputs, once all inputs have been computed.
-class After : public mx::Primitive {
- public:
-  explicit After(mx::Stream stream) : mx::Primitive(stream) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    eval_cpu(inputs, outputs);
-  }
-  const char* name() const override {
-    return "After";
-  }
-};
 
 } // namespace paged_mlx

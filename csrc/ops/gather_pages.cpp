@@ -1,17 +1,17 @@
-#include "mlx/backend/cpu/encoder.h"
+#include "mlx/allocator.h"
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
-#include "ops/gather_row.h"
-#include "ops/launch.h"
+#include "ops/page_rows.h"
 #include "ops/pages.h"
+#include "ops/primitive.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
 
 namespace {
 
-auto gather_launch(const std::vector<mx::array>& inputs, int length) {
+auto gather_launch(const Arrays& inputs, int length) {
   metal::GatherPagesCall call{};
   call.batch = inputs[2].shape(0);
   call.max_pages = inputs[2].shape(1);
@@ -31,6 +31,65 @@ auto gather_launch(const std::vector<mx::array>& inputs, int length) {
     metal::gather_pages(encoder, call);
   };
 }
+
+class GatherPages : public PagesPrimitive {
+ public:
+  GatherPages(mx::Stream stream, int length) : PagesPrimitive(stream), length_(length) {}
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    const auto &k = inputs[0], &v = inputs[1];
+    const int batch = inputs[2].shape(0);
+    return {
+        {batch, k.shape(1), length_, k.shape(3)},
+        {batch, v.shape(1), length_, v.shape(3)},
+        k.shape(),
+        v.shape()};
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return length_ == static_cast<const GatherPages&>(other).length_;
+  }
+  const char* name() const override {
+    return "GatherPages";
+  }
+
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override {
+    for (int side : {0, 1}) {
+      outputs[side].set_data(mx::allocator::malloc(outputs[side].nbytes()));
+      outputs[2 + side].copy_shared_buffer(inputs[side]);
+    }
+    if (runs_kernels(stream())) {
+      return run_kernels(inputs, outputs, gather_launch(inputs, length_));
+    }
+    const bool ragged = inputs.size() > 4;
+    const PageGather gather{
+        inputs[2].data<int32_t>(),
+        inputs[3].data<int32_t>(),
+        ragged ? inputs[4].data<int32_t>() : nullptr,
+        ragged ? inputs[5].data<int32_t>() : nullptr,
+        inputs[2].shape(0),
+        inputs[2].shape(1),
+        length_,
+        inputs[0].shape(1),
+        inputs[0].shape(2)};
+    run_on_cpu(
+        inputs,
+        outputs,
+        [gather,
+         k = inputs[0].data<char>(),
+         v = inputs[1].data<char>(),
+         k_out = outputs[0].data<char>(),
+         v_out = outputs[1].data<char>(),
+         k_row = row_bytes(inputs[0]),
+         v_row = row_bytes(inputs[1])]() {
+          gather.run(k, k_out, k_row);
+          gather.run(v, v_out, v_row);
+        });
+  }
+
+ private:
+  int length_;
+};
 
 } // namespace
 
@@ -68,74 +127,6 @@ std::vector<mx::array> gather_pages(
       std::vector<mx::Dtype>(4, k_pages.dtype()),
       primitive,
       std::move(inputs));
-}
-
-std::vector<mx::Shape> GatherPages::output_shapes(const std::vector<mx::array>& inputs) {
-  const auto &k = inputs[0], &v = inputs[1];
-  const int batch = inputs[2].shape(0);
-  return {
-      {batch, k.shape(1), length_, k.shape(3)},
-      {batch, v.shape(1), length_, v.shape(3)},
-      k.shape(),
-      v.shape()};
-}
-
-void GatherPages::allocate(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) const {
-  outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
-  outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
-  outputs[2].copy_shared_buffer(inputs[0]);
-  outputs[3].copy_shared_buffer(inputs[1]);
-}
-
-void GatherPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(inputs, outputs);
-  if (host_launch(stream())) {
-    return dispatch_on_host(stream(), inputs, outputs, gather_launch(inputs, length_));
-  }
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(outputs[0]);
-  encoder.set_output_array(outputs[1]);
-  const bool ragged = inputs.size() > 4;
-  encoder.dispatch([k = inputs[0].data<char>(),
-                    v = inputs[1].data<char>(),
-                    tables = inputs[2].data<int32_t>(),
-                    lens = inputs[3].data<int32_t>(),
-                    page_starts = ragged ? inputs[4].data<int32_t>() : nullptr,
-                    page_lens = ragged ? inputs[5].data<int32_t>() : nullptr,
-                    k_out = outputs[0].data<char>(),
-                    v_out = outputs[1].data<char>(),
-                    batch = inputs[2].shape(0),
-                    max_pages = inputs[2].shape(1),
-                    length = length_,
-                    heads = int64_t(inputs[0].shape(1)),
-                    page_size = int64_t(inputs[0].shape(2)),
-                    k_row = int64_t(row_bytes(inputs[0])),
-                    v_row = int64_t(row_bytes(inputs[1]))]() {
-    for (int64_t b = 0; b < batch; b++) {
-      const int64_t at = b * max_pages;
-      const GatherRow row{
-          tables + at,
-          page_starts ? page_starts + at : nullptr,
-          page_lens ? page_lens + at : nullptr,
-          max_pages,
-          lens[b],
-          length,
-          heads,
-          page_size};
-      row(k, k_out + b * heads * length * k_row, k_row);
-      row(v, v_out + b * heads * length * v_row, v_row);
-    }
-  });
-}
-
-void GatherPages::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(inputs, outputs);
-  dispatch_on_gpu("gather_pages", stream(), inputs, outputs, gather_launch(inputs, length_));
 }
 
 } // namespace paged_mlx

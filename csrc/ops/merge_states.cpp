@@ -4,11 +4,11 @@
 #include <limits>
 
 #include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
-#include "ops/launch.h"
+#include "ops/dtypes.h"
+#include "ops/primitive.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -48,12 +48,7 @@ void merge_row(const std::vector<Part>& parts, int64_t row, int64_t dim, T* out,
   lse[row] = total == 0 ? kNothing : most + std::log(total);
 }
 
-void allocate(std::vector<mx::array>& outputs) {
-  outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
-  outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
-}
-
-auto merge_launch(const std::vector<mx::array>& inputs, const std::vector<mx::array>& outputs) {
+auto merge_launch(const Arrays& inputs, const Arrays& outputs) {
   metal::MergeStatesCall call{};
   call.dtype = cpu_dtype(outputs[0].dtype());
   call.rows = outputs[1].size();
@@ -68,6 +63,61 @@ auto merge_launch(const std::vector<mx::array>& inputs, const std::vector<mx::ar
     metal::merge_states(encoder, call);
   };
 }
+
+class MergeStates : public PagesPrimitive {
+ public:
+  using PagesPrimitive::PagesPrimitive;
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    return {inputs[0].shape(), inputs[inputs.size() / 2].shape()};
+  }
+  bool is_equivalent(const mx::Primitive&) const override {
+    return true;
+  }
+  const char* name() const override {
+    return "MergeStates";
+  }
+
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override {
+    for (auto& output : outputs) {
+      output.set_data(mx::allocator::malloc(output.nbytes()));
+    }
+    if (runs_kernels(stream())) {
+      return run_kernels(inputs, outputs, merge_launch(inputs, outputs));
+    }
+    switch (cpu_dtype(outputs[0].dtype())) {
+      case cpu::DType::float32:
+        return merge_on_cpu<float>(inputs, outputs);
+      case cpu::DType::float16:
+        return merge_on_cpu<mx::float16_t>(inputs, outputs);
+      case cpu::DType::bfloat16:
+        return merge_on_cpu<mx::bfloat16_t>(inputs, outputs);
+    }
+  }
+
+ private:
+  template <typename T>
+  void merge_on_cpu(const Arrays& inputs, Arrays& outputs) {
+    std::vector<Part> parts;
+    const size_t count = inputs.size() / 2;
+    for (size_t i = 0; i < count; i++) {
+      parts.push_back({inputs[i].data<char>(), inputs[count + i].data<float>()});
+    }
+    run_on_cpu(
+        inputs,
+        outputs,
+        [parts,
+         out = outputs[0].data<T>(),
+         lse = outputs[1].data<float>(),
+         rows = int64_t(outputs[1].size()),
+         dim = int64_t(outputs[0].shape(2))]() {
+          for (int64_t row = 0; row < rows; row++) {
+            merge_row<T>(parts, row, dim, out, lse);
+          }
+        });
+  }
+};
 
 } // namespace
 
@@ -100,48 +150,6 @@ std::vector<mx::array> merge_states(
       {outs[0].dtype(), mx::float32},
       std::make_shared<MergeStates>(s),
       std::move(inputs));
-}
-
-void MergeStates::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(outputs);
-  if (host_launch(stream())) {
-    return dispatch_on_host(stream(), inputs, outputs, merge_launch(inputs, outputs));
-  }
-  std::vector<Part> parts;
-  const size_t count = inputs.size() / 2;
-  for (size_t i = 0; i < count; i++) {
-    parts.push_back({inputs[i].data<char>(), inputs[count + i].data<float>()});
-  }
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(outputs[0]);
-  encoder.set_output_array(outputs[1]);
-  auto run = [&]<typename T>(T) {
-    encoder.dispatch([parts,
-                      out = outputs[0].data<T>(),
-                      lse = outputs[1].data<float>(),
-                      rows = int64_t(outputs[1].size()),
-                      dim = int64_t(outputs[0].shape(2))]() {
-      for (int64_t row = 0; row < rows; row++) {
-        merge_row<T>(parts, row, dim, out, lse);
-      }
-    });
-  };
-  switch (cpu_dtype(outputs[0].dtype())) {
-    case cpu::DType::float32:
-      return run(float{});
-    case cpu::DType::float16:
-      return run(mx::float16_t{});
-    case cpu::DType::bfloat16:
-      return run(mx::bfloat16_t{});
-  }
-}
-
-void MergeStates::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(outputs);
-  dispatch_on_gpu("merge_states", stream(), inputs, outputs, merge_launch(inputs, outputs));
 }
 
 } // namespace paged_mlx

@@ -1,13 +1,15 @@
 #include "ops/pages.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
-#include "mlx/backend/cpu/encoder.h"
+#include "mlx/allocator.h"
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
-#include "ops/launch.h"
+#include "ops/page_rows.h"
+#include "ops/primitive.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -18,30 +20,18 @@ namespace {
 // one node for all layers would cost the square of their number.
 constexpr size_t kArraysPerNode = 8;
 
-// One token's K or V goes to its slot, head by head.
-struct TokenWriter {
-  const char* tokens;
-  char* pages;
-  int64_t num_kv_heads, page_size, row_bytes;
+std::atomic<int64_t> g_buffer_copies{0};
 
-  void operator()(int64_t token, int64_t slot) const {
-    const int64_t page = slot / page_size, offset = slot % page_size;
-    for (int64_t h = 0; h < num_kv_heads; h++) {
-      std::memcpy(
-          pages + ((page * num_kv_heads + h) * page_size + offset) * row_bytes,
-          tokens + (token * num_kv_heads + h) * row_bytes,
-          row_bytes);
-    }
+// Points `out` at the buffer of `in`, or at fresh memory. True when the caller
+// must copy the old contents first.
+bool needs_copy(const mx::array& in, mx::array& out, WriteMode mode) {
+  if (mode == WriteMode::alias || in.is_donatable()) {
+    out.copy_shared_buffer(in);
+    return false;
   }
-};
-
-TokenWriter token_writer(const mx::array& tokens, mx::array& pages) {
-  return {
-      tokens.data<char>(),
-      pages.data<char>(),
-      pages.shape(1),
-      pages.shape(2),
-      int64_t(pages.shape(3)) * int64_t(pages.itemsize())};
+  g_buffer_copies++;
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  return true;
 }
 
 // The old contents of a buffer that could not be reused.
@@ -63,9 +53,9 @@ BufferCopy copy_of(const mx::array& in, mx::array& out, bool needed) {
 
 // For each output, whether the input that is its old version must be copied.
 std::vector<bool> reuse(
-    const std::vector<mx::array>& inputs,
+    const Arrays& inputs,
     size_t first,
-    std::vector<mx::array>& outputs,
+    Arrays& outputs,
     WriteMode mode) {
   std::vector<bool> copies;
   for (size_t i = 0; i < outputs.size(); i++) {
@@ -98,8 +88,8 @@ std::vector<int64_t> sizes_of(const std::vector<mx::array>& arrays) {
 }
 
 auto write_launch(
-    const std::vector<mx::array>& inputs,
-    const std::vector<mx::array>& outputs,
+    const Arrays& inputs,
+    const Arrays& outputs,
     std::vector<bool> copies) {
   const int n = int(outputs.size());
   const auto& pages = inputs[n];
@@ -120,13 +110,61 @@ auto write_launch(
   };
 }
 
+// Inputs: the tokens of each output, the pages of each output, the slots.
+class WritePages : public PagesPrimitive {
+ public:
+  WritePages(mx::Stream stream, WriteMode mode) : PagesPrimitive(stream), mode_(mode) {}
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    std::vector<mx::Shape> shapes;
+    for (size_t i = inputs.size() / 2; i + 1 < inputs.size(); i++) {
+      shapes.push_back(inputs[i].shape());
+    }
+    return shapes;
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return mode_ == static_cast<const WritePages&>(other).mode_;
+  }
+  const char* name() const override {
+    return "WritePages";
+  }
+
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override {
+    const size_t n = outputs.size();
+    const auto copies = reuse(inputs, n, outputs, mode_);
+    if (runs_kernels(stream())) {
+      return run_kernels(inputs, outputs, write_launch(inputs, outputs, copies));
+    }
+    std::vector<BufferCopy> olds;
+    std::vector<SlotWriter> writers;
+    for (size_t i = 0; i < n; i++) {
+      olds.push_back(copy_of(inputs[n + i], outputs[i], copies[i]));
+      writers.emplace_back(inputs[i], outputs[i]);
+    }
+    run_on_cpu(inputs, outputs, [olds, writers, slots = inputs.back().data<int32_t>()]() {
+      for (const BufferCopy& old : olds) {
+        old.run();
+      }
+      write_slots("write_pages", "slot_mapping", writers, slots);
+    });
+  }
+
+ private:
+  WriteMode mode_;
+};
+
+int64_t page_bytes(const mx::array& pages) {
+  return pages.nbytes() / std::max(1, pages.shape(0));
+}
+
 auto copy_launch(
-    const std::vector<mx::array>& inputs,
-    const std::vector<mx::array>& outputs,
+    const Arrays& inputs,
+    const Arrays& outputs,
     std::vector<bool> copies) {
   metal::CopyPagesCall call{};
   for (const auto& pool : outputs) {
-    call.page_bytes.push_back(pool.nbytes() / std::max(1, pool.shape(0)));
+    call.page_bytes.push_back(page_bytes(pool));
   }
   call.num_pairs = inputs.back().shape(0);
   return [call, copies, bytes = sizes_of(outputs)](
@@ -140,7 +178,81 @@ auto copy_launch(
   };
 }
 
+// Inputs: the old version of each output, the pairs.
+class CopyPages : public PagesPrimitive {
+ public:
+  CopyPages(mx::Stream stream, WriteMode mode) : PagesPrimitive(stream), mode_(mode) {}
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    std::vector<mx::Shape> shapes;
+    for (size_t i = 0; i + 1 < inputs.size(); i++) {
+      shapes.push_back(inputs[i].shape());
+    }
+    return shapes;
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return mode_ == static_cast<const CopyPages&>(other).mode_;
+  }
+  const char* name() const override {
+    return "CopyPages";
+  }
+
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override {
+    const auto copies = reuse(inputs, 0, outputs, mode_);
+    if (runs_kernels(stream())) {
+      return run_kernels(inputs, outputs, copy_launch(inputs, outputs, copies));
+    }
+    std::vector<Pool> pools;
+    for (size_t i = 0; i < outputs.size(); i++) {
+      const auto old = copy_of(inputs[i], outputs[i], copies[i]);
+      pools.push_back({old, outputs[i].data<char>(), page_bytes(outputs[i])});
+    }
+    const auto& pairs = inputs.back();
+    run_on_cpu(
+        inputs,
+        outputs,
+        [pools,
+         pairs = pairs.data<int32_t>(),
+         count = pairs.shape(0),
+         num_pages = outputs[0].shape(0)]() {
+          for (const Pool& pool : pools) {
+            pool.copy(pairs, count, num_pages);
+          }
+        });
+  }
+
+ private:
+  struct Pool {
+    BufferCopy old;
+    char* pages;
+    int64_t page_bytes;
+
+    void copy(const int32_t* pairs, int count, int num_pages) const {
+      old.run();
+      for (int i = 0; i < count; i++) {
+        const int64_t from = pairs[2 * i], to = pairs[2 * i + 1];
+        if (from < 0 || to < 0 || from >= num_pages || to >= num_pages) {
+          fail(
+              "copy_pages",
+              "pairs must hold page ids in [0, " + std::to_string(num_pages) + ")",
+              std::to_string(from) + " -> " + std::to_string(to));
+        }
+        if (from != to) {
+          std::memcpy(pages + to * page_bytes, pages + from * page_bytes, page_bytes);
+        }
+      }
+    }
+  };
+
+  WriteMode mode_;
+};
+
 } // namespace
+
+int64_t buffer_copies() {
+  return g_buffer_copies;
+}
 
 std::vector<mx::array> write_pages(
     const mx::array& k,
@@ -175,59 +287,6 @@ std::vector<mx::array> write_pages(
       {k_pages.dtype(), v_pages.dtype()},
       write,
       {k_rows, v_rows, k_old, v_old, slots});
-}
-
-std::vector<mx::Shape> WritePages::output_shapes(const std::vector<mx::array>& inputs) {
-  std::vector<mx::Shape> shapes;
-  for (size_t i = inputs.size() / 2; i + 1 < inputs.size(); i++) {
-    shapes.push_back(inputs[i].shape());
-  }
-  return shapes;
-}
-
-// Inputs: the tokens of each output, the pages of each output, the slots.
-void WritePages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  struct Target {
-    BufferCopy old;
-    TokenWriter write;
-  };
-  const auto copies = reuse(inputs, outputs.size(), outputs, mode_);
-  if (host_launch(stream())) {
-    return dispatch_on_host(stream(), inputs, outputs, write_launch(inputs, outputs, copies));
-  }
-  const auto& slots = inputs.back();
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  std::vector<Target> targets;
-  for (size_t i = 0; i < outputs.size(); i++) {
-    const auto old = copy_of(inputs[outputs.size() + i], outputs[i], copies[i]);
-    targets.push_back({old, token_writer(inputs[i], outputs[i])});
-    encoder.set_output_array(outputs[i]);
-  }
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.dispatch([targets,
-                    slots = slots.data<int32_t>(),
-                    tokens = int64_t(slots.size()),
-                    num_slots = int64_t(outputs[0].shape(0)) * outputs[0].shape(2)]() {
-    for (const Target& target : targets) {
-      target.old.run();
-    }
-    for (int64_t t = 0; t < tokens; t++) {
-      if (slots[t] >= num_slots) {
-        fail(
-            "write_pages",
-            "slot_mapping must be less than num_pages * page_size = " + std::to_string(num_slots),
-            std::to_string(slots[t]));
-      }
-      if (slots[t] < 0) {
-        continue;
-      }
-      for (const Target& target : targets) {
-        target.write(t, slots[t]);
-      }
-    }
-  });
 }
 
 std::vector<mx::array> copy_pages(
@@ -281,70 +340,6 @@ std::vector<mx::array> copy_pages(
     copied.insert(copied.end(), outputs.begin(), outputs.end());
   }
   return copied;
-}
-
-std::vector<mx::Shape> CopyPages::output_shapes(const std::vector<mx::array>& inputs) {
-  std::vector<mx::Shape> shapes;
-  for (size_t i = 0; i + 1 < inputs.size(); i++) {
-    shapes.push_back(inputs[i].shape());
-  }
-  return shapes;
-}
-
-void CopyPages::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  struct Pool {
-    BufferCopy old;
-    char* pages;
-    int64_t page_bytes;
-  };
-  const auto copies = reuse(inputs, 0, outputs, mode_);
-  if (host_launch(stream())) {
-    return dispatch_on_host(stream(), inputs, outputs, copy_launch(inputs, outputs, copies));
-  }
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  std::vector<Pool> pools;
-  for (size_t i = 0; i < outputs.size(); i++) {
-    const auto old = copy_of(inputs[i], outputs[i], copies[i]);
-    encoder.set_input_array(inputs[i]);
-    encoder.set_output_array(outputs[i]);
-    const int64_t page_bytes = outputs[i].nbytes() / std::max(1, outputs[i].shape(0));
-    pools.push_back({old, outputs[i].data<char>(), page_bytes});
-  }
-  const auto& pairs = inputs.back();
-  encoder.set_input_array(pairs);
-  encoder.dispatch([pools,
-                    pairs = pairs.data<int32_t>(),
-                    count = pairs.shape(0),
-                    num_pages = outputs[0].shape(0)]() {
-    for (const Pool& pool : pools) {
-      pool.old.run();
-      for (int i = 0; i < count; i++) {
-        const int64_t from = pairs[2 * i], to = pairs[2 * i + 1];
-        if (from < 0 || to < 0 || from >= num_pages || to >= num_pages) {
-          fail(
-              "copy_pages",
-              "pairs must hold page ids in [0, " + std::to_string(num_pages) + ")",
-              std::to_string(from) + " -> " + std::to_string(to));
-        }
-        if (from != to) {
-          std::memcpy(
-              pool.pages + to * pool.page_bytes,
-              pool.pages + from * pool.page_bytes,
-              pool.page_bytes);
-        }
-      }
-    }
-  });
-}
-
-void WritePages::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  const auto copies = reuse(inputs, outputs.size(), outputs, mode_);
-  dispatch_on_gpu("write_pages", stream(), inputs, outputs, write_launch(inputs, outputs, copies));
-}
-
-void CopyPages::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  const auto copies = reuse(inputs, 0, outputs, mode_);
-  dispatch_on_gpu("copy_pages", stream(), inputs, outputs, copy_launch(inputs, outputs, copies));
 }
 
 } // namespace paged_mlx

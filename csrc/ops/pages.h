@@ -1,16 +1,25 @@
 // Operations that move pages: write, copy, gather.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <vector>
 
 #include "mlx/array.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
 
-#include "ops/route.h"
-
 namespace paged_mlx {
+
+namespace mx = mlx::core;
+
+// How an operation that writes pages treats the buffer it is given.
+enum class WriteMode {
+  donate, // reuse the buffer when MLX says nobody else holds it, else copy it
+  alias,  // always write through: for the linear versions of a PagePool
+};
+
+// Whole buffers copied so far because a write could not be done in place.
+int64_t buffer_copies();
 
 // k [tokens, num_kv_heads, head_dim] and v [tokens, num_kv_heads, v_head_dim]
 // go to slots (int32 [tokens]; -1 skips) of k_pages and v_pages. Returns the
@@ -46,61 +55,5 @@ std::vector<mx::array> gather_pages(
     const std::optional<mx::array>& page_starts,
     const std::optional<mx::array>& page_lens,
     mx::StreamOrDevice s = {});
-
-class WritePages : public mx::Primitive {
- public:
-  WritePages(mx::Stream stream, WriteMode mode) : mx::Primitive(stream), mode_(mode) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return mode_ == static_cast<const WritePages&>(other).mode_;
-  }
-  const char* name() const override {
-    return "WritePages";
-  }
-
- private:
-  WriteMode mode_;
-};
-
-class CopyPages : public mx::Primitive {
- public:
-  CopyPages(mx::Stream stream, WriteMode mode) : mx::Primitive(stream), mode_(mode) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return mode_ == static_cast<const CopyPages&>(other).mode_;
-  }
-  const char* name() const override {
-    return "CopyPages";
-  }
-
- private:
-  WriteMode mode_;
-};
-
-class GatherPages : public mx::Primitive {
- public:
-  GatherPages(mx::Stream stream, int length) : mx::Primitive(stream), length_(length) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return length_ == static_cast<const GatherPages&>(other).length_;
-  }
-  const char* name() const override {
-    return "GatherPages";
-  }
-
- private:
-  void allocate(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) const;
-
-  int length_;
-};
 
 } // namespace paged_mlx

@@ -1,12 +1,12 @@
 #include "ops/parts.h"
 
-#include "ops/launch.h"
+#include "ops/dispatch.h"
 #include "plan_format.h"
 
 namespace paged_mlx {
 
 std::vector<Part> parts_of(const mx::array& plan, int dims, mx::Stream s) {
-  if (plan.is_tracer() || (s.device != mx::Device::gpu && !host_launch(s))) {
+  if (plan.is_tracer() || !runs_kernels(s)) {
     return {{}};
   }
   const int32_t* const words = plan.data<int32_t>();

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "mlx/backend/cpu/encoder.h"
+#include "mlx/allocator.h"
 #include "mlx/ops.h"
 
 #include "cpu/machine.h"
+#include "ops/page_rows.h"
+#include "ops/primitive.h"
 #include "shape_check.h"
 
 namespace paged_mlx {
@@ -32,6 +34,40 @@ void fill_with(char* to, size_t bytes, const char* element) {
   std::memcpy(&word, element, sizeof(word));
   std::fill_n(reinterpret_cast<Word*>(to), bytes / sizeof(Word), word);
 }
+
+// Inputs: the fill, one element; then the pages that are kept, if there are any.
+class PoolMemory : public PagesPrimitive {
+ public:
+  using PagesPrimitive::PagesPrimitive;
+
+  const char* name() const override {
+    return "PoolMemory";
+  }
+
+ protected:
+  // Never on a GPU, where pool_memory is made of MLX's own operations.
+  void eval(const Arrays& inputs, Arrays& outputs) override {
+    auto& out = outputs[0];
+    allocate(out);
+    const char* const kept = inputs.size() > 1 ? inputs[1].data<char>() : nullptr;
+    const size_t copied = kept ? std::min(inputs[1].nbytes(), out.nbytes()) : 0;
+    run_on_cpu(
+        inputs,
+        outputs,
+        [element = inputs[0].data<char>(),
+         kept,
+         copied,
+         to = out.data<char>(),
+         rest = out.nbytes() - copied,
+         wide = out.itemsize() == 4]() {
+          if (copied) {
+            std::memcpy(to, kept, copied);
+          }
+          wide ? fill_with<uint32_t>(to + copied, rest, element)
+               : fill_with<uint16_t>(to + copied, rest, element);
+        });
+  }
+};
 
 } // namespace
 
@@ -61,35 +97,6 @@ mx::array pool_memory(
     inputs.push_back(row_contiguous(*kept, s));
   }
   return mx::array(shape, dtype, std::make_shared<PoolMemory>(s), std::move(inputs));
-}
-
-void PoolMemory::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& out = outputs[0];
-  allocate(out);
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(out);
-  const char* const element = inputs[0].data<char>();
-  const char* const kept = inputs.size() > 1 ? inputs[1].data<char>() : nullptr;
-  const size_t copied = kept ? std::min(inputs[1].nbytes(), out.nbytes()) : 0;
-  encoder.dispatch([element,
-                    kept,
-                    copied,
-                    to = out.data<char>(),
-                    rest = out.nbytes() - copied,
-                    wide = out.itemsize() == 4]() {
-    if (copied) {
-      std::memcpy(to, kept, copied);
-    }
-    wide ? fill_with<uint32_t>(to + copied, rest, element)
-         : fill_with<uint16_t>(to + copied, rest, element);
-  });
-}
-
-void PoolMemory::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  throw std::logic_error("[pool_memory] is made of MLX's own operations on a GPU");
 }
 
 } // namespace paged_mlx

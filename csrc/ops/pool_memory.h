@@ -4,12 +4,11 @@
 #include <optional>
 
 #include "mlx/array.h"
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
 
-#include "ops/route.h"
-
 namespace paged_mlx {
+
+namespace mx = mlx::core;
 
 // New memory for pages of `shape` [num_pages, num_kv_heads, page_size, head_dim]: those
 // of `kept`, as far as there are any and as many as there is room for, then pages full of
@@ -23,17 +22,5 @@ mx::array pool_memory(
     float fill,
     mx::Dtype dtype,
     mx::StreamOrDevice s = {});
-
-// Inputs: the fill, one element; then the pages that are kept, if there are any.
-class PoolMemory : public mx::Primitive {
- public:
-  explicit PoolMemory(mx::Stream stream) : mx::Primitive(stream) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  const char* name() const override {
-    return "PoolMemory";
-  }
-};
 
 } // namespace paged_mlx

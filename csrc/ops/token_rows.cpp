@@ -6,7 +6,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 
-#include "ops/launch.h"
+#include "ops/dispatch.h"
 
 namespace paged_mlx {
 
@@ -38,21 +38,21 @@ void check_not_traced(const char* op, const char* name, const mx::array& x, cons
   }
 }
 
-TokenRows::TokenRows(const mx::array& x)
-    : data_(x.data<char>()),
-      batch_(x.shape(0)),
-      heads_(x.shape(1)),
-      tokens_(x.shape(2)),
-      dim_(x.shape(3)),
-      itemsize_(x.itemsize()),
-      batch_stride_(x.strides(0) * itemsize_),
-      head_stride_(x.strides(1) * itemsize_),
-      token_stride_(x.strides(2) * itemsize_),
-      dim_stride_(x.strides(3) * itemsize_) {}
+TokenRows::TokenRows(const mx::array& x) : data_(x.data<char>()), itemsize_(x.itemsize()) {
+  const bool packed = x.ndim() == 3;
+  const int token = packed ? 0 : 2, dim = int(x.ndim()) - 1;
+  batch_ = packed ? 1 : x.shape(0);
+  heads_ = x.shape(1);
+  tokens_ = x.shape(token);
+  dim_ = x.shape(dim);
+  batch_stride_ = packed ? 0 : x.strides(0) * itemsize_;
+  head_stride_ = x.strides(1) * itemsize_;
+  token_stride_ = x.strides(token) * itemsize_;
+  dim_stride_ = x.strides(dim) * itemsize_;
+}
 
-void TokenRows::copy(int64_t index, int64_t head, char* to) const {
-  const char* const row = data_ + index / tokens_ * batch_stride_ +
-      index % tokens_ * token_stride_ + head * head_stride_;
+void TokenRows::copy(const char* token, int64_t head, char* to) const {
+  const char* const row = token + head * head_stride_;
   if (dim_stride_ == itemsize_ || dim_ == 1) {
     std::memcpy(to, row, row_bytes());
     return;
@@ -65,7 +65,7 @@ void TokenRows::copy(int64_t index, int64_t head, char* to) const {
 void TokenRows::copy_all(char* to) const {
   for (int64_t index = 0; index < num_tokens(); index++) {
     for (int64_t head = 0; head < heads_; head++, to += row_bytes()) {
-      copy(index, head, to);
+      copy(token(index), head, to);
     }
   }
 }
@@ -86,7 +86,7 @@ mx::Strides token_major_strides(const mx::Shape& shape) {
 }
 
 mx::array for_kernels(const mx::array& x, mx::Stream s) {
-  if (s.device != mx::Device::gpu && !host_launch(s)) {
+  if (!runs_kernels(s)) {
     return x;
   }
   if (x.shape(1) == 1 || x.shape(2) == 1) {

@@ -23,13 +23,19 @@ void check_tokens(
 // trace does not know of: what it captures stays in them.
 void check_not_traced(const char* op, const char* name, const mx::array& x, const mx::array& pages);
 
-// The rows of such an array: one token of one head is `row_bytes` bytes.
+// The rows of such an array, or of [tokens, heads, dim]: one token of one head is
+// `row_bytes` bytes.
 class TokenRows {
  public:
   explicit TokenRows(const mx::array& x);
 
-  // Row of token `index` of batch * tokens.
-  void copy(int64_t index, int64_t head, char* to) const;
+  // Where token `index` of batch * tokens begins.
+  const char* token(int64_t index) const {
+    return data_ + index / tokens_ * batch_stride_ + index % tokens_ * token_stride_;
+  }
+
+  // The row of a head of such a token.
+  void copy(const char* token, int64_t head, char* to) const;
 
   // All rows, each token's heads one after the other: [batch * tokens, heads, dim].
   void copy_all(char* to) const;

@@ -7,8 +7,8 @@ _FAULTS = {
     "walk.h": [
         (
             "every key of small pages lies in the first",
-            "page_row(job_, item_, span.first_page + key / job_.page_size) + key % job_.page_size;",
-            "page_row(job_, item_, span.first_page) + key % job_.page_size;",
+            "first_row(job_, item_, span.first_page + key / job_.page_size, 0) + key % job_.page_size;",
+            "first_row(job_, item_, span.first_page, 0) + key % job_.page_size;",
             "pages of 5",
         ),
         (
@@ -25,8 +25,8 @@ _FAULTS = {
         ),
         (
             "the page before",
-            "return page_row(job_, item_, span.first_page) + key;",
-            "return page_row(job_, item_, max_int(span.first_page - 1, 0)) + key;",
+            "return first_row(job_, item_, span.first_page, 0) + key;",
+            "return first_row(job_, item_, max_int(span.first_page - 1, 0), 0) + key;",
             "tile",
         ),
     ],
@@ -69,8 +69,8 @@ _FAULTS = {
         ),
         (
             "every page is the item's first",
-            "int64_t(job.pages[item.page_begin + i]) * job.num_kv_heads",
-            "int64_t(job.pages[item.page_begin]) * job.num_kv_heads",
+            "page_row(job.pages[item.page_begin + i], kv_head",
+            "page_row(job.pages[item.page_begin], kv_head",
             "tile",
         ),
         (
@@ -87,14 +87,14 @@ _FAULTS = {
         ),
         (
             "the softcap turns the sign",
-            "s = splat(job.softcap) * tanh(s / splat(job.softcap));",
-            "s = splat(-job.softcap) * tanh(s / splat(job.softcap));",
+            "s = cap * tanh(s / cap);",
+            "s = splat(0.0f) - cap * tanh(s / cap);",
             "tile, options",
         ),
         (
             "the softcap is not scaled back",
-            "s = splat(job.softcap) * tanh(s / splat(job.softcap));",
-            "s = tanh(s / splat(job.softcap));",
+            "s = cap * tanh(s / cap);",
+            "s = tanh(s / cap);",
             "wide, options",
         ),
         ("ALiBi of the opposite sign", "s = fma(slope, distance, s);", "s = s - slope * distance;", "wide, options"),
@@ -161,8 +161,8 @@ _FAULTS = {
         ),
         (
             "a mask is ignored where nothing else is asked",
-            "job.plain = !job.mask && !job.alibi_slopes",
-            "job.plain = !job.alibi_slopes",
+            "job.plain = job.options.is_plain() &&",
+            "job.plain = !job.options.alibi &&",
             "mask alone",
         ),
         (
@@ -289,8 +289,8 @@ _FAULTS = {
         ),
         (
             "the first KV head's keys for all",
-            "head_row_(int64_t(kv_head) * job.page_size)",
-            "head_row_(0 * int64_t(kv_head))",
+            "kv_head_(kv_head)",
+            "kv_head_(0 * kv_head)",
             "wide",
         ),
         (

@@ -24,13 +24,13 @@ _FAULTS = {
         ),
         (
             "the merge has no sinks bound",
-            "  if (call.sinks) {\n    encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);\n  }\n  const size_t rows",
+            "  if (call.options.sinks) {\n    encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);\n  }\n  const size_t rows",
             "  const size_t rows",
             "merge, sinks",
         ),
         (
             "a function constant without a value",
-            "\n      .set(PAGED_MLX_CONSTANT_ALIBI, call.alibi_slopes != nullptr)",
+            "\n      .set(PAGED_MLX_CONSTANT_ALIBI, call.options.alibi)",
             "",
             "vector",
         ),
@@ -48,8 +48,8 @@ _FAULTS = {
         ),
         (
             "an additive mask is read as boolean",
-            "call.mask_kind == MaskKind::additive);",
-            "call.mask_kind == MaskKind::boolean);",
+            "call.options.mask == MaskKind::additive);",
+            "call.options.mask == MaskKind::boolean);",
             "vector, options",
         ),
         (
@@ -58,11 +58,11 @@ _FAULTS = {
             "a.mask_head_stride = 0;",
             "tile, options",
         ),
-        ("scale in natural units", "float(call.scale * kLog2E);", "call.scale;", "vector"),
+        ("scale in natural units", "float(o.scale * unit);", "o.scale;", "vector"),
         (
             "softcap in natural units",
-            "float(call.softcap * kLog2E);",
-            "call.softcap;",
+            "float(o.softcap * unit);",
+            "o.softcap;",
             "vector, options",
         ),
         (

@@ -223,7 +223,7 @@ void run(Problem& p) {
   args.lse = p.lse.data();
   args.head_dim = p.c.head_dim;
   args.v_head_dim = p.c.v_head_dim;
-  args.scale = 1.0f / std::sqrt(float(p.c.head_dim));
+  args.options.scale = 1.0f / std::sqrt(float(p.c.head_dim));
   cpu::attend(args);
 }
 

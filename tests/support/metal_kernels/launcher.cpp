@@ -109,11 +109,14 @@ int run_attend(Run run, int limit, const AttendRequest* r) {
     call.lse = given(e, r->lse);
     call.head_dim = r->head_dim;
     call.v_head_dim = r->v_head_dim;
-    call.scale = r->scale;
-    call.softcap = r->softcap;
+    call.options = {
+        r->scale,
+        r->softcap,
+        r->alibi_slopes.address != nullptr,
+        r->sinks.address != nullptr,
+        paged_mlx::MaskKind(r->mask_kind)};
     call.alibi_slopes = given(e, r->alibi_slopes);
     call.sinks = given(e, r->sinks);
-    call.mask_kind = MaskKind(r->mask_kind);
     call.mask = given(e, r->mask);
     call.mask_head_stride = r->mask_head_stride;
     call.mask_token_stride = r->mask_token_stride;

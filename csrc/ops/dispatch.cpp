@@ -1,4 +1,4 @@
-#include "ops/launch.h"
+#include "ops/dispatch.h"
 
 #include <mutex>
 
@@ -26,6 +26,10 @@ bool has_host_launch() {
 metal::HostLaunch host_launch(mx::Stream stream) {
   const std::lock_guard lock(g_mutex);
   return stream.index == g_spared ? metal::HostLaunch() : g_launch;
+}
+
+bool runs_kernels(mx::Stream stream) {
+  return stream.device == mx::Device::gpu || host_launch(stream);
 }
 
 } // namespace paged_mlx

@@ -7,6 +7,8 @@
 // that hands each dispatch to the function of set_host_launch.
 #pragma once
 
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "mlx/array.h"
@@ -14,9 +16,10 @@
 
 #include "metal/host_encoder.h"
 #include "metal/mlx_encoder.h"
-#include "ops/route.h"
 
 namespace paged_mlx {
+
+namespace mx = mlx::core;
 
 // Null: the CPU code runs. Otherwise every operation on the CPU goes through
 // the Metal launch code, and its dispatches to `launch`; but for those on the
@@ -24,6 +27,9 @@ namespace paged_mlx {
 void set_host_launch(metal::HostLaunch launch, int spared = -1);
 bool has_host_launch();
 metal::HostLaunch host_launch(mx::Stream stream);
+
+// Whether kernels run what is on this stream.
+bool runs_kernels(mx::Stream stream);
 
 #ifdef _METAL_
 template <typename Launch>
