@@ -1,29 +1,9 @@
 """How many functions of the package stand between a page operation and its effect."""
 
-import os
-import sys
-
 import mlx.core as mx
-import paged_mlx
+from counted_calls import calls
 from page_helpers import table_of
 from paged_mlx import PageAllocator, PagePool
-
-
-def calls(run):
-    """Functions of the package that a call enters, as (file, function)."""
-    root, entered = os.path.dirname(paged_mlx.__file__), []
-
-    def profile(frame, event, argument):
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(root):
-            entered.append((os.path.relpath(code.co_filename, root), code.co_name))
-
-    sys.setprofile(profile)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return entered
 
 
 def test_copy_on_write_of_a_page_takes_twenty_calls_in_five_files():

@@ -1,13 +1,12 @@
 """A step is planned once, whoever asks, and never with what the tables said before."""
 
-import os
 import random
-import sys
 
 import mlx.core as mx
 import numpy as np
 import paged_mlx
 import pytest
+from counted_calls import calls
 from paged_mlx import (
     AttentionPlan,
     OutOfPages,
@@ -55,23 +54,6 @@ def planned_anew(q, tables, layer, query_lens=None, **options):
         q, *layer.arrays, p.block_tables, p.context_lens, cu_seqlens_q=p.cu_seqlens_q,
         page_starts=p.page_starts, page_lens=p.page_lens, **options,
     )  # fmt: skip
-
-
-def calls(run):
-    """Python functions of the package that a call enters, as (file, function)."""
-    root, entered = os.path.dirname(paged_mlx.__file__), []
-
-    def profile(frame, event, argument):
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(root):
-            entered.append((os.path.relpath(code.co_filename, root), code.co_name))
-
-    sys.setprofile(profile)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return entered
 
 
 def test_attention_by_a_plan_takes_three_functions_to_the_native_module(pool):
