@@ -9,8 +9,8 @@
 // Row j of a sequence is position j. Rows past its context, rows that no page
 // holds and rows of NO_PAGE are 0.
 //
-// Grid: x over the units of a (sequence, KV head) of K and V, in threads; y over
-// KV heads; z over sequences.
+// Grid, in threads: x over the units of a row of K and of V; y over positions; z over
+// (sequence, KV head).
 
 #include "page_moves.h"
 
@@ -69,32 +69,27 @@ using namespace paged_mlx;
     [[buffer(PAGED_MLX_BUFFER_PAGE_STARTS), function_constant(kRagged)]],
     const device int* page_lens
     [[buffer(PAGED_MLX_BUFFER_PAGE_LENS), function_constant(kRagged)]],
-    uint3 group [[threadgroup_position_in_grid]],
-    uint3 groups [[threadgroups_per_grid]],
-    uint3 size [[threads_per_threadgroup]],
-    uint thread_index [[thread_index_in_threadgroup]]) {
-  const long k_units = long(arguments.length) * arguments.k_row;
-  const long v_units = long(arguments.length) * arguments.v_row;
-  const long at = long(group.x) * size.x + thread_index;
-  if (at >= k_units + v_units) {
+    uint3 at [[thread_position_in_grid]]) {
+  const int position = at.y, num_kv_heads = arguments.num_kv_heads;
+  const bool is_key = int(at.x) < arguments.k_row;
+  const int row_units = is_key ? arguments.k_row : arguments.v_row;
+  const int unit = is_key ? at.x : at.x - arguments.k_row;
+  if (unit >= row_units || position >= arguments.length) {
     return;
   }
-  const bool is_key = at < k_units;
-  const long unit = is_key ? at : at - k_units;
-  const int row_units = is_key ? arguments.k_row : arguments.v_row;
-  const int kv_head = group.y, sequence = group.z;
+  const int sequence = at.z / num_kv_heads, kv_head = at.z % num_kv_heads;
   const long table = long(sequence) * arguments.max_pages;
   const Slot slot = find_slot(
-      int(unit / row_units),
+      position,
       context_lens[sequence],
       tables + table,
       kRagged ? page_starts + table : tables,
       kRagged ? page_lens + table : tables,
       arguments);
-  const long from = unit % row_units +
-      row_units *
-          page_row(slot.page, kv_head, slot.offset, arguments.num_kv_heads, arguments.page_size);
-  const long to = (long(sequence) * groups.y + kv_head) * (is_key ? k_units : v_units) + unit;
+  const long row =
+      page_row(slot.page, kv_head, slot.offset, num_kv_heads, arguments.page_size);
+  const long from = row * row_units + unit;
+  const long to = (long(at.z) * arguments.length + position) * row_units + unit;
   if (is_key) {
     k_out[to] = slot.page >= 0 ? k_pages[from] : Unit(0);
   } else {

@@ -165,9 +165,12 @@ void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& pa
   const PlanHeader& plan = header(call);
   Variant variant;
   variant.kernel = "merge";
-  variant.define("T", type_name(call.dtype)).define("DV", call.v_head_dim);
+  const int most = call.v_head_dim <= 256 ? 8 : 4;
+  variant.define("T", type_name(call.dtype))
+      .define("DV", call.v_head_dim)
+      .define("SIMDGROUPS", most);
   set_constants(variant, call);
-  const int simdgroups = std::clamp(encoder.max_threads(variant) / 32, 1, 4);
+  const int simdgroups = std::clamp(encoder.max_threads(variant) / 32, 1, most);
   encoder.set_variant(variant);
   encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments_of(call));
   encoder.set_input(PAGED_MLX_BUFFER_PLAN, call.plan);
@@ -178,8 +181,7 @@ void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& pa
   if (call.options.sinks) {
     encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);
   }
-  const size_t rows = size_t(plan.num_merges) * plan.num_q_heads;
-  encoder.dispatch({(rows + simdgroups - 1) / simdgroups}, {size_t(32 * simdgroups)});
+  encoder.dispatch({size_t(plan.num_merges) * plan.num_q_heads}, {size_t(32 * simdgroups)});
 }
 
 } // namespace

@@ -98,8 +98,8 @@ void gather_pages(Encoder& encoder, const GatherPagesCall& call) {
       call.page_size,
       call.row.k / unit,
       call.row.v / unit};
-  const int64_t units = int64_t(call.length) * (arguments.k_row + arguments.v_row);
-  if (units == 0 || call.batch == 0 || call.num_kv_heads == 0) {
+  const size_t units = arguments.k_row + arguments.v_row;
+  if (units == 0 || call.length == 0 || call.batch == 0 || call.num_kv_heads == 0) {
     return;
   }
   Variant variant = mover("gather_pages", unit);
@@ -116,7 +116,13 @@ void gather_pages(Encoder& encoder, const GatherPagesCall& call) {
     encoder.set_input(PAGED_MLX_BUFFER_PAGE_STARTS, call.page_starts);
     encoder.set_input(PAGED_MLX_BUFFER_PAGE_LENS, call.page_lens);
   }
-  dispatch_units(encoder, variant, units, call.num_kv_heads, call.batch);
+  const size_t most = std::min(kThreads, encoder.max_threads(variant));
+  const size_t wide = std::min(units, most), high = most / wide;
+  encoder.dispatch(
+      {(units + wide - 1) / wide,
+       (size_t(call.length) + high - 1) / high,
+       size_t(call.batch) * call.num_kv_heads},
+      {wide, high});
 }
 
 void copy_buffer(Encoder& encoder, Buffer from, Buffer to, int64_t bytes) {

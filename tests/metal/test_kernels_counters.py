@@ -179,3 +179,18 @@ def test_decode_leaves_threadgroup_memory_for_other_threadgroups(gqa_factor, hea
     case = decode(gqa_factor, 16, head_dim, False)
     (result,) = attend(case.build(), host={"instrument": False}).attention
     assert result.counters.threadgroup_memory_bytes <= 8192
+
+
+def test_merge_of_32k_tokens_costs_a_twentieth_of_the_attention():
+    """In 41 parts, as for 80 cores and 8 KV heads: the longest chain of loads, and bytes in all."""
+    case = Case(
+        dtype="float16", num_q_heads=4, num_kv_heads=1, head_dim=128, sequences=((1, 32768),)
+    )
+    attend_part, merge = (x.result for x in attend(case.build(), fixed_partition=816).launches)
+    assert merge.counters.simdgroups == 8 * 4
+    longest = attend_part.counters.most_loads_in_a_simdgroup
+    assert 20 * merge.counters.most_loads_in_a_simdgroup < longest
+    attended, merged = (
+        sum(b.load_bytes for b in result.buffers.values()) for result in (attend_part, merge)
+    )
+    assert 20 * merged < attended

@@ -107,7 +107,7 @@ def test_rows_move_by_the_widest_unit_that_divides_them(dim, unit):
 VARIANTS = {
     "attend_vector": dict(T="bfloat", D=72, DV=128, ROWS=2, SIMDGROUPS=4),
     "attend_tile": dict(T="half", D=128, DV=80, ROWS=16, SIMDGROUPS=4),
-    "merge": dict(T="half", DV=64),
+    "merge": dict(T="half", DV=64, SIMDGROUPS=8),
     "merge_states": dict(T="bfloat"),
     "write_pages": dict(UNIT="uint4"),
     "copy_pages": dict(UNIT="uint2"),

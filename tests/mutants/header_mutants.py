@@ -256,20 +256,20 @@ _FAULTS = {
     "merge.metal": [
         (
             "the sum of parts forgets their maxima",
-            "* weight_at(partial_state[2 * at] - most);\n  }\n  sum",
-            ";\n  }\n  sum",
+            "all.sum += part.y * weight_at(part.x - all.most);",
+            "all.sum += part.y;",
             "merge",
         ),
         (
             "values of parts forget their maxima",
-            "const float weight = weight_at(partial_state[2 * at] - most);",
-            "const float weight = 1;",
+            "weight_at(states[writer.element(slot, head)].x - all.most);",
+            "1;",
             "merge",
         ),
         (
             "the last part is dropped",
-            "for (int p = 0; p < merge.part_count; p++) {",
-            "for (int p = 0; p + 1 < merge.part_count; p++) {",
+            "const int end = merge.part_count * (simdgroup + 1) / num_simdgroups;",
+            "const int end = (merge.part_count - 1) * (simdgroup + 1) / num_simdgroups;",
             "merge",
         ),
         (
@@ -280,11 +280,23 @@ _FAULTS = {
         ),
         (
             "lanes skip every second part",
-            "  for (int p = lane; p < merge.part_count; p += 32) {\n    const long at",
-            "  for (int p = lane; p < merge.part_count; p += 64) {\n    const long at",
+            "  for (int p = lane; p < merge.part_count; p += 32) {",
+            "  for (int p = lane; p < merge.part_count; p += 64) {",
             "merge, 40 parts",
         ),
-        ("a lane's sum taken for the row's", "  sum = simd_sum(sum);\n", "", "merge"),
+        ("a lane's sum taken for the row's", "  all.sum = simd_sum(all.sum);\n", "", "merge"),
+        (
+            "no barrier before the simdgroups' sums are read",
+            "  threadgroup_barrier(mem_flags::mem_threadgroup);\n",
+            "",
+            "merge",
+        ),
+        (
+            "the sums of the last simdgroup are dropped",
+            "for (int s = 0; s < num_simdgroups; s++) {",
+            "for (int s = 0; s + 1 < num_simdgroups; s++) {",
+            "merge",
+        ),
     ],
     "merge_simdgroups.h": [
         (

@@ -121,8 +121,8 @@ _FAULTS = {
         ),
         (
             "the last rows are not merged",
-            "encoder.dispatch({(rows + simdgroups - 1) / simdgroups},",
-            "encoder.dispatch({std::max<size_t>(1, rows / simdgroups)},",
+            "encoder.dispatch({size_t(plan.num_merges) * plan.num_q_heads},",
+            "encoder.dispatch({size_t(plan.num_merges) * plan.num_q_heads - 1},",
             "merge, sinks",
         ),
     ],
@@ -158,9 +158,9 @@ _FAULTS = {
             "pool",
         ),
         (
-            "heads and sequences swapped in the grid",
-            "dispatch_units(encoder, variant, units, call.num_kv_heads, call.batch);",
-            "dispatch_units(encoder, variant, units, call.batch, call.num_kv_heads);",
+            "the grid has the sequences only",
+            "size_t(call.batch) * call.num_kv_heads},",
+            "size_t(call.batch)},",
             "gather",
         ),
         (

@@ -3,6 +3,7 @@
 See README.md.
 """
 
+from . import registers
 from .buffers import HostMemory
 from .compiler import MetalHostError, unsupported
 from .program import Program, run
@@ -15,6 +16,7 @@ __all__ = [
     "MetalHostError",
     "Program",
     "Result",
+    "registers",
     "run",
     "unsupported",
 ]

@@ -38,12 +38,14 @@ class Footprint:
             order. Values that all lanes of a simdgroup share are not counted.
         loop_instructions: Instructions of the largest loop.
         threadgroup_bytes: Of the kernel's threadgroup variables.
+        long_divisions: Divisions and remainders of 64 bits, which a GPU emulates.
     """
 
     in_memory: tuple[str, ...]
     live_words: int
     loop_instructions: int
     threadgroup_bytes: int
+    long_divisions: int
 
 
 def footprint(text: str, kernel: str, include_dirs, constants: dict[int, object]) -> Footprint:
@@ -82,6 +84,7 @@ def _read(optimised: str) -> Footprint:
         round(body.live_words()),
         body.loop_instructions(),
         _threadgroup_bytes(entry),
+        len(re.findall(r" = [su](?:div|rem) (?:exact )?i64 ", entry)),
     )
 
 

@@ -11,6 +11,10 @@ from .launcher import KERNELS, choose_body
 
 #: Head dims of models. Of other dims the widest loads are narrower, nothing else differs.
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
+#: Of 128 words that a lane has; a compiler for the GPU needs some beside what is counted.
+MOST_LIVE_WORDS = 90
+#: Of a loop, at about 8 bytes each; the instruction cache of an M1's core holds 12 KB.
+MOST_LOOP_INSTRUCTIONS = 1500
 _TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
 # No option, pages of 16 tokens.
 _CONSTANTS = {id: False for id in (0, 1, 2, 3, 4, 5, 7)} | {6: 16}
@@ -64,3 +68,9 @@ def footprint(variant: Variant) -> Footprint:
     text = "".join(f"#define PAGED_MLX_{macro} {value}\n" for macro, value in macros.items())
     text += (KERNELS / f"{variant.kernel}.metal").read_text()
     return footprint_of_text(text, variant.kernel, [KERNELS], _CONSTANTS)
+
+
+def most_threadgroup_bytes(variant: Variant) -> int:
+    """8 KiB for four simdgroups that decode, so that several threadgroups share a core."""
+    decodes = variant.rows <= 8 and variant.head_dim <= 256
+    return 8 * 1024 * variant.simdgroups // 4 if decodes else 22 * 1024
