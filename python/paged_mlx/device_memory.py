@@ -5,7 +5,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from paged_mlx.course.memory_report import bytes_per_token
 from paged_mlx.errors import fail
 
 SHARE = 0.85
@@ -36,6 +35,22 @@ def _usable() -> int:
         return min(memory, int(_CONTROL_GROUP.read_text()))
     except (OSError, ValueError):  # no control group, or one without a limit
         return memory
+
+
+def bytes_per_token(
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int = 2,
+    v_head_dim: int | None = None,
+) -> int:
+    """Return the bytes of one token's K and V in all layers."""
+    return (
+        num_layers
+        * num_kv_heads
+        * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
+        * itemsize
+    )
 
 
 def pages_within(

@@ -18,13 +18,13 @@ from paged_mlx.testing import (
     run,
     run_suite,
     small,
-    walk,
 )
 from paged_mlx.testing.__main__ import main
-from paged_mlx.testing.faults import ContextShort, DropPage
 from paged_mlx.testing.shrink import shrink, snippet
+from planted import reference, walk
+from planted.faults import ContextShort, DropPage
 
-REFERENCE = backends.reference()
+REFERENCE = reference()
 
 
 def library_backends():
@@ -115,13 +115,13 @@ def test_a_failure_shrinks_to_a_case_that_still_fails():
 
 def test_a_failure_prints_as_python_that_runs_it_again(capsys):
     check = Check("numbers", Case(sinks=float("-inf"), seed=3))
-    exec(snippet(check, REFERENCE), {})
+    exec(snippet(check, backends.cpu()), {})
     assert "Outcome(right=True" in capsys.readouterr().out
 
 
 def test_command_line_prints_the_table_and_writes_the_record(tmp_path, capsys):
     target = tmp_path / "record.json"
-    status = main(["--backend", "reference", "--group", "poison", "--json", str(target)])
+    status = main(["--backend", "cpu", "--group", "poison", "--json", str(target)])
     assert status == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("group")
     assert json.loads(target.read_text())["right"] is True

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from bad_input import fuzz
+from bad_input.malformed import Call, sound_calls, spoils_of
 from paged_mlx import fast
-from paged_mlx.testing import fuzz
-from paged_mlx.testing.malformed import Call, sound_calls, spoils_of
 
 SPOILT = [(i, name) for i, call in enumerate(sound_calls()) for name in spoils_of(call)]
 

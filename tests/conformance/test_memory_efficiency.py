@@ -1,7 +1,8 @@
 """What paging and sharing save: the chapter's scenarios, and figures to check by hand."""
 
 import pytest
-from paged_mlx.course.memory_report import PrefixGroup, analyze_memory_efficiency, bytes_per_token
+from paged_mlx.course.memory_report import PrefixGroup, analyze_memory_efficiency
+from paged_mlx.device_memory import bytes_per_token
 
 
 def test_memory_efficiency_of_the_chapters_batch():
@@ -84,15 +85,3 @@ def test_memory_efficiency_refuses_impossible_batches():
     ]:
         with pytest.raises(ValueError, match=rf"^\[analyze_memory_efficiency\] .*{must}"):
             analyze_memory_efficiency(show=False, **arguments)
-
-
-def test_memory_efficiency_plot_is_saved_or_says_what_it_needs(tmp_path):
-    path = tmp_path / "memory.png"
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="plot needs matplotlib"):
-            analyze_memory_efficiency(show=False, plot=path)
-    else:
-        analyze_memory_efficiency(show=False, plot=path)
-        assert path.read_bytes().startswith(b"\x89PNG")

@@ -38,6 +38,20 @@ def test_a_difference_stops_the_benchmark(monkeypatch):
         benchmark_memory_systems([{"name": "Tiny", "lengths": [3]}], repeats=1, **SMALL)
 
 
-def test_a_scenario_without_lengths_is_refused():
-    with pytest.raises(ValueError, match=r"lengths of 'None' must not be empty; got \[\]"):
-        benchmark_memory_systems([{"name": "None", "lengths": []}])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"scenarios": [{"name": "None", "lengths": []}]},
+            "scenarios must have a name and lengths",
+        ),
+        ({"scenarios": [{"lengths": [3]}]}, "scenarios must have a name and lengths"),
+        ({"scenarios": [{"name": "Zero", "lengths": [0]}]}, "lengths of 'Zero' must be a whole"),
+        ({"repeats": 0}, "repeats must be a whole number of at least 1; got 0"),
+        ({"layers": 3}, "geometry must be sizes of DecodeStep; got "),
+    ],
+)
+def test_a_wrong_argument_is_refused(change, message):
+    arguments = {"scenarios": [{"name": "Tiny", "lengths": [3]}]} | change
+    with pytest.raises(ValueError, match=rf"^\[benchmark_memory_systems\] {message}"):
+        benchmark_memory_systems(**arguments)

@@ -4,9 +4,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-from paged_mlx.testing import Backend, Case, first_failure, grid, needle, small, walk
-from paged_mlx.testing.faults import FAULTS
+from paged_mlx.testing import Backend, Case, first_failure, grid, needle, small
 from paged_mlx.testing.pairwise import pairwise
+from planted import walk
+from planted.faults import FAULTS
 
 REFERENCE = Backend("reference", walk.attend)
 

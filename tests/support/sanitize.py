@@ -16,7 +16,8 @@ BUILD = ROOT / "build"
 
 SUITES = {
     "address,undefined": [
-        ["-m", "paged_mlx.testing", "--run", "small", "--backend", "cpu", "--fuzz", "20000"],
+        ["-m", "paged_mlx.testing", "--run", "small", "--backend", "cpu"],
+        ["-m", "bad_input", "20000"],
         [
             "-m",
             "pytest",
@@ -113,7 +114,10 @@ def main() -> None:
         suites = SUITES[sanitizers]
         path = build(sanitizers)
         environment = os.environ | OPTIONS
-        environment |= {"PYTHONPATH": str(path), "LD_PRELOAD": runtime(sanitizers)}
+        environment |= {
+            "PYTHONPATH": f"{path}:{ROOT}/tests/support",
+            "LD_PRELOAD": runtime(sanitizers),
+        }
         check_loaded(path, environment)
         for suite in suites:
             print(f"== {sanitizers}: {' '.join(suite)}", flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from paged_mlx.errors import fail, whole_number
@@ -90,22 +89,6 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def bytes_per_token(
-    num_layers: int,
-    num_kv_heads: int,
-    head_dim: int,
-    itemsize: int = 2,
-    v_head_dim: int | None = None,
-) -> int:
-    """Return the bytes of one token's K and V in all layers."""
-    return (
-        num_layers
-        * num_kv_heads
-        * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
-        * itemsize
-    )
-
-
 def analyze_memory_efficiency(
     lengths: Sequence[int] = LENGTHS,
     *,
@@ -115,7 +98,6 @@ def analyze_memory_efficiency(
     token_bytes: int = 8,
     page_sizes: Sequence[int] = PAGE_SIZES,
     show: bool = True,
-    plot: str | Path | None = None,
 ) -> MemoryReport:
     """Compare static, paged and shared K and V for a batch of sequences.
 
@@ -129,11 +111,9 @@ def analyze_memory_efficiency(
         token_bytes: Bytes of one token's K and V, as from ``bytes_per_token``.
         page_sizes: For the comparison by page size.
         show: Print the report.
-        plot: Where to save a drawing of it; needs matplotlib.
 
     Raises:
         ValueError: An argument is wrong.
-        ImportError: A plot is wanted without matplotlib.
     """
     name = "analyze_memory_efficiency"
     lengths = [whole_number(name, "lengths", length, 1) for length in lengths]
@@ -168,8 +148,6 @@ def analyze_memory_efficiency(
     report = MemoryReport(static, paged, shared, tuple(at(size) for size in sizes), groups)
     if show:
         print(report)
-    if plot is not None:
-        _draw(report, plot)
     return report
 
 
@@ -219,43 +197,3 @@ def _count(
         for entry in table.entries
     }
     return allocator.num_used * page_size, sum(filled.values())
-
-
-def _draw(report: MemoryReport, path: str | Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = (
-            "[analyze_memory_efficiency] plot needs matplotlib: pip install 'paged_mlx[plot]'."
-        )
-        raise ImportError(message) from error
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    bars, lines = figure.subplots(1, 2)
-    uses = (report.static, report.paged, report.shared)
-    bars.bar(
-        [use.name for use in uses], [(use.slots - use.unused_slots) for use in uses], label="tokens"
-    )
-    bars.bar(
-        [use.name for use in uses],
-        [use.unused_slots for use in uses],
-        bottom=[use.slots - use.unused_slots for use in uses],
-        label="no token",
-    )
-    bars.set(ylabel="slots", title=f"page size {report.paged.page_size}")
-    bars.legend()
-    sizes = [paged.page_size for paged, _ in report.by_page_size]
-    lines.plot(
-        sizes, [100 * paged.saved for paged, _ in report.by_page_size], marker="o", label="paged"
-    )
-    lines.plot(
-        sizes, [100 * shared.saved for _, shared in report.by_page_size], marker="o", label="shared"
-    )
-    lines.set(
-        xlabel="page size",
-        ylabel="% of static saved",
-        xscale="log",
-        xticks=sizes,
-        xticklabels=sizes,
-    )
-    lines.legend()
-    figure.savefig(path)

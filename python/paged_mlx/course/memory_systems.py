@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import mlx.core as mx
 import numpy as np
 
 from paged_mlx.attention import paged_attention
+from paged_mlx.errors import fail, whole_number
+from paged_mlx.pages.block_table import pack
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.table import PageTable
 from paged_mlx.pool import PagePool
@@ -115,8 +118,6 @@ class DecodeStep:
         return paged_attention(self.q, self.tables, self.pool[0])
 
     def _packed(self):
-        from paged_mlx.pages.block_table import pack
-
         tables = pack(self.tables)
         return tables.block_tables, tables.context_lens
 
@@ -135,15 +136,18 @@ def benchmark_memory_systems(
         One result for each scenario; also printed.
 
     Raises:
-        ValueError: A scenario has no lengths.
+        ValueError: ``repeats``, a scenario or a size is not what it must be.
     """
-    results = []
+    op, results = "benchmark_memory_systems", []
+    whole_number(op, "repeats", repeats, 1)
+    unknown = geometry.keys() - signature(DecodeStep).parameters.keys()
+    if unknown:
+        fail(op, "geometry must be sizes of DecodeStep", sorted(unknown))
     for scenario in scenarios:
-        if not scenario["lengths"]:
-            raise ValueError(
-                f"[benchmark_memory_systems] lengths of {scenario['name']!r} must not be empty; "
-                "got []."
-            )
+        if not {"name", "lengths"} <= scenario.keys() or not scenario["lengths"]:
+            fail(op, "scenarios must have a name and lengths, not empty", scenario)
+        for length in scenario["lengths"]:
+            whole_number(op, f"lengths of {scenario['name']!r}", length, 1)
         step = DecodeStep(scenario["lengths"], **geometry)
         _check(step)
         seconds = _alternate([step.traditional, step.paged], repeats)
@@ -154,6 +158,8 @@ def benchmark_memory_systems(
         print(f"  Paged: {result.paged_seconds:.3f}s")
         print(f"  Speedup: {result.speedup:.2f}x")
         results.append(result)
+    if not mx.metal.is_available():
+        print("MLX's own attention is slow on the CPU: these are no figures of a GPU.")
     return results
 
 

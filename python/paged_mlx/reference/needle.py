@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import dtypes
-from .case import Case, assemble, page_tables, share_prefixes
+from .arrays import assemble, page_tables, share_prefixes
+from .call import Call
 from .problem import Problem
 from .tables import Entry
 
@@ -48,7 +49,7 @@ class Row:
         return self.first <= position < self.end
 
 
-def build(case: Case) -> list[Problem]:
+def build(case: Call) -> list[Problem]:
     """The rounds of a needle case: same pages, other queries."""
     rng = np.random.default_rng([case.seed, 5])
     entries = page_tables(case).entries
@@ -69,7 +70,7 @@ def build(case: Case) -> list[Problem]:
     return [problem] + [problem.with_queries(q) for q in queries[1:]]
 
 
-def _num_codes(case: Case, entries: list[list[Entry]]) -> int:
+def _num_codes(case: Call, entries: list[list[Entry]]) -> int:
     """Codes in use: one row for ``PAGES_PER_ROW`` pages, and no more than dimensions."""
     pages = max((len(own) for own in entries), default=0)
     most_rows = max((n for n, _ in case.sequences), default=0) * case.gqa_factor
@@ -77,7 +78,7 @@ def _num_codes(case: Case, entries: list[list[Entry]]) -> int:
     return min(wanted, case.head_dim)
 
 
-def _rows(case: Case, s: int, num_codes: int) -> list[Row]:
+def _rows(case: Call, s: int, num_codes: int) -> list[Row]:
     """The rows of one KV head of a sequence that have a code, round after round."""
     query_len, context_len = case.sequences[s]
     if query_len == 0 or context_len == 0:
@@ -102,7 +103,7 @@ def _probed_tokens(query_len: int, most: int) -> list[int]:
     return sorted({query_len - 1 - i * query_len // count for i in range(count)}, reverse=True)
 
 
-def _hay(case: Case, rng):
+def _hay(case: Call, rng):
     """Background keys and values, and one orthogonal basis per KV head and prefix family."""
     keys, values, bases = [], [], []
     for s, (_, context_len) in enumerate(case.sequences):
@@ -114,13 +115,13 @@ def _hay(case: Case, rng):
     return keys, values, bases
 
 
-def _bases(case: Case, rng) -> np.ndarray:
+def _bases(case: Call, rng) -> np.ndarray:
     """``[num_kv_heads, codes, head_dim]``, rows orthogonal and of norm ``head_dim ** 0.5``."""
     square = rng.standard_normal((case.num_kv_heads, case.head_dim, case.head_dim))
     return np.linalg.qr(square)[0].astype(np.float32) * np.float32(case.head_dim**0.5)
 
 
-def _plant(case: Case, s: int, entries: list[Entry], rows: list[Row], rng) -> dict[int, set[int]]:
+def _plant(case: Call, s: int, entries: list[Entry], rows: list[Row], rng) -> dict[int, set[int]]:
     """``position -> codes`` that its key carries."""
     carried: dict[int, set[int]] = {}
     context_len = case.sequences[s][1]
@@ -155,7 +156,7 @@ def _write(keys, values, h: int, basis, carried: dict[int, set[int]], rng) -> No
         values[position, h] = rng.standard_normal(values.shape[2], np.float32)
 
 
-def _queries(case: Case, number: int, rows: list[list[Row]], bases, rng) -> np.ndarray:
+def _queries(case: Call, number: int, rows: list[list[Row]], bases, rng) -> np.ndarray:
     """q of one round: codes where a row takes part, weak random queries elsewhere."""
     shape = (case.num_tokens, case.num_q_heads, case.head_dim)
     q = rng.standard_normal(shape, np.float32) * np.float32(0.1)

@@ -14,11 +14,9 @@ on a kernel of your own::
     yardstick  float32 attention and ``judge``: the one home of tolerances
     case       a call by its numbers; problem, tables: its arrays, poisoned
     needle     a key in every page that one query must find
-    walk       a readable paged attention; faults: what it can get wrong
     checks     what is asked of a result; grid, small, pairwise: of which cases
     runner     groups x backends; report: the table; shrink: the smallest failing case
     graph      random programs over a pool; large: pools beyond 2^31 elements
-    fuzz       malformed metadata
 """
 
 from paged_mlx.reference import needle
@@ -26,7 +24,7 @@ from paged_mlx.reference.case import Case
 from paged_mlx.reference.problem import Problem
 from paged_mlx.reference.yardstick import Verdict, judge, judge_lse
 
-from . import backends, faults, grid, report, small
+from . import backends, grid, report, small
 from .backends import Backend
 from .checks import Check, Outcome, run
 from .runner import first_failure, run_suite
@@ -39,7 +37,6 @@ __all__ = [
     "Problem",
     "Verdict",
     "backends",
-    "faults",
     "first_failure",
     "grid",
     "judge",

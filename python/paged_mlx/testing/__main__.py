@@ -7,8 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
-from . import backends, fuzz, grid, report, small
-from .runner import Report, run_suite
+from . import backends, grid, report, small
+from .runner import run_suite
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,8 +16,6 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _backends(options.backend)
     checks = _checks(options)
     result = run_suite(checks, chosen, progress=_progress(len(checks) * len(chosen)))
-    if "bad input" in options.group:
-        _add_fuzz(result, chosen, options.fuzz)
     print("\r" + " " * 72 + "\r", end="", file=sys.stderr)
     print(report.table(result))
     if not result.right:
@@ -29,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    groups = [*grid.GROUPS, "bad input"]
+    groups = list(grid.GROUPS)
     parser = argparse.ArgumentParser(prog="python -m paged_mlx.testing", description=__doc__)
     parser.add_argument("--run", choices=("small", "quick", "long"), default="quick")
     parser.add_argument(
@@ -38,17 +36,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--group", action="append", choices=groups, help="only this group; may repeat"
     )
-    parser.add_argument("--backend", action="append", choices=("cpu", "metal", "reference"))
-    parser.add_argument("--fuzz", type=int, metavar="N", help="malformed calls to try")
+    parser.add_argument("--backend", action="append", choices=("cpu", "metal"))
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     options = parser.parse_args(arguments)
     options.group = options.group or groups
-    options.fuzz = options.fuzz or (100_000 if options.run == "long" else 2_000)
     return options
 
 
 def _backends(names: list[str] | None) -> list[backends.Backend]:
-    makers = {"cpu": backends.cpu, "metal": backends.metal, "reference": backends.reference}
+    makers = {"cpu": backends.cpu, "metal": backends.metal}
     made = [makers[name]() for name in (names or ("cpu", "metal"))]
     chosen = [backend for backend in made if backend is not None]
     if not chosen:
@@ -62,12 +58,6 @@ def _checks(options) -> list:
     if options.large:
         checks += grid.large()
     return [check for check in checks if check.group in options.group]
-
-
-def _add_fuzz(result: Report, chosen: list[backends.Backend], count: int) -> None:
-    for backend in chosen:
-        if backend.stream is not None:
-            fuzz.run(count, stream=backend.stream, cell=result.cell("bad input", backend.name))
 
 
 def _progress(total: int):

@@ -62,13 +62,6 @@ def metal() -> Backend | None:
     return on_stream("metal", mx.gpu) if mx.metal.is_available() else None
 
 
-def reference() -> Backend:
-    """The small walk that faults are planted in; it proves the suite, not the library."""
-    from . import walk
-
-    return Backend("reference", walk.attend, snippet="backends.reference()")
-
-
 def to_mlx(stored: np.ndarray, dtype: str):
     """A stored array as an ``mx.array``, bit for bit."""
     import mlx.core as mx

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from paged_mlx.reference import moves, needle
-from paged_mlx.reference.case import Case, assemble, draw_contexts, draw_queries, share_prefixes
+from paged_mlx.reference.arrays import assemble, draw_contexts, draw_queries, share_prefixes
+from paged_mlx.reference.case import Case
 from paged_mlx.reference.problem import Problem
 
 from . import large

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from functools import cache
 
 from paged_mlx.reference import dtypes
-from paged_mlx.reference.case import MASKS, Case
+from paged_mlx.reference.call import MASKS
+from paged_mlx.reference.case import Case
 
 from .checks import Check
 from .pairwise import pairwise

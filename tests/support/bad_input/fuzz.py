@@ -8,7 +8,6 @@ that an error is certain. ``random_tables`` draws tables and lengths freely and 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 
 from .malformed import Call, sound_calls, spoils_of
-from .runner import Cell, Failure
 
 #: ``[function] name must <what>, <why>; got <what>.``
 FORM = re.compile(r"^\[(?P<op>\w+)\] .* must (?s:.*); got (?s:.+)\.$")
@@ -64,21 +62,14 @@ def _contents(call: Call) -> list[bytes]:
     return [bytes(memoryview(item)) for item in listed if isinstance(item, mx.array)]
 
 
-def run(count: int, *, stream=None, cell: Cell | None = None, seed: int = 0) -> list[Mistake]:
+def run(count: int, *, stream=None, seed: int = 0) -> list[Mistake]:
     """Try ``count`` malformed calls, and as many random tables; the mistakes found.
 
     Args:
         stream: Where the operations would run.
-        cell: Of a report; the counts and the first mistake go there.
     """
-    begin = time.perf_counter()
     mistakes = [m for call, wrong in spoilt(count, seed) if (m := refuse(call, wrong, stream))]
     mistakes += [m for call in random_tables(count, seed) if (m := decide(call))]
-    if cell is not None:
-        cell.cases, cell.failed = 2 * count, len(mistakes)
-        cell.seconds = time.perf_counter() - begin
-        for mistake in mistakes[:1]:
-            cell.failures.append(Failure(None, str(mistake), None, mistake.snippet))
     return mistakes
 
 

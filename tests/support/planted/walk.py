@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 from paged_mlx.reference import dtypes
 from paged_mlx.reference.problem import Problem
 
@@ -171,10 +170,26 @@ def _sequence(problem: Problem, walk: Walk, rows: slice, fault: Fault):
     score = np.where(walk.counts[None] > 0, score, -np.inf).astype(np.float32)
     largest = score.max(axis=2, initial=-np.inf)
     weights = np.exp(score - np.where(largest == -np.inf, 0, largest)[..., None]) * walk.counts
-    mixed = np.stack([w @ values[:, h] for w, h in zip(weights, walk.kv_heads, strict=True)])
+    hidden = (score == -np.inf) & seen
+    mixed = np.stack(
+        [
+            _mixed(w, values[:, h], unseen)
+            for w, h, unseen in zip(weights, walk.kv_heads, hidden, strict=True)
+        ]
+    )
     state = State(largest, weights.sum(axis=2), mixed, options.get("sinks"))
     fault.finish(state, walk, problem)
     return _result(state)
+
+
+def _mixed(weights, values, hidden):
+    """Values mixed by weights; what a row may not see has no part, be it NaN."""
+    finite = np.isfinite(values)
+    mixed = weights @ np.where(finite, values, 0)
+    if finite.all():
+        return mixed
+    rest = weights[..., None] * np.where(finite, 0, values)
+    return mixed + np.where(hidden[..., None] | finite, 0, rest).sum(axis=1)
 
 
 def _scores(q, keys, options, walk: Walk, rows: slice):
@@ -189,7 +204,8 @@ def _scores(q, keys, options, walk: Walk, rows: slice):
     if options.get("mask") is not None:
         mask = options["mask"] if options["mask"].ndim == 3 else options["mask"][None]
         part = mask[:, rows][:, :, np.clip(walk.position, 0, mask.shape[2] - 1)]
-        score = np.where(part, score, -np.inf) if part.dtype == bool else score + part
+        hidden = ~part if part.dtype == bool else part == -np.inf
+        score = np.where(hidden, -np.inf, score if part.dtype == bool else score + part)
     return score
 
 
