@@ -9,9 +9,13 @@ from paged_mlx.reference import oracle
 
 NAN, INF = np.nan, np.inf
 LOWEST = float(np.finfo(np.float32).min)
-PAGE, DIM = 16, 8
-#: (query heads, tokens) that the kernels of one name attend.
-BODIES = {"attend_vector": (1, 1), "attend_tile": (6, 1), "attend_wide": (2, 20)}
+PAGE, DIM = 16, 64
+#: Query heads, tokens and the Metal kernel of each kind of item.
+BODIES = {
+    "vector": (1, 1, "attend_vector"),
+    "tile": (6, 1, "attend_tile"),
+    "wide": (2, 20, "attend_tile"),
+}
 
 
 def normal(*shape, seed=0):
@@ -20,7 +24,7 @@ def normal(*shape, seed=0):
 
 def step(body, context_len=90):
     """q, k, v and a table of one sequence."""
-    heads, tokens = BODIES[body]
+    heads, tokens, _ = BODIES[body]
     num_pages = -(-context_len // PAGE)
     k, v = (normal(num_pages, 1, PAGE, DIM, seed=seed) for seed in (1, 2))
     return normal(tokens, heads, DIM), k, v, [list(range(num_pages))], [context_len]
@@ -43,7 +47,7 @@ def on_both(q, k, v, tables, lens, body, **options):
     cpu = attend()
     with metal_on_host() as launches:
         metal = attend()
-    assert launches.findings == [] and launches.kernels[body] == 1
+    assert launches.findings == [] and launches.kernels[BODIES[body][2]] == 1
     exact = oracle.paged_attention(
         q, k, v, tables, lens, cu_seqlens_q=[0, len(q)], **options
     )  # fmt: skip

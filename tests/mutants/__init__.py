@@ -1,4 +1,4 @@
-"""Faults planted in kernels, launch code, planner and CPU backend, to be caught by the tests.
+"""Faults planted in kernels, launch code, planner, CPU backend, operations and Python, to be caught by the tests.
 
 ``python -m mutants`` from ``tests/`` with ``support/`` on the path, or ``make mutants``. The list is data: ``MUTANTS``.
 Each mutant runs in a process of its own against a suite of few cases; one that no case
@@ -8,10 +8,19 @@ sees is a hole in the tests.
     *_mutants       the list, by layer
     *_suite         the cases, by layer
     native          the native module with one source changed, built in the user's cache
+    api_suite       the cases of operations and Python: tests that need no fixture
     trial           one mutant against its suite; runner: many
 """
 
-from . import cpu_mutants, header_mutants, kernel_mutants, launch_mutants, planner_mutants
+from . import (
+    cpu_mutants,
+    header_mutants,
+    kernel_mutants,
+    launch_mutants,
+    ops_mutants,
+    planner_mutants,
+    python_mutants,
+)
 from .mutant import LAYERS, Mutant
 
 MUTANTS: list[Mutant] = [
@@ -20,6 +29,8 @@ MUTANTS: list[Mutant] = [
     *launch_mutants.MUTANTS,
     *planner_mutants.MUTANTS,
     *cpu_mutants.MUTANTS,
+    *ops_mutants.MUTANTS,
+    *python_mutants.MUTANTS,
 ]
 
 

@@ -106,7 +106,8 @@ class Project:
         words = [word for word in words if word != "-MD"]
         words[words.index("-o") + 1] = str(output)
         words[words.index("-c") + 1] = str(changed)
-        _run([words[0], *first, *words[1:], *last], self.directory)
+        at = words.index("-c")  # not the second word: the first may be a launcher
+        _run([*words[:at], *first, *words[at:], *last], self.directory)
 
     def link(self, objects: dict[str, Path], output: Path) -> Path:
         """Link with some sources' objects replaced."""

@@ -5,13 +5,16 @@ that nobody saw.
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-from .mutant import Mutant, changed
+from .mutant import ROOT, Mutant, changed
 
 
 class MutantModule:
@@ -24,6 +27,32 @@ class MutantModule:
         if name == "paged_mlx._ext":
             return importlib.util.spec_from_file_location(name, self.path)
         return None
+
+
+class ChangedSource(importlib.machinery.SourceFileLoader):
+    """Finds the module that a mutant of Python changes, and loads it with the fault."""
+
+    def __init__(self, mutant: Mutant):
+        path = ROOT / mutant.file
+        parts = path.relative_to(ROOT / "python").with_suffix("").parts
+        self.is_package_itself = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if self.is_package_itself else parts)
+        super().__init__(name, str(path))
+        self.mutant = mutant
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        folders = [str(Path(self.path).parent)] if self.is_package_itself else None
+        return importlib.util.spec_from_file_location(
+            name, self.path, loader=self, submodule_search_locations=folders
+        )
+
+    def path_stats(self, path):
+        raise OSError("what is compiled already is not the changed text")
+
+    def get_data(self, path):
+        return self.mutant.text.encode()
 
 
 class ChangedText:
@@ -40,10 +69,14 @@ class ChangedText:
 
 
 def order(cases: dict, mutant: Mutant) -> list[str]:
-    """The case that should see the mutant, then those about the same kernel, then the rest."""
-    kernel = mutant.seen_by.partition(",")[0]
-    rest = sorted(cases, key=lambda name: name.partition(",")[0] != kernel)
+    """The case that should see the mutant, then those about the same kernel or module, then the rest."""
+    subject = _subject(mutant.seen_by)
+    rest = sorted(cases, key=lambda name: _subject(name) != subject)
     return [mutant.seen_by] + [name for name in rest if name != mutant.seen_by]
+
+
+def _subject(case: str) -> str:
+    return re.split("[,.]", case)[0]
 
 
 def _reason(case: Callable[[], str | None]) -> str | None:
@@ -71,7 +104,8 @@ def try_kernel(mutant: Mutant) -> tuple[str | None, str | None]:
 
 def cases_of(mutant: Mutant) -> dict[str, Callable[[], str | None]]:
     """The suite of a mutant's layer, without a fault in the kernels' text."""
-    return importlib.import_module(f".{mutant.layer}_suite", __package__).cases(mutant)
+    suite = "api" if mutant.layer in ("ops", "python") else mutant.layer
+    return importlib.import_module(f".{suite}_suite", __package__).cases(mutant)
 
 
 def try_module(mutant: Mutant) -> tuple[str | None, str | None]:
@@ -90,6 +124,8 @@ def main() -> None:
     mutant = find(sys.argv[1])
     if len(sys.argv) > 2:
         sys.meta_path.insert(0, MutantModule(sys.argv[2]))
+    if mutant.layer == "python":
+        sys.meta_path.insert(0, ChangedSource(mutant))
     attempt = try_kernel if mutant.layer == "kernels" else try_module
     print(f"trying {mutant.seen_by}", file=sys.stderr)
     case, reason = attempt(mutant)

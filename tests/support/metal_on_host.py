@@ -4,6 +4,7 @@ Inside ``metal_on_host()`` every operation of paged_mlx goes Python -> C++ -> la
 kernel text -> numbers, the kernels run by :mod:`metal_host`.
 """
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 from metal_host import HostMemory, Program, unsupported
 from paged_mlx._native import _ext
 
+_PERTURB = -6  # of mallopt: memory is filled with the complement of a byte, 0x7f
 _programs: dict[str, Program] = {}  # by text
 _texts: dict[str, str] = {}  # of each library
 
@@ -83,8 +85,20 @@ def metal_on_host(
     mx.synchronize()
     launches = Launches(instrument, change)
     _ext.set_host_launch(launches)
+    _fill_fresh_memory(True)
     try:
         yield launches
         mx.synchronize()
     finally:
+        _fill_fresh_memory(False)
         _ext.set_host_launch(None)
+
+
+def _fill_fresh_memory(on: bool) -> None:
+    """Outputs and partial results begin as huge numbers: one that nobody writes shows.
+
+    glibc alone fills what it hands out; elsewhere memory is as it comes.
+    """
+    fill = getattr(ctypes.CDLL(None), "mallopt", None)
+    if fill is not None:
+        fill(_PERTURB, 0x80 if on else 0)

@@ -65,7 +65,7 @@ class Client:
 
     def chat(self, messages: list[dict], stream: bool = False, **options) -> str:
         """The answer's text."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=900)
         body = json.dumps({"messages": messages, "stream": stream, **options})
         connection.request("POST", "/v1/chat/completions", body)
         response = connection.getresponse()
