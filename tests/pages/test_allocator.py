@@ -556,3 +556,5 @@ def test_evictors_are_asked_in_the_order_they_were_added():
         table.append_tokens(1, allocator)
     with pytest.raises(ValueError, match="must be one that was added"):
         allocator.evictors.remove(second)
+    with pytest.raises(ValueError, match=r"^\[hold\] evictor must be one that was added"):
+        allocator.hold(allocator.allocate_page() or 0, second)

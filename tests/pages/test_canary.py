@@ -96,6 +96,7 @@ def test_a_token_that_was_skipped_is_seen(canary, allocator):
     table = written(canary, list(range(6)))
     table.append_tokens(2, allocator)
     canary.note([table], [[6, 7]], np.array([6, -1]))
+    assert "7 slots noted" in repr(canary)
     assert_corrupt(canary, table, "never written", 7)
 
 

@@ -436,8 +436,8 @@ def test_a_page_that_comes_back_has_the_priority_it_came_with(allocator):
     cache.insert(range(4), table, priority=1)
     other = table_of(allocator, 4)
     cache.insert(range(100, 104), other, priority=5)
+    other.release()  # the least recently used is the one to stay
     table.release()
-    other.release()
     assert cache.evict(1) == 1
     assert cache.match(range(5)).num_tokens == 0 and cache.match(range(100, 105)).num_tokens == 4
 
