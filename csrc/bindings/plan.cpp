@@ -14,6 +14,7 @@
 #include "ops/dtypes.h"
 #include "ops/plan_target.h"
 #include "ops/step_plan.h"
+#include "plan/targets.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -151,12 +152,45 @@ void bind_plan(nb::module_& m) {
           "context_lens"_a,
           "cu_seqlens_q"_a.none())
       .def("array", &StepPlan::array, "The words of plan_format.h, int32 [words].")
+      .def("measured", [](const StepPlan& self) { return self.notes().measured; })
+      .def("cu_seqlens_q", [](const StepPlan& self) { return self.notes().cu_seqlens_q; })
+      .def("fresh_prompt", [](const StepPlan& self) { return self.notes().fresh_prompt; })
       .def(
           "most_tokens",
           [](const StepPlan& self) { return nb::tuple(nb::cast(self.most_tokens())); },
           "Most query tokens of an item, by kind.")
       .def("header", [](const StepPlan& self) { return header_dict(self.header()); })
       .def("decisions", [](const StepPlan& self) { return decision_rows(self.notes()); });
+  m.def(
+      "plan_thresholds",
+      [](bool kernels, int itemsize) {
+        const PlanDevice device = kernels ? PlanDevice::gpu : PlanDevice::cpu;
+        const Thresholds t = thresholds(device, itemsize);
+        nb::dict d;
+#define PAGED_MLX_FIELD(name) d[#name] = t.name;
+        PAGED_MLX_THRESHOLDS(PAGED_MLX_FIELD)
+#undef PAGED_MLX_FIELD
+        return nb::make_tuple(d, thresholds_are_measured(device, itemsize));
+      },
+      "kernels"_a,
+      "itemsize"_a,
+      "The planner's thresholds for a device, and whether they were measured here.");
+  m.def(
+      "set_plan_thresholds",
+      [](bool kernels, int itemsize, const std::optional<nb::dict>& measured) {
+        std::optional<Thresholds> t;
+        if (measured) {
+          t.emplace();
+#define PAGED_MLX_FIELD(name) t->name = nb::cast<int>((*measured)[#name]);
+          PAGED_MLX_THRESHOLDS(PAGED_MLX_FIELD)
+#undef PAGED_MLX_FIELD
+        }
+        set_thresholds(kernels ? PlanDevice::gpu : PlanDevice::cpu, itemsize, t);
+      },
+      "kernels"_a,
+      "itemsize"_a,
+      "measured"_a.none(),
+      "Plan with thresholds measured here; None: with the table's again.");
   m.def(
       "check_tables",
       [](std::string op,

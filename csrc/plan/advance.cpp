@@ -110,6 +110,17 @@ void move_keys(int32_t* words, const PlanHeader& h, const PlanInput& in) {
 
 } // namespace
 
+bool sees_whole_prompts(const PlanInput& input) {
+  for (int b = 0; b < input.batch; b++) {
+    const int len = input.query_len(b);
+    const bool clipped = input.sliding_window > 0 && len > input.sliding_window;
+    if (len > 0 && (len != input.context_lens[b] || clipped)) {
+      return false;
+    }
+  }
+  return input.causal;
+}
+
 bool same_pages(const int32_t* words, const PlanNotes& notes, const PlanInput& next) {
   const PlanHeader& h = header_of(words);
   if (!same_geometry(h, notes, next) || h.num_tokens != next.num_tokens()) {
@@ -134,6 +145,7 @@ void move_plan(int32_t* words, PlanNotes& notes, const PlanInput& next) {
   move_positions(words, h, next);
   move_keys(words, h, next);
   notes.context_lens.assign(next.context_lens, next.context_lens + next.batch);
+  notes.fresh_prompt = notes.fresh_prompt && sees_whole_prompts(next);
 }
 
 } // namespace paged_mlx

@@ -30,6 +30,14 @@ struct Thresholds {
   int sdpa_prompt; // a fresh prompt of so many tokens goes to MLX's attention; 0: none does
 };
 
+#define PAGED_MLX_THRESHOLDS(FIELD) \
+  FIELD(workers_per_core)           \
+  FIELD(least_workers_per_core)     \
+  FIELD(items_per_worker)           \
+  FIELD(min_partition)              \
+  FIELD(min_item_cost)              \
+  FIELD(sdpa_prompt)
+
 // What one backend can do at once and what things cost it. The unit of cost is
 // one key of one KV head read from memory. A key costs an item of R rows
 // max(1, key_cost + R * row_cost) of its body; benchmarks/fit_cost_model.py fits

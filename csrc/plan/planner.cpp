@@ -250,6 +250,19 @@ void sort_drafts(std::vector<Draft>& drafts) {
   });
 }
 
+// Whether every prompt of the step has so many tokens that MLX's attention is the faster route.
+bool is_fresh_prompt(const PlanInput& input, int least_tokens) {
+  if (least_tokens == 0 || input.num_tokens() == 0 || !sees_whole_prompts(input)) {
+    return false;
+  }
+  for (int b = 0; b < input.batch; b++) {
+    if (input.query_len(b) > 0 && input.query_len(b) < least_tokens) {
+      return false;
+    }
+  }
+  return true;
+}
+
 } // namespace
 
 PlanNotes make_plan(
@@ -281,6 +294,8 @@ PlanNotes make_plan(
     notes.cu_seqlens_q.assign(input.cu_seqlens_q, input.cu_seqlens_q + input.batch + 1);
   }
   notes.tile_tokens = tile_tokens(input, target);
+  notes.fresh_prompt = is_fresh_prompt(input, target.thresholds.sdpa_prompt);
+  notes.measured = target.measured;
   return notes;
 }
 

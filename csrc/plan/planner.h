@@ -76,6 +76,8 @@ struct PlanNotes {
   std::vector<int32_t> context_lens;
   std::vector<int32_t> cu_seqlens_q; // empty: one query token each
   int tile_tokens = 1;               // most query tokens of one tile
+  bool fresh_prompt = false; // whole contexts, for which MLX's attention is the faster route
+  bool measured = false;     // by thresholds measured on this machine
 };
 
 // Throws std::invalid_argument, in the one message form, before anything is

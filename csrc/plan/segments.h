@@ -74,6 +74,10 @@ inline int tile_tokens(const PlanInput& input, const PlanTarget& target) {
   return tokens > 1 ? tokens : 1;
 }
 
+// Whether the query tokens of every sequence that has some are its whole context, and each sees
+// all before it.
+bool sees_whole_prompts(const PlanInput& input);
+
 // First position that the token at `position` may see.
 inline int window_begin(const PlanInput& input, int position) {
   if (input.sliding_window <= 0 || position < input.sliding_window) {

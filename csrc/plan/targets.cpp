@@ -60,6 +60,10 @@ PlanTarget target_on(PlanDevice device, int cores, int itemsize) {
 
 } // namespace
 
+bool has_fused_sdpa(int head_dim, int v_head_dim) {
+  return head_dim == v_head_dim && (head_dim == 64 || head_dim == 80 || head_dim == 128);
+}
+
 Thresholds thresholds(PlanDevice device, int itemsize) {
   Measured& all = measured();
   const std::lock_guard lock(all.mutex);

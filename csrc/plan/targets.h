@@ -16,6 +16,10 @@ PlanTarget cpu_target(int threads, int itemsize, int lanes);
 // A GPU of `cores` cores whose bodies attend `rows` rows.
 PlanTarget gpu_target(int cores, int itemsize, const KindRows& rows);
 
+// Whether MLX's attention has a fused kernel for these head dims on a GPU; without one it
+// keeps all scores in memory.
+bool has_fused_sdpa(int head_dim, int v_head_dim);
+
 // Thresholds of a device for elements of `itemsize` bytes: those measured on this machine, or
 // those of the table.
 Thresholds thresholds(PlanDevice device, int itemsize);

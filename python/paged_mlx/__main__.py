@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "doctor": "is paged attention right on this machine? every kernel against the oracle, in seconds",
+    "tune": "measure the planner's thresholds on this machine, in under a minute, and remember them",
     "testing": "the conformance suite, for this package's backends and yours",
 }
 
@@ -20,8 +21,8 @@ checkout, not of the package: `make bench` there.
 
 def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
-        name = "paged_mlx.testing.__main__" if arguments[0] == "testing" else "paged_mlx.doctor"
-        return importlib.import_module(name).main(arguments[1:])
+        name = {"testing": "testing.__main__"}.get(arguments[0], arguments[0])
+        return importlib.import_module(f"paged_mlx.{name}").main(arguments[1:])
     lines = (f"  {name:<9} {what}" for name, what in COMMANDS.items())
     print(USAGE.format(commands="\n".join(lines)), end="")
     return 0 if arguments in ([], ["-h"], ["--help"]) else 2

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx import thresholds
 from paged_mlx._native import _ext
 from paged_mlx.errors import fail, kind_of, whole_number
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
@@ -18,6 +19,8 @@ from paged_mlx.pages.block_table import PackedTables
 KINDS = ("vector", "tile", "wide")
 _ITEM_FIELDS = 8
 _HAS_GPU = mx.metal.is_available()
+
+thresholds.recall()
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class AttentionPlan:
             function and on to ``fast.paged_attention(..., plan=array)``.
         decisions: Why each run of common pages is shared or not.
         geometry, options: What it was made for, but for the step's tables and lengths.
+        measured: Whether the planner's thresholds were measured on this machine
+            (``python -m paged_mlx tune``); else they are those of its table.
+        fresh_prompt: Whether the query tokens are their sequences' whole contexts, for
+            which ``mx.fast.scaled_dot_product_attention`` on their own K and V is the
+            faster route.
     """
 
     def __init__(self, native: _ext.NativePlan, geometry: Geometry, options: PlanOptions):
@@ -107,6 +115,8 @@ class AttentionPlan:
     def decisions(self) -> list[SharingDecision]:
         return [SharingDecision(*row) for row in self._native.decisions()]
 
+    measured = property(lambda self: self._native.measured())
+    fresh_prompt = property(lambda self: self._native.fresh_prompt())
     num_tokens = property(lambda self: self._header["num_tokens"])
     num_q_heads = property(lambda self: self._header["num_q_heads"])
     num_kv_heads = property(lambda self: self._header["num_kv_heads"])
@@ -126,6 +136,11 @@ class AttentionPlan:
             bool(header[name]) for name in ("num_merges", "sliding_window", "page_starts")
         )
         return self._native.most_tokens(), merged, window, ragged
+
+    @property
+    def query_bounds(self) -> list[int]:
+        """First query token of each sequence, and one past the last: ``batch + 1`` of them."""
+        return self._native.cu_seqlens_q() or list(range(self.num_tokens + 1))
 
     @property
     def num_items(self) -> dict[str, int]:
@@ -239,6 +254,9 @@ class AttentionPlan:
             repr(self),
             f"K and V read: {read * self.key_nbytes:,} bytes of {read:,} keys, "
             f"{read / max(1, least):.3f}x the least, {least * self.key_nbytes:,}",
+            "cut by thresholds measured on this machine"
+            if self.measured
+            else "cut by the table's thresholds; `python -m paged_mlx tune` measures this machine's",
             f"{'item':>5} {'kind':<7} {'tokens':>7} {'rows':>6} {'pages':>6} {'keys':>17}  result",
         ]
         gqa_factor = self.num_q_heads // self.num_kv_heads
@@ -308,9 +326,9 @@ def runs_kernels(stream: mx.Stream | mx.Device | None) -> bool:
     Args:
         stream: Stream or device; None: the default device.
     """
-    if _HAS_GPU:
-        target = mx.default_device() if stream is None else stream
-        device = target.device if isinstance(target, mx.Stream) else target
-        if device == mx.gpu:
-            return True
-    return _ext.has_host_launch()
+    return (_HAS_GPU and _device_of(stream) == mx.gpu) or _ext.has_host_launch()
+
+
+def _device_of(stream):
+    place = mx.default_device() if stream is None else stream
+    return place.device if isinstance(place, mx.Stream) else place

@@ -4,12 +4,15 @@ The GPU is the host, which runs the kernels' text; a fault is planted in that te
 """
 
 import json
+import re
 import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from first_use_gpu import gpu, wrong
+from metal_host import Program
+from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast, first_use, operations
 from paged_mlx._native import _ext
 from paged_mlx.first_use import Variant
@@ -52,20 +55,61 @@ def test_a_later_process_on_the_same_gpu_proves_nothing_again(tmp_path):
         assert attend().right and launches.kernels["attend_vector"] == 2
 
 
-def test_a_wrong_kernel_is_replaced_loudly_and_its_verdict_is_remembered(tmp_path, caplog):
+def test_a_wrong_kernel_is_replaced_loudly_and_its_verdict_is_forgotten(tmp_path, caplog):
     with gpu(tmp_path, change=wrong("attend_vector")) as launches:
-        with pytest.warns(RuntimeWarning, match="doctor"):
+        with pytest.warns(RuntimeWarning, match="doctor --all --json"):
             assert attend().right
-        assert launches.kernels["attend_vector"] == 1  # the proof alone
+        assert launches.kernels["attend_vector"] == 2  # the proof alone, twice
         assert "[paged_attention]" in caplog.text
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert attend().right  # told once
-    assert list(remembered(tmp_path).values()) == [False]
-    with gpu(tmp_path, change=wrong("attend_vector")) as launches:
-        with pytest.warns(RuntimeWarning):
+            assert attend().right  # told once, not proven again in this process
+        assert launches.kernels["attend_vector"] == 2
+    assert list(tmp_path.glob("*")) == []
+    with gpu(tmp_path) as launches:  # the next process asks again
+        assert attend().right
+        assert launches.kernels["attend_vector"] == 2
+
+
+def test_a_kernel_that_is_wrong_once_is_proven_a_second_time_and_trusted(tmp_path):
+    broken = wrong("attend_vector")
+    changes = iter([broken])
+    with gpu(tmp_path, change=lambda d: next(changes, lambda d: d)(d)) as launches:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             assert attend().right
-        assert launches.kernels["attend_vector"] == 0
+        assert launches.kernels["attend_vector"] == 3  # two proofs, the call
+    assert list(remembered(tmp_path).values()) == [True]
+
+
+def test_a_bad_verdict_of_an_older_version_is_not_believed(tmp_path):
+    with gpu(tmp_path):
+        attend()
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(json.dumps(dict.fromkeys(remembered(tmp_path), False)))
+    with gpu(tmp_path) as launches:
+        assert attend().right and launches.kernels["attend_vector"] == 2
+    assert list(remembered(tmp_path).values()) == [True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("rows, merged", [(1, False), (4, False), (8, True), (32, False)])
+def test_a_proof_looks_for_wrong_pages_and_not_for_ulps(tmp_path, monkeypatch, dtype, rows, merged):
+    run = Program.run
+    monkeypatch.setattr(Program, "run", lambda *a, **k: run(*a, **k | {"ulp": 16}))
+    variant = Variant("paged_attention", dtype, 64, 64, rows=rows, merged=merged)
+
+    def previous_page(dispatch):
+        text = re.sub(
+            r"(?<=[^a-z_])pages\[(page|p|index)\]", r"pages[\1 > 0 ? \1 - 1 : 0]", dispatch["text"]
+        )
+        return dispatch | {"text": text}
+
+    with metal_on_host(instrument=False) as launches:
+        assert first_use.prove(variant, mx.cpu)
+    assert any(kernel.startswith("attend") for kernel in launches.kernels)
+    with metal_on_host(instrument=False, change=previous_page):
+        assert not first_use.prove(variant, mx.cpu)
 
 
 def test_without_the_guard_the_planted_fault_is_a_wrong_answer(tmp_path):
@@ -81,9 +125,8 @@ def test_a_kernel_that_does_not_compile_is_replaced(tmp_path):
         assert attend().right
 
 
-def test_a_proof_that_raised_is_no_verdict_to_remember():
-    right, lasting = first_use.prove(Variant("copy_pages", "float16", 64, 64), "no stream")
-    assert (right, lasting) == (False, False)
+def test_a_proof_that_raised_is_a_bad_verdict():
+    assert first_use.prove(Variant("copy_pages", "float16", 64, 64), "no stream") is False
 
 
 def test_another_option_is_another_variant(tmp_path):

@@ -251,6 +251,18 @@ _FAULTS = {
     ],
     "advance.cpp": [
         (
+            "a prompt that goes on is a fresh one",
+            "notes.fresh_prompt && sees_whole_prompts(next);",
+            "notes.fresh_prompt;",
+            "a fresh prompt",
+        ),
+        (
+            "a chunk of a prompt is the whole",
+            "(len != input.context_lens[b] || clipped)",
+            "(len > input.context_lens[b] || clipped)",
+            "a fresh prompt",
+        ),
+        (
             "a new page goes unnoticed",
             "entry_of(next, s, before - 1) == entry_of(next, s, after - 1);",
             "after > 0;",

@@ -9,6 +9,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
+from paged_mlx.thresholds import planned_with
 from plan_coverage import partial_slots
 from plan_steps import BAD_STEPS, assert_exact, distinct_tables, make
 from threadgroups import MODELS, items_of
@@ -59,6 +60,15 @@ def _large_gpu():
     # 2 threadgroups for each of 40 cores: 10 items of 8 KV heads.
     assert items_of(MODELS["Llama-3.1-8B, Qwen3-8B"], cores=40, context_len=256) == 10
     assert items_of(MODELS["Llama-3.1-8B, Qwen3-8B"], cores=40, context_len=250) == 1
+
+
+def _fresh_prompt():
+    tables = [[0, 1, 2, 3]]
+    with planned_with("cpu", 2, sdpa_prompt=4):
+        fresh = make(tables, [40], page_size=PAGE, cu_seqlens_q=[0, 40])
+        chunk = make(tables, [41], page_size=PAGE, cu_seqlens_q=[0, 40])
+    assert fresh.fresh_prompt and not chunk.fresh_prompt
+    assert not fresh.advance(tables, [41], [0, 40]).fresh_prompt
 
 
 def _longest_first():
@@ -212,6 +222,7 @@ CASES: dict[str, Callable[[], object]] = {
     "16 workers": _busy_workers,
     "a short step": _short_step,
     "a short step of a large GPU": _large_gpu,
+    "a fresh prompt": _fresh_prompt,
     "longest first": _longest_first,
     "every kind": _every_kind,
     "two tiles": lambda: _exact([130], query_lens=[120], q_heads=8, kv_heads=1),

@@ -21,7 +21,7 @@ def commands(job):
 def make_targets():
     return {
         line.partition(":")[0]
-        for line in (ROOT / "Makefile").read_text().splitlines()
+        for line in (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv").splitlines()
         if ":" in line
     }
 

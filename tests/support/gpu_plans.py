@@ -3,12 +3,13 @@
 ``python -m pytest -p gpu_plans``. Calls that name the CPU as their stream get its plans.
 """
 
-from paged_mlx import device
+import mlx.core as mx
+from paged_mlx import attention_plan
 
 
 def pytest_configure(config):
-    device._HAS_GPU = True
-    device._is_gpu = lambda stream: stream is None
+    attention_plan._HAS_GPU = True
+    attention_plan._device_of = lambda stream: mx.gpu if stream is None else mx.cpu
 
 
 def pytest_report_header(config):

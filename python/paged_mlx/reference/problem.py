@@ -100,10 +100,10 @@ class Problem:
         """Compare ``(out, lse)`` with the oracle; the worse of the two."""
         scores = {"largest_score": self.largest_score, "score_terms": self.q.shape[-1]}
         verdict = yardstick.judge(out, self.exact[0], self.yardstick[0], self.dtype, **scores)
-        if lse is None or not verdict.right:
+        if lse is None:
             return verdict
         second = yardstick.judge_lse(lse, self.exact[1], self.yardstick[1], **scores)
-        return verdict if second.right and verdict.ratio >= second.ratio else second
+        return max(verdict, second, key=lambda v: v.ratio)
 
     def _contiguous(self, attend, precision, **extra):
         shape = (len(self.q), self.q.shape[1])
