@@ -188,7 +188,8 @@ class AttentionPlan:
         return g.num_kv_heads * (g.head_dim + g.v_head_dim) * g.dtype.size
 
     def _repeated_keys(self) -> int:
-        seen, repeated = {}, 0
+        seen: dict[int, tuple[int, int]] = {}
+        repeated = 0
         if self._header["page_starts"]:  # ragged: count by page, as the items list them
             spans = self._ragged_spans()
         else:

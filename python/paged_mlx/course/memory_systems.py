@@ -152,7 +152,9 @@ def benchmark_memory_systems(
         _check(step)
         seconds = _alternate([step.traditional, step.paged], repeats)
         traditional_bytes = step.k.nbytes + step.v.nbytes
-        result = MemorySystems(scenario["name"], *seconds, traditional_bytes, step.pool.nbytes)
+        result = MemorySystems(
+            scenario["name"], seconds[0], seconds[1], traditional_bytes, step.pool.nbytes
+        )
         print(f"{result.name}:")
         print(f"  Traditional: {result.traditional_seconds:.3f}s")
         print(f"  Paged: {result.paged_seconds:.3f}s")
@@ -166,12 +168,12 @@ def benchmark_memory_systems(
 def _check(step: DecodeStep) -> None:
     """Both ways must give the same attention before either is timed."""
     error = mx.abs(step.paged().astype(mx.float32) - step.traditional().astype(mx.float32)).max()
-    if not error.item() < 0.05:
+    if not float(error) < 0.05:
         raise AssertionError(f"paged and traditional attention differ by {error.item()}")
 
 
 def _alternate(steps: list[Callable], repeats: int) -> list[float]:
-    samples = [[] for _ in steps]
+    samples: list[list[float]] = [[] for _ in steps]
     for turn in range(repeats):
         order = range(len(steps)) if turn % 2 == 0 else reversed(range(len(steps)))
         for i in order:

@@ -88,6 +88,7 @@ def _one_each_in_place(
     for pages in maps:
         slots.append((pages.ids[-1] + 1) * pages.page_size - pages.room)
         pages.num_tokens += 1
+        pages.version = new_version()
         pages.room -= 1
     return np.array(slots, np.int32)
 
@@ -191,7 +192,7 @@ def _own_tails(
         raise
     for row, (source, target) in zip(rows, copies):
         maps[row].ids[-1] = target
-        maps[row].version = new_version()
+        maps[row].version = maps[row].ids_version = new_version()
         allocator.free_page(source)
     return copies
 
@@ -214,12 +215,13 @@ def _extend(
         if pages.starts is not None:
             pages.starts.extend(range(first, first + len(new) * size, size))
         pages.ids.extend(new)
-        pages.version = new_version()
+        pages.ids_version = new_version()
         for page_id in new:
             starts.append(page_id * size)
         lengths.extend([size] * (len(new) - 1))
         lengths.append(count - room - (len(new) - 1) * size)
     pages.num_tokens += count
+    pages.version = new_version()
     pages.room = room + len(new) * size - count
 
 

@@ -90,15 +90,16 @@ class BlockTable:
             table.
         """
         try:
-            maps = [table.map for table in tables]
+            versions = [table.map.version for table in tables]
         except (TypeError, AttributeError):
-            maps = maps_of("pack", tables)  # refuses, and says what is no table
-        versions, lengths = [m.version for m in maps], [m.num_tokens for m in maps]
+            maps_of("pack", tables)  # refuses, and says what is no table
+            raise
         query_lens = None if query_lens is None else _whole_numbers(query_lens)
-        content = versions, lengths, query_lens
+        content = versions, query_lens
         if self._last and self._last[0] == content:
             self.rows_written = 0
             return self._last[1]
+        maps = [table.map for table in tables]
         if not maps:
             must = "tables must have at least one table, because a batch of none has no shape"
             fail("pack", must, "0")
@@ -114,10 +115,10 @@ class BlockTable:
                 allocator = pages.allocator
             if pages.starts is not None:
                 ragged.append(row)
-            if row >= len(known) or known[row] != pages.version:
+            if row >= len(known) or known[row] != pages.ids_version:
                 changed.append(row)
                 width = max(width, len(pages.ids))
-        context_lens = np.array(lengths, np.int32)
+        context_lens = np.array([pages.num_tokens for pages in maps], np.int32)
         cu_seqlens = None if query_lens is None else _cu_seqlens(query_lens, context_lens)
         if changed:
             self._last = ()
@@ -152,7 +153,7 @@ class BlockTable:
             target[:count] = np.frombuffer(pages.ids, np.int32)
         if count < self._lens[row]:
             target[count : self._lens[row]] = NO_PAGE
-        self._versions[row], self._lens[row] = pages.version, count
+        self._versions[row], self._lens[row] = pages.ids_version, count
 
     def _ragged(
         self, maps: Sequence[PageMap], ragged: Sequence[int], context_lens: np.ndarray

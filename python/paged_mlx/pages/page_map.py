@@ -49,11 +49,13 @@ class PageMap:
         num_tokens: Positions in all.
         num_freed: Leading entries that hold NO_PAGE.
         room: Slots of the last page that new tokens take; 0 when it is full or sealed.
-        version: Names the content of the entries; equal versions mean equal entries.
+        version: Names the content; equal versions mean equal entries and lengths.
+        ids_version: Names the entries; equal versions mean equal pages and starts.
     """
 
     __slots__ = (
         "page_size", "allocator", "ids", "starts", "num_tokens", "num_freed", "room", "version",
+        "ids_version",
     )  # fmt: skip
 
     def __init__(self, page_size: int, allocator: PageAllocator | None = None) -> None:
@@ -66,11 +68,11 @@ class PageMap:
         self.ids = array("i")
         self.starts: array[int] | None = None
         self.num_tokens = self.num_freed = self.room = 0
-        self.version = new_version()
+        self.touch()
 
     def touch(self) -> None:
         """Name the new content of the entries."""
-        self.version = new_version()
+        self.version = self.ids_version = new_version()
 
     def copy(self) -> PageMap:
         """Return an equal map, of the same version."""
@@ -79,7 +81,7 @@ class PageMap:
         copy.ids = self.ids[:]
         copy.starts = None if self.starts is None else self.starts[:]
         copy.num_tokens, copy.num_freed, copy.room = self.num_tokens, self.num_freed, self.room
-        copy.version = self.version
+        copy.version, copy.ids_version = self.version, self.ids_version
         return copy
 
     @property
@@ -166,7 +168,7 @@ class PageMap:
         self.num_tokens = length
         # A tail page that was given back takes no tokens.
         self.room = 0 if kept == self.num_freed else self.page_size - self.tail_tokens
-        self.version = new_version()
+        self.touch()
 
     def check_allocator(self, function: str, allocator: PageAllocator) -> None:
         """Refuse an allocator that the pages do not come from, or cannot."""

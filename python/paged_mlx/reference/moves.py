@@ -12,6 +12,7 @@ import numpy as np
 from . import dtypes, yardstick
 from .case import Case
 from .problem import Problem
+from .yardstick import Verdict
 
 
 def write(case: Case) -> tuple[tuple, list[np.ndarray]]:
@@ -76,7 +77,7 @@ class Merge:
         self.outs = [dtypes.encode(out, case.dtype) for out in outs]
         self.lses = [part.astype(np.float32) for part in lses]
 
-    def judge(self, out: np.ndarray, lse: np.ndarray) -> yardstick.Verdict:
+    def judge(self, out: np.ndarray, lse: np.ndarray) -> Verdict:
         """The worse verdict on out (decoded) and lse."""
         exact = _merged([dtypes.decode(o, self.dtype) for o in self.outs], self.lses)
         rounded = dtypes.round_to(exact[0], self.dtype)

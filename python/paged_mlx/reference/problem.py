@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from . import dtypes, oracle, yardstick
+from .yardstick import Verdict
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Problem:
             largest = max(largest, bound)
         return largest
 
-    def judge(self, out: np.ndarray, lse: np.ndarray | None) -> yardstick.Verdict:
+    def judge(self, out: np.ndarray, lse: np.ndarray | None) -> Verdict:
         """Compare ``(out, lse)`` with the oracle; the worse of the two."""
         scores = {"largest_score": self.largest_score, "score_terms": self.q.shape[-1]}
         verdict = yardstick.judge(out, self.exact[0], self.yardstick[0], self.dtype, **scores)
