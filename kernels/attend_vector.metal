@@ -68,7 +68,7 @@ struct LaneRuns {
     for (int i = 0; i < kWidth; i++) {
 #pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
-        const bool hidden = (EDGE || kHasMask) && is_no_weight(weights[r]);
+        const bool hidden = EDGE && is_no_weight(weights[r]);
         out[r][kAt + i] += weights[r] * (hidden ? 0.0f : float(run.v[i]));
       }
     }

@@ -175,7 +175,7 @@ struct ColumnRuns {
       thread Matrix<float>* out) {
     Run<T, kWidth> run;
     run.load_if(live, key + BEGIN + kWidth * (at.column / 2));
-    if (EDGE || kHasMask) {
+    if (EDGE) {
       split_off<ROW_TILES, STRIDE>(weights, run, out);
     }
 #pragma clang loop unroll(full)

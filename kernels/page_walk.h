@@ -6,8 +6,8 @@
 #ifndef PAGED_MLX_PAGE_WALK_H
 #define PAGED_MLX_PAGE_WALK_H
 
-#include "arguments.h"
 #include "numbers.h"
+#include "scores.h"
 
 namespace paged_mlx {
 
@@ -49,11 +49,11 @@ struct PageWalk {
     return int2(all.x / size, (all.y + size - 1) / size) * size;
   }
 
-  // The slots [slot, slot + count) hold keys of [seen.x, seen.y) only, and RowWalk
-  // finds their rows.
+  // The slots [slot, slot + count) hold keys of [seen.x, seen.y) only, no mask hides
+  // one of them, and RowWalk finds their rows.
   bool is_whole(int slot, int count, int2 seen) const {
     const int first = first_position + slot;
-    return !kRagged && kPageSize % 8 == 0 && slot % min(count, 32) == 0 && first >= seen.x &&
+    return !kRagged && !kHasMask && kPageSize % 8 == 0 && slot % min(count, 32) == 0 && first >= seen.x &&
         first + count <= seen.y;
   }
 

@@ -27,7 +27,7 @@ struct SoftmaxState {
   template <bool EDGE>
   float weight(float score) const {
     const float weight = weight_at(score - most);
-    return (EDGE || kHasMask) && is_minus_infinity(score) ? kNoWeight : weight;
+    return EDGE && is_minus_infinity(score) ? kNoWeight : weight;
   }
 };
 

@@ -30,6 +30,14 @@ def test_variant_keeps_its_budget(variant):
 
 
 @pytest.mark.parametrize("variant", FEW, ids=str)
+def test_every_option_at_once_stays_in_registers(variant):
+    found = registers.footprint(variant, options=True)
+    assert found.in_memory == ()
+    assert found.live_words <= registers.MOST_LIVE_WORDS_WITH_OPTIONS
+    assert found.loop_instructions <= registers.MOST_LOOP_INSTRUCTIONS
+
+
+@pytest.mark.parametrize("variant", FEW, ids=str)
 def test_docs_have_the_row_of_a_variant(variant):
     assert register_table.line(variant) in DOCS
 

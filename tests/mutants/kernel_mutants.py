@@ -8,7 +8,7 @@ _FAULTS = {
     "attend_vector.metal": [
         (
             "a NaN in V reaches the row that does not see it",
-            "const bool hidden = (EDGE || kHasMask) && is_no_weight(weights[r]);",
+            "const bool hidden = EDGE && is_no_weight(weights[r]);",
             "const bool hidden = false;",
             "vector, not finite",
         ),

@@ -63,6 +63,11 @@ CHECKS = {
     "tile, not finite": Check(
         "", Case(**_TILE, sequences=((3, 70), (3, 40)), mask="boolean_per_head"), "not finite"
     ),
+    "tile, mask hides NaN": Check(
+        "",
+        Case(**_TILE, sequences=((3, 140), (3, 100)), mask="boolean_per_head", seed=2),
+        "not finite",
+    ),
     "wide, not finite": Check(
         "", Case(**_WIDE, sequences=((30, 70), (20, 40)), sliding_window=9), "not finite"
     ),

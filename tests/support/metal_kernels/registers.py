@@ -13,11 +13,14 @@ from .launcher import KERNELS, choose_body
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 #: Of 128 words that a lane has; a compiler for the GPU needs some beside what is counted.
 MOST_LIVE_WORDS = 90
+#: With a window, softcap, ALiBi, sinks and an additive mask at once.
+MOST_LIVE_WORDS_WITH_OPTIONS = 110
 #: Of a loop, at about 8 bytes each; the instruction cache of an M1's core holds 12 KB.
 MOST_LOOP_INSTRUCTIONS = 1500
 _TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
-# No option, pages of 16 tokens.
-_CONSTANTS = {id: False for id in (0, 1, 2, 3, 4, 5, 7)} | {6: 16}
+# Function constants of kernels/arguments.h: pages of 16 tokens, not ragged, and no option or all.
+_PLAIN = {id: False for id in (0, 1, 2, 3, 4, 5, 7)} | {6: 16}
+_EVERYTHING = {id: True for id in (0, 1, 2, 3, 4, 7)} | {5: False, 6: 16}
 
 
 class Variant(NamedTuple):
@@ -56,8 +59,8 @@ def few() -> list[Variant]:
     return list(most.values())
 
 
-def footprint(variant: Variant) -> Footprint:
-    """What a stock compiler makes of a variant's text."""
+def footprint(variant: Variant, options: bool = False) -> Footprint:
+    """What a stock compiler makes of a variant's text, with every option of attention or with none."""
     macros = {
         "T": _TYPES[variant.dtype],
         "D": variant.head_dim,
@@ -67,7 +70,7 @@ def footprint(variant: Variant) -> Footprint:
     }
     text = "".join(f"#define PAGED_MLX_{macro} {value}\n" for macro, value in macros.items())
     text += (KERNELS / f"{variant.kernel}.metal").read_text()
-    return footprint_of_text(text, variant.kernel, [KERNELS], _CONSTANTS)
+    return footprint_of_text(text, variant.kernel, [KERNELS], _EVERYTHING if options else _PLAIN)
 
 
 def most_threadgroup_bytes(variant: Variant) -> int:
