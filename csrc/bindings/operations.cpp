@@ -7,6 +7,7 @@
 #include "cpu/dispatch.h"
 #include "metal/gpu_cores.h"
 #include "metal/launch.h"
+#include "metal/pipeline_limits.h"
 #include "ops/attention.h"
 #include "ops/dtypes.h"
 #include "ops/merge_states.h"
@@ -198,6 +199,16 @@ void bind_diagnostics(nb::module_& m) {
       &metal::set_node_work,
       "multiply_adds"_a,
       "Multiply-adds after which attention on kernels becomes another node; 0: as usual.");
+  m.def(
+      "pipeline_limits",
+      [] {
+        nb::dict limits;
+        for (const auto& [name, threads] : metal::pipeline_limits()) {
+          limits[nb::str(name.c_str())] = threads;
+        }
+        return limits;
+      },
+      "Most threads of a threadgroup, by pipeline made on the GPU so far.");
   m.def("gpu_cores", &metal::gpu_cores, "Cores of the GPU; 0: there is none.");
   m.def(
       "cores_of_architecture",

@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "metal/pipeline_limits.h"
 #include "mlx/allocator.h"
 
 namespace paged_mlx::metal {
@@ -68,6 +69,7 @@ MTL::ComputePipelineState* MlxEncoder::pipeline(const Variant& variant) {
   auto& pipeline = made[name];
   if (!pipeline) {
     pipeline = make_pipeline(variant);
+    note_pipeline(name, int(pipeline->maxTotalThreadsPerThreadgroup()));
   }
   return pipeline;
 }

@@ -2,7 +2,9 @@
 
 Every kernel runs on small problems and is compared with a float64 oracle: on the GPU if
 there is one, on the CPU with every instruction set it has, and, in a checkout, the text of
-the Metal kernels on the host. Prints a table; exits with 1 if anything is wrong.
+the Metal kernels on the host. On a GPU it also tries a long prompt and random graphs, and times
+decode and prompts beside MLX's attention. Prints a table; exits with 1 if anything is wrong and
+with 2 if there was nothing to check.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from paged_mlx._native import _ext
+from paged_mlx.cold_start import MODELS, first_token
+from paged_mlx.gpu_trial import TO_LOOK_AT, Finding, trials
 from paged_mlx.reference.dtypes import NAMES
 from paged_mlx.testing import Backend, Case, Check, backends, report, run_suite, small
 from paged_mlx.testing.runner import Report
@@ -40,23 +44,55 @@ class Examination:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0: all right, 1: something is wrong, 2: there was nothing to check."""
     options = _parse(arguments)
     about = environment()
-    print("\n".join(f"{name:<10} {value}" for name, value in about.items()) + "\n")
-    result = examine(list(examinations(options.only)))
-    print(report.table(result))
-    print("\n" + _verdict(result))
-    path = options.json or (None if result.right else REPORT)
-    if path:
-        Path(path).write_text(report.to_json(result, **about) + "\n")
-        print(f"The report to attach to an issue: {path}")
-    return 0 if result.right else 1
+    say = (lambda *_: None) if options.json == "-" else print
+    say("\n".join(f"{name:<10} {value}" for name, value in about.items()) + "\n")
+    patients = list(examinations(options.only, options.all))
+    if not patients:
+        say("No checks: " + _NOTHING[options.only])
+        return 2
+    result = examine(patients)
+    say(report.table(result))
+    findings = [*_compiled(), *(gpu_trials() if options.only in (None, "metal") else ())]
+    say("\n" + "\n".join(f"{f.name}: {f.result}{_mark(f.right)}" for f in findings))
+    right = result.right and not any(finding.right is False for finding in findings)
+    say("\n" + _verdict(result, right))
+    if not mx.metal.is_available():
+        say("\nOn a Mac, look at:\n" + "\n".join(f"- {what}: {how}" for what, how in TO_LOOK_AT))
+    text = report.to_json(result, **about, measured=[finding._asdict() for finding in findings])
+    if options.json == "-":
+        print(text)
+    elif path := options.json or (None if right else REPORT):
+        Path(path).write_text(text + "\n")
+        say(f"The report to attach to an issue: {path}")
+    return 0 if right else 1
+
+
+def _mark(right: bool | None) -> str:
+    return "  WRONG" if right is False else ""
+
+
+_NOTHING = {
+    None: "there is no backend here.",
+    "metal": "MLX finds no GPU on this machine. `--only host` runs the Metal text on the CPU.",
+    "cpu": "there is no CPU backend for this processor.",
+    "host": "the Metal text runs on the host from a checkout only, with a C++ compiler.",
+}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m paged_mlx doctor", description=__doc__)
     parser.add_argument(
-        "--json", metavar="FILE", help=f"write a report; without it only of failures, to {REPORT}"
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help=f"write a report, without FILE to the screen and nothing else; by default only of failures, to {REPORT}",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every type and head_dim: compiles for minutes on a GPU"
     )
     parser.add_argument(
         "--only",
@@ -64,6 +100,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="the GPU, the CPU, or Metal text on the host",
     )
     return parser.parse_args(arguments)
+
+
+def gpu_trials() -> Iterator[Finding]:
+    """What only a GPU can tell; nothing where there is none."""
+    if (gpu := backends.metal()) is not None:
+        yield from trials(gpu)
+
+
+def _compiled() -> Iterator[Finding]:
+    """What models have compiled before their first token."""
+    for name, model in MODELS.items():
+        yield Finding(f"compiled for the first token of {name}", str(first_token(model)))
 
 
 def environment() -> dict[str, str]:
@@ -98,10 +146,10 @@ def _system() -> str:
     return f"macOS {mac}" if mac else f"{platform.system()} {platform.release()}"
 
 
-def examinations(only: str | None = None) -> Iterator[Examination]:
+def examinations(only: str | None = None, everything: bool = False) -> Iterator[Examination]:
     """Every backend that this machine has."""
     if only in (None, "metal") and (gpu := backends.metal()) is not None:
-        yield Examination(gpu, [*bodies(), *small.checks()])
+        yield Examination(gpu, [*bodies(), *small.checks()] if everything else usual())
     if only in (None, "cpu"):
         for isa in _ext.isa_names() or [""]:
             cpu = replace(backends.cpu(), name=f"cpu {isa}".strip())
@@ -119,6 +167,28 @@ def examine(patients: list[Examination]) -> Report:
             part = run_suite(patient.checks, [patient.backend], shrink_seconds=3)
         whole.cells += part.cells
     return whole
+
+
+def usual() -> list[Check]:
+    """What models of today run, for a GPU, which compiles each kernel anew."""
+    case = Case(dtype="bfloat16", num_kv_heads=2, sequences=((1, 90), (1, 33)))
+    checks = [
+        check
+        for check in bodies()
+        if (check.case.dtype == "bfloat16" and check.case.head_dim in (64, 128, 256))
+        or (check.case.dtype != "bfloat16" and check.case.head_dim == 128)
+    ]
+    options = (
+        dict(sliding_window=20), dict(softcap=5.0), dict(alibi=1.0), dict(sinks=1.0),
+        dict(mask="boolean"), dict(mask="additive"), dict(ragged=True), dict(poison="nan"),
+    )  # fmt: skip
+    for own in options:
+        checks.append(Check("options", case.replace(num_q_heads=8, head_dim=128, **own)))
+    checks.append(Check("numbers", case, "merge"))
+    checks += [
+        Check("pages", case.replace(head_dim=128), ask) for ask in ("write", "copy", "gather")
+    ]
+    return checks
 
 
 def bodies() -> Iterator[Check]:
@@ -179,9 +249,11 @@ def _metal_on_host():
     return None if unsupported() else metal_on_host
 
 
-def _verdict(result: Report) -> str:
+def _verdict(result: Report, right: bool) -> str:
     cases = sum(cell.cases for cell in result.cells)
     seconds = sum(cell.seconds for cell in result.cells)
+    if result.right and not right:
+        return f"{cases} checks are right, what was tried beside them is not."
     if result.right:
         return f"All right: {cases} checks in {seconds:.0f} s."
     return report.failures(result)

@@ -1,14 +1,19 @@
 """The doctor finds what is wrong, and says so in its exit status."""
 
+import contextlib
 import json
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 from metal_on_host import metal_on_host
 from paged_mlx import __main__ as commands
 from paged_mlx import doctor
 from paged_mlx._native import _ext
+from paged_mlx.cold_start import MODELS, asked_by, first_token
+from paged_mlx.gpu_trial import TO_LOOK_AT, Finding, trials
 from paged_mlx.testing import backends
+from paged_mlx.testing.checks import run as run_check
 
 
 def wrong(problem):
@@ -35,7 +40,7 @@ def test_a_wrong_kernel_gets_exit_status_1_and_a_report_with_the_failing_case(
     monkeypatch.chdir(tmp_path)
     case = doctor.one_of_each()[0]
     ill = doctor.Examination(replace(backends.cpu(), attend=wrong), [case])
-    monkeypatch.setattr(doctor, "examinations", lambda only: [ill])
+    monkeypatch.setattr(doctor, "examinations", lambda *_: [ill])
     assert doctor.main([]) == 1
     record = json.loads((tmp_path / doctor.REPORT).read_text())
     assert not record["right"] and "Case(" in record["cells"][0]["failures"][0]["snippet"]
@@ -77,3 +82,77 @@ def test_without_a_command_the_commands_are_listed(arguments, status, capsys):
     assert commands.main(arguments) == status
     printed = capsys.readouterr().out
     assert "doctor" in printed and "make bench" in printed
+
+
+def test_no_checks_is_not_all_right(capsys):
+    if mx.metal.is_available():
+        pytest.skip("there is a GPU here")
+    assert commands.main(["doctor", "--only", "metal"]) == 2
+    printed = capsys.readouterr().out
+    assert "No checks" in printed and "All right" not in printed
+
+
+def test_json_alone_is_all_that_is_printed(capsys, monkeypatch):
+    sound = doctor.Examination(backends.cpu(), [doctor.one_of_each()[0]])
+    monkeypatch.setattr(doctor, "examinations", lambda *_: [sound])
+    assert doctor.main(["--only", "cpu", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["right"] and any("first token" in f["name"] for f in record["measured"])
+
+
+def test_a_doctor_without_a_gpu_names_what_to_look_at_on_a_mac(capsys, monkeypatch):
+    sound = doctor.Examination(backends.cpu(), [doctor.one_of_each()[0]])
+    monkeypatch.setattr(doctor, "examinations", lambda *_: [sound])
+    monkeypatch.setattr(doctor.mx.metal, "is_available", lambda: False)
+    doctor.main(["--only", "cpu"])
+    printed = capsys.readouterr().out
+    assert len(TO_LOOK_AT) == 10 and all(what in printed for what, _ in TO_LOOK_AT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_first_token_compiles_at_most_8_libraries(name):
+    found = first_token(MODELS[name])
+    kernels = {library.removeprefix("paged_mlx_").split("_T_")[0] for library in found.libraries}
+    assert {"attend_tile", "merge", "write_pages"} <= {k.split("_UNIT")[0] for k in kernels}
+    assert len(found.libraries) <= 8
+
+
+def test_the_doctor_of_a_gpu_compiles_at_most_60_libraries_and_all_of_it_more():
+    backend = backends.cpu()
+
+    def run(checks):
+        for check in checks:
+            with contextlib.suppress(Exception):  # nothing runs: results are garbage
+                run_check(check, backend)
+
+    usual = asked_by(lambda: run(doctor.usual()))
+    assert 20 < len(usual.libraries) <= 60
+    for kernel in ("attend_vector", "attend_tile", "merge", "write_pages", "gather_pages"):
+        assert any(kernel in name for name in usual.libraries)
+    assert len(asked_by(lambda: run(doctor.bodies())).libraries) > len(usual.libraries)
+
+
+def test_trials_run_on_a_gpu_that_the_host_stands_for():
+    with metal_on_host(instrument=False) as launches:
+        found = list(
+            trials(
+                backends.cpu(),
+                decodes=((1, 40),),
+                prompts=(24,),
+                long_prompt=70,
+                rounds=2,
+                head_dim=16,
+            )
+        )
+    assert [f.right for f in found] == [True, True, None, None]
+    assert launches.kernels["attend_tile"] > 0 and launches.kernels["write_pages"] > 0
+
+
+def test_a_long_prompt_that_is_wrong_is_said_to_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sound = doctor.Examination(backends.cpu(), [doctor.one_of_each()[0]])
+    monkeypatch.setattr(doctor, "examinations", lambda *_: [sound])
+    monkeypatch.setattr(doctor, "gpu_trials", lambda: [Finding("a prompt", "error 1", False)])
+    assert doctor.main(["--json"]) == 1
+    assert doctor.main([]) == 1
+    assert "WRONG" in capsys.readouterr().out
