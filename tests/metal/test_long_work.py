@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metal_on_host import metal_on_host
-from paged_mlx import fast, operations
+from paged_mlx import fast
 from paged_mlx._native import _ext
 
 HEADS, PAGE, DIM = 2, 8, 64
@@ -51,16 +51,16 @@ class Step:
         self.pages = k_pages, v_pages
         self.q = normal(self.starts[-1], 4, DIM, seed=3)
 
-    def attend(self, **options):
-        return operations.paged_attention(self.q, *self.pages, self.plan, **options)
+    def attend(self):
+        return _ext.paged_attention(self.q, *self.pages, self.plan.array, DIM**-0.5)
 
     def write_attend(self):
         k, v = normal(1, HEADS, 3, DIM, seed=4), normal(1, HEADS, 3, DIM, seed=5)
         slots = mx.array([0, 100, 200], mx.int32)
         mx.eval(slots)
         q = self.q.transpose(1, 0, 2)[None]
-        return operations.write_attend(
-            q, *self.pages, self.plan, k, v, slots, DIM**-0.5, None, None
+        return _ext.write_attend(
+            q, *self.pages, self.plan.array, k, v, slots, DIM**-0.5, None, None
         )
 
 
@@ -130,7 +130,7 @@ def test_a_write_waits_for_every_node_that_reads(tmp_path):
         step = Step()
         out, _, *pages = step.attend()
         k = mx.zeros((96, HEADS, DIM), mx.float16)
-        later = operations.write_pages(k, k, *pages, mx.arange(96, dtype=mx.int32), alias=True)
+        later = _ext.write_pages(k, k, *pages, mx.arange(96, dtype=mx.int32), alias=True)
         mx.eval(later[0])  # the write alone is asked for
         expected = np.array(out)
     with nodes_of(0):

@@ -13,6 +13,7 @@ sees is a hole in the tests.
 """
 
 from . import (
+    contract_mutants,
     cpu_mutants,
     header_mutants,
     kernel_mutants,
@@ -27,6 +28,7 @@ MUTANTS: list[Mutant] = [
     *header_mutants.MUTANTS,
     *kernel_mutants.MUTANTS,
     *launch_mutants.MUTANTS,
+    *contract_mutants.MUTANTS,
     *planner_mutants.MUTANTS,
     *cpu_mutants.MUTANTS,
     *ops_mutants.MUTANTS,

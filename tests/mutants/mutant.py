@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LAYERS = ("kernels", "launch", "planner", "cpu", "ops", "python")
+LAYERS = ("kernels", "launch", "contract", "planner", "cpu", "ops", "python")
 
 
 @dataclass(frozen=True)

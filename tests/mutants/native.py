@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .mutant import ROOT, Mutant
 
-_MODULE = "_ext" + sysconfig.get_config_var("EXT_SUFFIX")
+MODULE = "_ext" + sysconfig.get_config_var("EXT_SUFFIX")
 _KEPT = 300
 #: The last word on optimisation, after what the sources ask for.
 _COMPILE = "<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> -O0 -o <OBJECT> -c <SOURCE>"
@@ -68,7 +68,7 @@ def build(mutant: Mutant) -> Path:
     work.mkdir(parents=True)
     try:
         objects = _compile(mutant, base, work)
-        made = base.link(objects, work / _MODULE)
+        made = base.link(objects, work / MODULE)
         module.parent.mkdir(exist_ok=True)
         os.replace(made, module)
     finally:
@@ -83,10 +83,10 @@ class Project:
     def __init__(self, directory: Path):
         self.directory = directory
         ninja = [_tool("ninja"), "-C", str(directory)]
-        commands = _run([*ninja, "-t", "commands", _MODULE]).splitlines()
+        commands = _run([*ninja, "-t", "commands", MODULE]).splitlines()
         self.commands = {_source(line): line for line in commands if " -c " in line}
-        link = next(line for line in commands if f" -o {_MODULE}" in line)
-        self.link_line = next(part for part in link.split(" && ") if f" -o {_MODULE}" in part)
+        link = next(line for line in commands if f" -o {MODULE}" in line)
+        self.link_line = next(part for part in link.split(" && ") if f" -o {MODULE}" in part)
         digest = hashlib.sha256(self.link_line.encode())
         for path in _sources():
             digest.update(path.read_bytes())
@@ -106,15 +106,15 @@ class Project:
         words = [word for word in words if word != "-MD"]
         words[words.index("-o") + 1] = str(output)
         words[words.index("-c") + 1] = str(changed)
-        at = words.index("-c")  # not the second word: the first may be a launcher
+        at = next(i for i, word in enumerate(words) if word.startswith("-"))  # the launcher before
         _run([*words[:at], *first, *words[at:], *last], self.directory)
 
-    def link(self, objects: dict[str, Path], output: Path) -> Path:
-        """Link with some sources' objects replaced."""
+    def link(self, objects: dict[str, Path], output: Path, last=()) -> Path:
+        """Link with some sources' objects replaced, and with more words after the rest."""
         replaced = {self.object_of(source): str(path) for source, path in objects.items()}
         words = [replaced.get(word, word) for word in shlex.split(self.link_line)]
         words[words.index("-o") + 1] = str(output)
-        _run(words, self.directory)
+        _run([*words, *last], self.directory)
         return output
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
+from metal_contract import judge
 from metal_host import HostMemory, Program, unsupported
 from paged_mlx._native import _ext
 
@@ -34,6 +35,7 @@ class Launches:
         self.kernels: Counter[str] = Counter()
         self.findings: list[str] = []
         self.results: dict[str, list] = {}
+        self._judge = judge.Judge() if judge.is_loaded() else None
 
     def __call__(self, dispatch: dict) -> None:
         if _texts.setdefault(dispatch["library"], dispatch["text"]) != dispatch["text"]:
@@ -59,9 +61,16 @@ class Launches:
             instrument=self.instrument,
         )
         self.kernels[dispatch["kernel"]] += 1
+        if self._judge:
+            self._judge.add(dispatch, program, result if self.instrument else None)
         self.findings += [finding.text for finding in result.errors]
         if self.instrument:
             self.results.setdefault(dispatch["kernel"], []).append(result)
+
+    def finish(self) -> None:
+        """Add to the findings what broke MLX's contract, where its stand-in plays."""
+        if self._judge:
+            self.findings += self._judge.finish()
 
 
 @contextmanager
@@ -76,7 +85,7 @@ def metal_on_host(
         change: ``dispatch -> dispatch``: what is launched in place of a dispatch.
 
     Yields:
-        The :class:`Launches` so far.
+        The :class:`Launches` so far; its findings are complete once the block is left.
 
     A machine that cannot do this skips the test.
     """
@@ -92,6 +101,7 @@ def metal_on_host(
     finally:
         _fill_fresh_memory(False)
         _ext.set_host_launch(None)
+        launches.finish()
 
 
 def _fill_fresh_memory(on: bool) -> None:

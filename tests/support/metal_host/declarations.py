@@ -30,12 +30,14 @@ _NAME = re.compile(r"[A-Za-z_]\w*$")
 
 @dataclass
 class Parameter:
-    """A kernel parameter. `condition` names the function constant it depends on, if any."""
+    """A kernel parameter. `condition` names the function constant it depends on, if any;
+    `is_written`: memory of the device that is not const."""
 
     name: str
     binding: str
     index: int = 0
     condition: str | None = None
+    is_written: bool = False
 
     @property
     def is_buffer(self) -> bool:
@@ -320,7 +322,10 @@ class Declarations:
         if space in ("device", "constant"):
             index = int(attributes["buffer"], 0) if "buffer" in attributes else next_buffer
             is_uniform = space == "constant" and "&" in words and "*" not in words
-            return Parameter(name, "kUniform" if is_uniform else "kBuffer", index, condition)
+            is_written = space == "device" and "const" not in words
+            return Parameter(
+                name, "kUniform" if is_uniform else "kBuffer", index, condition, is_written
+            )
         for attribute in attributes:
             if attribute in _BUILT_IN:
                 return Parameter(name, _BUILT_IN[attribute])
