@@ -6,7 +6,6 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 
 import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
-from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
 from paged_mlx.mlx_lm import PagedKVCache, enable, versions  # noqa: E402
 from paged_mlx.mlx_lm.gathered import PagedMask  # noqa: E402
@@ -25,22 +24,94 @@ def test_a_cache_is_of_the_kind_that_the_stock_cache_is():
     assert [cache.max_size for cache in caches[:2]] == [zoo.WINDOW] * 2
 
 
-def test_a_batch_with_a_largest_size_is_left_to_mlx_lm():
-    model, prompt = zoo.tiny("qwen2"), zoo.prompt(40, seed=1)
+def test_keys_values_and_state_are_this_sequences_as_the_stock_caches(tmp_path):
+    model = zoo.tiny("gemma3_text")
+    prompts = [zoo.prompt(n, seed=n) for n in (40, 9)]
+    plain = [stock.make_prompt_cache(model) for _ in prompts]
+    for prompt, cache in zip(prompts, plain):
+        model(mx.array([prompt]), cache=cache)
+    with enable(model, page_size=8):
+        ours = [stock.make_prompt_cache(model) for _ in prompts]
+        for prompt, cache in zip(prompts, ours):
+            model(mx.array([prompt]), cache=cache)
+        for cache, expected in zip(ours, plain):
+            for layer, other in zip(cache, expected):
+                held = layer.keys.shape[2]
+                for found, whole in zip((layer.keys, layer.values), other.keys_and_values()):
+                    assert mx.allclose(found[:, :, -9:], whole[:, :, -9:], atol=1e-5)
+                assert held >= 9 and len(layer.state) == len(other.state)
+                assert [type(x) for x in layer.state] == [type(x) for x in other.state]
+        # mlx-lm's own function saves it as what it says it is.
+        path = str(tmp_path / "prompt.safetensors")
+        stock.save_prompt_cache(path, ours[0])
+        loaded = stock.load_prompt_cache(path)
+        assert [type(layer) for layer in loaded] == [type(layer) for layer in plain[0]]
+    answers = [zoo.single(model, [5], 6, cache=cache) for cache in (loaded, plain[0])]
+    assert answers[0] == answers[1]
 
-    def tokens():
-        generator = BatchGenerator(model, max_kv_size=16, prefill_step_size=16)
-        generator.insert([prompt], max_tokens=[8])
-        found = []
-        while responses := generator.next_generated():
-            found += [response.token for response in responses]
-        return found
 
-    expected = tokens()
-    assert expected != zoo.single(model, prompt, max_tokens=8)
-    with enable(model) as paged:
-        assert tokens() == expected
-        assert paged.paged_calls == 0
+def test_a_batch_is_trimmed_by_a_number_for_each_row():
+    model = zoo.tiny("llama")
+    prompts = [zoo.prompt(n, seed=n) for n in (20, 9, 14)]
+    cut = [prompt[: len(prompt) - n] for prompt, n in zip(prompts, (7, 0, 3))]
+    expected = [zoo.single(model, prompt + [5], 6) for prompt in cut]
+    with enable(model, page_size=8) as paged:
+        rows = [paged.make_cache() for _ in prompts]
+        for prompt, cache in zip(prompts, rows):
+            model(mx.array([prompt]), cache=cache)
+        batch = [layers[0].merge(list(layers)) for layers in zip(*rows)]
+        for layer in batch:
+            with pytest.raises(ValueError, match="n must have a number for each of 3 sequences"):
+                layer.trim([1, 2])
+            with pytest.raises(ValueError, match=r"\[trim\] n must be"):
+                layer.trim([1, -2, 0])
+            assert layer.lens.tolist() == [20, 9, 14]
+        assert [layer.trim([7, 0, 3]) for layer in batch] == [[7, 0, 3]] * 3
+        alone = [[layer.extract(i) for layer in batch] for i in range(3)]
+        assert [zoo.single(model, [5], 6, cache=cache) for cache in alone] == expected
+        with pytest.raises(ValueError, match=r"\[trim\] n must be"):
+            rows[0][0].trim(-5)
+        paged.check()
+
+
+def test_a_refused_trim_changes_nothing_in_any_layer():
+    model = zoo.tiny("llama")
+    model.make_cache = lambda: [
+        stock.KVCache(),
+        stock.RotatingKVCache(zoo.WINDOW),
+        stock.RotatingKVCache(zoo.WINDOW),
+    ]
+    with enable(model, page_size=8, retain=8):
+        cache = stock.make_prompt_cache(model)
+        zoo.single(model, zoo.prompt(90, seed=1), 2, cache=cache)
+        before = [layer.offset for layer in cache]
+        with pytest.raises(ValueError, match="n must leave the window's pages in place"):
+            stock.trim_prompt_cache(cache, 70)
+        assert [layer.offset for layer in cache] == before
+        mx.eval(model(mx.array([[3]]), cache=cache))
+
+
+def test_rows_named_again_are_kept_as_forks():
+    model = zoo.tiny("llama")
+    prompts = [zoo.prompt(n, seed=n) for n in (20, 9)]
+    expected = [zoo.single(model, prompts[i] + [t], 6) for i, t in ((1, 3), (1, 5), (0, 7))]
+    with enable(model, page_size=8) as paged:
+        rows = [paged.make_cache() for _ in prompts]
+        for prompt, cache in zip(prompts, rows):
+            model(mx.array([prompt]), cache=cache)
+        batch = [layers[0].merge(list(layers)) for layers in zip(*rows)]
+        for layer in batch:
+            with pytest.raises(ValueError, match="batch_indices must be below 2"):
+                layer.filter([2])
+            layer.filter([1, 1, 0])
+        model(mx.array([[3], [5], [7]]), cache=batch)
+        alone = [[layer.extract(i) for layer in batch] for i in range(3)]
+        for cache in alone:
+            for layer in cache:
+                layer.trim(1)
+        found = [zoo.single(model, [t], 6, cache=c) for t, c in zip((3, 5, 7), alone)]
+        assert found == expected
+        paged.check()
 
 
 def ragged(model, layer: int):

@@ -1,6 +1,9 @@
 """enable(): what it changes, what it leaves alone, and how it is undone."""
 
 import copy
+import inspect
+import pathlib
+import sys
 
 import pytest
 
@@ -11,7 +14,7 @@ import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache  # noqa: E402
 from paged_mlx import OutOfPages  # noqa: E402
-from paged_mlx.mlx_lm import PagedKVCache, enable  # noqa: E402
+from paged_mlx.mlx_lm import PagedKVCache, enable, seams  # noqa: E402
 
 STOCK_ATTENTION = mx.fast.scaled_dot_product_attention
 
@@ -33,6 +36,86 @@ def test_disable_leaves_model_and_mlx_as_they_were():
     assert (dict(vars(model)), set(model.keys())) == before
     assert "make_cache" not in vars(model)
     assert type(make_prompt_cache(model)[0]) is KVCache
+
+
+def patched() -> dict:
+    """What can be replaced: all that mlx-lm's modules and classes, and MLX, hold by name."""
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        if name == "mlx.core.fast" or name.split(".")[0] == "mlx_lm":
+            for owner in [module, *(x for x in vars(module).values() if isinstance(x, type))]:
+                found |= {(name, repr(owner), key): value for key, value in vars(owner).items()}
+    return found
+
+
+FUNCTIONS = ("generate_step", "speculative_generate_step", "stream_generate", "batch_generate")
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_what_is_replaced_is_listed_and_says_what_it_said(prefix_cache):
+    model = zoo.tiny("llama")
+    before = patched()
+    shown = [str(inspect.signature(getattr(zoo.GENERATE, name))) for name in FUNCTIONS]
+    with enable(model, prefix_cache=prefix_cache):
+        now = patched()
+        names = {key[2] for key in now if now[key] is not before.get(key)}
+        generate = [getattr(zoo.GENERATE, name) for name in FUNCTIONS]
+        assert [str(inspect.signature(function)) for function in generate] == shown
+        assert [inspect.isgeneratorfunction(f) for f in generate] == [True, True, True, False]
+    replaced = {"scaled_dot_product_attention"}
+    if prefix_cache:
+        replaced |= {"__call__", "prompt", "insert_cache", *FUNCTIONS[:2]}
+    assert names == replaced
+    assert patched() == before
+
+
+def test_the_table_of_what_is_replaced_is_in_the_docs():
+    with enable(zoo.tiny("llama"), prefix_cache=True):
+        docs = pathlib.Path(__file__).parents[2] / "docs" / "mlx_lm.md"
+        assert seams.table() in docs.read_text("utf-8")
+
+
+@pytest.mark.parametrize("order", ["theirs first", "ours first", "theirs between"])
+def test_wrappers_of_others_stay_in_any_order(order, monkeypatch):
+    model, prompt = zoo.tiny("llama"), zoo.prompt(20, seed=1)
+    expected = zoo.single(model, prompt, 5)
+    calls = []
+
+    def wrap(before):
+        def theirs(*args, **options):
+            calls.append(1)
+            return before(*args, **options)
+
+        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", theirs)
+        monkeypatch.setattr(zoo.GENERATE, "generate_step", wrapped_generator(calls))
+
+    if order == "theirs first":
+        wrap(mx.fast.scaled_dot_product_attention)
+    paged = enable(model, page_size=8, prefix_cache=True)
+    if order != "theirs first":
+        wrap(mx.fast.scaled_dot_product_attention)
+    for _ in range(2):
+        assert zoo.single(model, prompt, 5) == expected
+        assert paged.paged_calls > 0
+        paged.disable()
+        calls.clear()
+        assert zoo.single(model, prompt, 5) == expected
+        assert calls, "theirs was taken away"
+        if order == "theirs between":
+            paged.enable()
+    paged.disable()
+    monkeypatch.undo()
+    mx.fast.scaled_dot_product_attention = STOCK_ATTENTION
+
+
+def wrapped_generator(calls):
+    before = zoo.GENERATE.generate_step
+
+    def generate_step(*args, **options):
+        calls.append(2)
+        yield from before(*args, **options)
+
+    return generate_step
 
 
 def test_disable_gives_back_a_make_cache_of_the_instance():
@@ -82,7 +165,6 @@ def test_a_cache_outlives_disable_and_stays_right():
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_a_copy_of_an_enabled_model_is_a_model_of_its_own(family, prefix_cache):
     model, prompt = zoo.tiny(family), zoo.prompt(20, seed=1)
-    short = zoo.single(model, prompt, 5, cache=make_prompt_cache(model, max_kv_size=8))
     with enable(model, page_size=8, prefix_cache=prefix_cache) as paged:
         expected = zoo.single(model, prompt, max_tokens=5)
         copied, shared = copy.deepcopy(model), copy.copy(model)
@@ -90,8 +172,6 @@ def test_a_copy_of_an_enabled_model_is_a_model_of_its_own(family, prefix_cache):
         calls = paged.paged_calls
         assert zoo.single(copied, prompt, max_tokens=5) == expected
         assert paged.paged_calls == calls
-        size = make_prompt_cache(copied, max_kv_size=8)
-        assert zoo.single(copied, prompt, 5, cache=size) == short
         with enable(copied, page_size=8, prefix_cache=prefix_cache) as other:
             assert zoo.single(copied, prompt, max_tokens=5) == expected
             assert other.paged_calls > 0
@@ -220,10 +300,9 @@ def test_a_merge_of_caches_of_two_models_is_refused():
 
 def test_kv_bits_goes_on_in_mlx_lms_quantised_cache(caplog):
     model, prompt = zoo.tiny("llama", head_dim=64), zoo.prompt(30, seed=1)
-    from mlx_lm.generate import generate_step
 
     def tokens(cache):
-        steps = generate_step(
+        steps = zoo.GENERATE.generate_step(
             mx.array(prompt),
             model,
             max_tokens=8,
@@ -250,14 +329,25 @@ def test_the_batch_of_a_cache_cannot_change():
             model(mx.array([[1, 2], [3, 4]]), cache=cache)
 
 
-def test_max_kv_size_gets_mlx_lms_rotating_cache(caplog):
+def test_max_kv_size_is_for_models_without_make_cache_which_an_enabled_one_has():
     model, prompt = zoo.tiny("qwen2"), zoo.prompt(40, seed=1)
-    expected = zoo.single(model, prompt, 8, cache=make_prompt_cache(model, max_kv_size=16))
-    with enable(model) as paged:
+    expected = zoo.single(model, prompt, 8)
+    with enable(model):
         cache = make_prompt_cache(model, max_kv_size=16)
         assert zoo.single(model, prompt, max_tokens=8, cache=cache) == expected
+
+
+def test_with_prefix_cache_max_kv_size_gets_mlx_lms_rotating_cache(caplog):
+    model, prompt = zoo.tiny("qwen2"), mx.array(zoo.prompt(40, seed=1))
+
+    def tokens():
+        steps = zoo.GENERATE.generate_step(prompt, model, max_tokens=8, max_kv_size=16)
+        return [int(token) for token, _ in steps]
+
+    expected = tokens()
+    with enable(model, prefix_cache=True) as paged:
+        assert tokens() == expected
         assert paged.paged_calls == 0
-        assert isinstance(make_prompt_cache(model)[0], PagedKVCache)
     assert "max_kv_size=16" in caplog.text
 
 
@@ -280,9 +370,9 @@ def test_a_model_that_another_has_taken_over_is_not_taken_back():
 
 def test_a_cache_of_another_model_is_refused():
     model, other = zoo.tiny("llama"), zoo.tiny("llama", seed=1)
-    with enable(model) as paged, enable(other):
+    with enable(model, prefix_cache=True) as paged, enable(other):
         cache = make_prompt_cache(other)
-        with pytest.raises(ValueError, match=r"^\[generate_step\] prompt_cache must be of this"):
+        with pytest.raises(ValueError, match=r"^\[model\] cache must be of this model"):
             zoo.single(model, [1, 2, 3], 2, cache=cache)
         with pytest.raises(ValueError, match=r"^\[fork\] prompt_cache must be of this model"):
             paged.fork(cache, 2)
@@ -300,7 +390,6 @@ def test_a_batch_that_began_before_enable_goes_on_as_it_began():
             opened.append(enable(model))
 
     assert zoo.batched(model, prompts, [12, 6], late={1: 4}, watch=enable_in_the_middle) == expected
-    assert opened[0].paged_calls == 0
     opened[0].disable()
 
 
@@ -321,8 +410,8 @@ def test_a_prompt_that_joins_pages_after_disable_is_refused():
     for cache in (pages, plain):
         mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
     for caches in ([pages[0], plain[0]], [plain[0], pages[0]]):
-        with pytest.raises(ValueError, match=r"^\[merge\] caches must be of one"):
-            caches[0].merge(caches)
+        merged = caches[0].merge(caches)
+        assert mx.allclose(merged.keys[0, :, :3], merged.keys[1, :, :3])
 
 
 def test_a_batch_begun_while_disabled_stays_on_mlx_lms_own_caches():

@@ -40,7 +40,7 @@ def test_chats_with_one_system_prompt_compute_it_once(family, computed):
     assert len(set(expected)) > 1
     with enable(model, page_size=8, prefix_cache=True) as paged:
         # One entry in mlx-lm's own prompt store: what more is known, the pages know.
-        paged.prefixes.padding_is_seen()  # a pass of its own, once
+        paged.prompts.padding_is_seen()  # a pass of its own, once
         with serving(model, tokenizer, prompt_cache_size=1) as client:
             computed.clear()
             assert client.chat(CHATS[0]) == expected[0]
@@ -109,7 +109,7 @@ def test_a_draft_behind_the_server(family):
 def test_a_cache_put_aside_holds_the_tokens_that_it_is_filed_under():
     model, draft = zoo.tiny("llama"), zoo.tiny("llama", seed=7)
     prompt = zoo.prompt(20, seed=1)
-    with enable(model, page_size=8) as paged, enable(draft, page_size=16):
+    with enable(model, page_size=8, prefix_cache=True) as paged, enable(draft, page_size=16):
         store = LRUPromptCache()
         cache, drafts = make_prompt_cache(model), make_prompt_cache(draft)
         zoo.single(model, prompt, max_tokens=3, cache=cache)

@@ -45,12 +45,12 @@ def test_a_prompt_begins_at_the_last_position_that_has_pages_and_states(family, 
         # Pages of 37 tokens are known and no states: they are kept there in passing.
         assert answered(1) == 39
         assert answered(2) == 4
-        # Before the last token of a prompt, and after the answer.
+        # Before the last token of a prompt, and where the last page of the answer ended.
         assert answered(0) == 1
         told = asked[2] + expected[2]
         computed.clear()
         following = ask(model, told + [1, 2, 3])
-        assert sum(computed) == 3 + 6
+        assert sum(computed) <= 7 + 3 + 6
         paged.check()
     assert following == ask(model, told + [1, 2, 3])
 
@@ -82,7 +82,7 @@ def test_batches_share_pages_and_states(family, computed):
         told = asked[1] + expected[1]
         computed.clear()
         ask(model, told + [5], 1)
-        assert sum(computed) == 1 + 1
+        assert sum(computed) <= 7 + 1 + 1
         paged.check()
 
 
@@ -92,8 +92,9 @@ def test_a_batch_reads_on_to_where_a_prompt_parts_from_a_known_one(computed):
     with enable(model, page_size=8, prefix_cache=True) as paged:
         assert ask(model, SYSTEM + [0] * 4) == expected[0]
         # 37 tokens are computed again, 4 of padding at most, and the states after them kept.
-        assert zoo.batched(model, [SYSTEM + [1] * 4], [6]) == expected[1:2]
-        assert zoo.batched(model, [SYSTEM + [2] * 4, SYSTEM + [3] * 4], [6, 6]) == expected[2:]
+        assert zoo.batched(model, [SYSTEM + [1] * 4], [6], chunk=64) == expected[1:2]
+        asked = [SYSTEM + [2] * 4, SYSTEM + [3] * 4]
+        assert zoo.batched(model, asked, [6, 6], chunk=64) == expected[2:]
         assert paged.prefixes.tokens_reused == 2 * 37
         paged.check()
 

@@ -11,10 +11,12 @@ import mlx_lm
 import mlx_lm.models
 import mlx_lm_zoo_on_cpu as on_cpu
 from mlx.utils import tree_map
-from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
+from mlx_lm.generate import BatchGenerator
 from mlx_lm_zoo_configs import OWN, TINY, VARIANTS, VOCABULARY, WINDOW
 
-__all__ = ["VARIANTS", "VOCABULARY", "WINDOW"]
+GENERATE = sys.modules["mlx_lm.generate"]  # whose functions are looked up as they are called
+
+__all__ = ["GENERATE", "VARIANTS", "VOCABULARY", "WINDOW"]
 
 
 def installed() -> list[str]:
@@ -76,7 +78,7 @@ def single(
     Args:
         logprobs: A list that takes the log-probabilities of each token.
     """
-    steps = generate_step(
+    steps = GENERATE.generate_step(
         mx.array(tokens), model, max_tokens=max_tokens, prefill_step_size=chunk, prompt_cache=cache
     )
     return _read(steps, logprobs)
@@ -86,7 +88,7 @@ def speculative(
     model, draft, tokens, max_tokens: int, num_draft: int = 3, chunk: int = 16, logprobs=None
 ):
     """Greedy tokens through ``speculative_generate_step``."""
-    steps = speculative_generate_step(
+    steps = GENERATE.speculative_generate_step(
         mx.array(tokens),
         model,
         draft,

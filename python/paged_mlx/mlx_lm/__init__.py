@@ -16,6 +16,7 @@ versions.check(mlx_lm.__version__)
 from paged_mlx.mlx_lm.cache import BatchPagedKVCache, PagedKVCache  # noqa: E402
 from paged_mlx.mlx_lm.enable import PagedModel, enable  # noqa: E402
 from paged_mlx.mlx_lm.explain import Explanation, LayerRoute, explain  # noqa: E402
+from paged_mlx.mlx_lm.store import PromptStore  # noqa: E402
 
 __all__ = [
     "BatchPagedKVCache",
@@ -23,6 +24,7 @@ __all__ = [
     "LayerRoute",
     "PagedKVCache",
     "PagedModel",
+    "PromptStore",
     "enable",
     "explain",
 ]

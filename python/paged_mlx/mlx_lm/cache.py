@@ -7,17 +7,15 @@ layer has of each.
 
 import copy
 import logging
-import sys
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as stock
 from mlx_lm.models.base import create_causal_mask
 
-from paged_mlx.errors import fail
+from paged_mlx.errors import fail, whole_number
 from paged_mlx.mlx_lm.gathered import PagedMask
-from paged_mlx.mlx_lm.model_seam import asked_by_model
-from paged_mlx.mlx_lm.sequence import SequencePages
+from paged_mlx.mlx_lm.sequence import Sequence
 
 log = logging.getLogger("paged_mlx")
 
@@ -36,14 +34,14 @@ class PagedKVCache(stock._BaseCache):
             cls = PagedFullCache if group.window is None else PagedWindowCache
         return super().__new__(cls)
 
-    def __init__(self, group, layer: int, rows: list[SequencePages], lens=None):
+    def __init__(self, group, layer: int, rows: list[Sequence], lens=None):
         self.group = group
         self.layer = layer
-        self._take(rows, np.zeros(len(rows), np.int32) if lens is None else lens)
+        self.hold(rows, np.zeros(len(rows), np.int32) if lens is None else lens)
         self.step = None
-        self.stored = False
+        self.stored = False  # put aside, by ``extract``
 
-    def _take(self, rows: list[SequencePages], lens: np.ndarray) -> None:
+    def hold(self, rows: list[Sequence], lens: np.ndarray) -> None:
         """Be the cache of these sequences, ``lens`` tokens of each."""
         self.rows = rows
         self.names = tuple([row.name for row in rows])
@@ -69,6 +67,9 @@ class PagedKVCache(stock._BaseCache):
             step = self._step(num_tokens)
         handles = group.fetch(layer, step, keys, values)
         step.served.add(layer)
+        group.passes.served(step)
+        if layer not in group.attended:
+            group.passes.attended(step, keys)
         self.step, self.lens, self.stored = step, step.ends, False
         self._advanced(num_tokens)
         return handles
@@ -90,7 +91,7 @@ class PagedKVCache(stock._BaseCache):
         if self.lens.any() or len(self.rows) != 1:
             must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
             fail("update_and_fetch", must, batch)
-        self._take(self.rows[0].family(batch), np.zeros(batch, np.int32))
+        self.hold(self.rows[0].family(batch), np.zeros(batch, np.int32))
 
     # What mlx-lm asks
 
@@ -106,21 +107,28 @@ class PagedKVCache(stock._BaseCache):
         return not self.lens.any()
 
     @property
-    def state(self):
-        """The layer's arrays, whole: what must be evaluated after a step.
-
-        A model that asks, to attend to another layer's K and V, gets those.
-        """
-        return self.keys_and_values() if asked_by_model() else self.group.state_of(self.layer)
+    def state(self) -> "State":
+        """K and V of this cache's sequences, as a stock cache's; by then they are computed."""
+        self.group.passes.wait()
+        return State(self)
 
     @state.setter
     def state(self, state) -> None:
         if state:
             fail("PagedKVCache", "state must not be set, pages belong to a pool", "arrays")
 
+    def read_state(self) -> tuple:
+        """What the state of a stock cache of the same tokens holds."""
+        return tuple(self.to_stock().state)
+
+    @property
+    def meta_state(self):
+        """The rest of the state, for versions of mlx-lm that save it apart."""
+        return self.to_stock().meta_state
+
     @property
     def keys(self):
-        return self._array(0)
+        return None if self.empty() else self.keys_and_values()[0]
 
     @keys.setter
     def keys(self, keys):
@@ -128,18 +136,11 @@ class PagedKVCache(stock._BaseCache):
 
     @property
     def values(self):
-        return self._array(1)
+        return None if self.empty() else self.keys_and_values()[1]
 
     @values.setter
     def values(self, values):
         self._order_after(1, values)
-
-    def _array(self, side: int):
-        if sys._getframe(2).f_code.co_name == "merge":  # of a cache of mlx-lm's own
-            must = "caches must be of one enabled model, all of them on its pages"
-            fail("merge", must, self)
-        state = self.group.state_of(self.layer)
-        return state[side] if state else None
 
     def _order_after(self, side: int, array: mx.array) -> None:
         """Order the pages after ``array``, and keep them.
@@ -149,15 +150,17 @@ class PagedKVCache(stock._BaseCache):
         """
         pool, i = self.group.placed(self.layer)
         arrays = pool[i].arrays
-        if array is not arrays[side]:
-            arrays[side] = mx.depends(arrays[side], array)
+        arrays[side] = mx.depends(arrays[side], array)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the layer's pages, each divided among those who hold it."""
         page = self.group.page_nbytes(self.layer)
         refs = self.group.allocator.ref_count
-        return int(sum(page / refs(p) for row in self.rows for p in row.table.page_ids))
+        return int(sum(page / refs(p) for table in self._tables() for p in table.page_ids))
+
+    def _tables(self) -> list:
+        return [row.tables[self.group.window] for row in self.rows]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         """The mask of the step to come, as the stock cache gives it."""
@@ -192,41 +195,38 @@ class PagedKVCache(stock._BaseCache):
     def is_trimmable(self) -> bool:
         """Whether tokens can be taken back.
 
-        Behind a window ``retain`` tokens are kept for that. A cache that was put aside
-        may be asked for any number, so it says yes only while it has all its pages.
+        Behind a window ``retain`` tokens are kept for that, and more is an error. A cache that
+        was put aside may be asked for any number, so it says yes only while it has all its pages.
         """
-        if self.group.window is None or not any(map(self._first_held, self.rows)):
+        window, retain = self.group.window, self.group.retain
+        if window is None or retain is None:
             return True
-        return self.group.retain != 0 and not self.stored
+        return retain > 0 and not (self.stored and any(r.first_held(window) for r in self.rows))
 
-    def trim(self, n: int) -> int:
-        """Take back the last ``n`` tokens.
+    def trim(self, n):
+        """Take back the last ``n`` tokens, of each sequence or as many as ``n`` says of each.
+
+        Returns:
+            How many were taken back: a sequence has no more than it holds.
 
         Raises:
-            ValueError: The window's pages of that position were freed.
+            ValueError: ``n`` is negative or not a number for each sequence, or a window's pages
+                of that position were freed; nothing has changed, in no layer.
         """
-        n = min(n, int(self.lens.min(initial=n)))
-        lens = self.lens - np.int32(n)
-        self._check_rewind(n, lens)
+        each = isinstance(n, (list, tuple, np.ndarray, mx.array))
+        asked = [whole_number("trim", "n", m) for m in (np.array(n).tolist() if each else [n])]
+        if each and len(asked) != len(self.rows):
+            fail("trim", f"n must have a number for each of {len(self.rows)} sequences", len(asked))
+        if each:
+            taken = np.minimum(np.array(asked, np.int32), self.lens)
+        else:
+            taken = np.full_like(self.lens, min(asked[0], self.lens.min(initial=asked[0])))
+        lens = self.lens - taken
+        for row, count, length in zip(self.rows, taken.tolist(), lens.tolist()):
+            if count:
+                _check_rewind(row, count, length)
         self.lens = lens
-        return n
-
-    def _check_rewind(self, n: int, lens: np.ndarray) -> None:
-        window = self.group.window
-        if window is None:
-            return
-        for row, length in zip(self.rows, lens.tolist()):
-            kept = self._first_held(row)
-            if kept > max(0, length - window + 1):
-                must = (
-                    f"n must leave the window's pages in place, which begin at {kept} with "
-                    f"retain={self.group.retain}"
-                )
-                fail("trim", must, f"{n}, back to position {length}")
-
-    def _first_held(self, row: SequencePages) -> int:
-        """Position of the first token whose K and V are still there."""
-        return max(row.first_token, row.table.num_freed * self.group.page_size)
+        return taken.tolist() if each else int(taken.max(initial=0))
 
     # Copies, which share pages
 
@@ -235,18 +235,26 @@ class PagedKVCache(stock._BaseCache):
         return [copy.deepcopy(self) for _ in range(n)]
 
     def __deepcopy__(self, memo):
-        rows = [row.fork_for(self.layer) for row in self.rows]
+        rows = [row.fork_for(self) for row in self.rows]
         copied = type(self)(self.group, self.layer, rows, self.lens)
         copied.step, copied.stored = self.step, self.stored
         return copied
 
     @classmethod
     def merge(cls, caches):
-        """One batch of several caches; they stay as they are."""
+        """One batch of several caches; they stay as they are.
+
+        With one of mlx-lm's own among them it is mlx-lm's batch, contiguous.
+        """
         first = caches[0]
+        if any(type(cache) in (stock.KVCache, stock.RotatingKVCache) for cache in caches):
+            plain = [
+                cache.to_stock() if isinstance(cache, PagedKVCache) else cache for cache in caches
+            ]
+            return plain[0].merge(plain)
         for cache in caches:
             first._check_joins("merge", cache)
-        rows = [row.fork_for(first.layer) for cache in caches for row in cache.rows]
+        rows = [row.fork_for(first) for cache in caches for row in cache.rows]
         lens = np.concatenate([cache.lens for cache in caches])
         return BatchPagedKVCache(first.group, first.layer, rows, lens)
 
@@ -282,7 +290,42 @@ class PagedKVCache(stock._BaseCache):
         return plain
 
     def __repr__(self):
-        return f"{type(self).__name__}(layer {self.layer}, {self.lens.tolist()} tokens)"
+        return f"PagedKVCache(layer {self.layer}, {self.lens.tolist()} tokens)"
+
+
+def _check_rewind(row: Sequence, count: int, length: int) -> None:
+    """Refuse to go back to ``length`` tokens where any group has freed what they see."""
+    for window, group in row.groups.items():
+        if window is not None and row.first_held(window) > max(0, length - window + 1):
+            must = (
+                f"n must leave the window's pages in place, which begin at "
+                f"{row.first_held(window)} with retain={group.retain}"
+            )
+            fail("trim", must, f"{count}, back to position {length}")
+
+
+class State(dict):
+    """The state of a stock cache of the same tokens, gathered as it is read, item by item.
+
+    mlx-lm asks for the state of a cache after a pass to evaluate it. There is nothing left to
+    evaluate then, and to MLX, which evaluates the values of a dict, this is an empty one.
+    """
+
+    def __init__(self, cache: PagedKVCache):
+        super().__init__()
+        self._cache = cache
+
+    def __iter__(self):
+        return iter(self._cache.read_state())
+
+    def __getitem__(self, i):
+        return self._cache.read_state()[i]
+
+    def __len__(self):
+        return len(self._cache.read_state())
+
+    def items(self):
+        return enumerate(self._cache.read_state())
 
 
 class PagedFullCache(PagedKVCache, stock.KVCache):
@@ -297,6 +340,10 @@ class PagedWindowCache(PagedKVCache, stock.RotatingKVCache):
     @property
     def max_size(self) -> int:
         return self.group.window
+
+
+# Files name the class, and mlx-lm looks it up among its own when it reads them.
+PagedFullCache.__name__, PagedWindowCache.__name__ = "KVCache", "RotatingKVCache"
 
 
 class BatchPagedKVCache(PagedKVCache):
@@ -315,9 +362,18 @@ class BatchPagedKVCache(PagedKVCache):
     def offset(self):
         return self.group.offsets(self.lens)
 
+    # What a batch of mlx-lm's own reads of one that joins it: its K and V, contiguous from there.
+
     @property
     def left_padding(self):
-        return mx.zeros(len(self.rows), mx.int32)
+        return mx.array(self.lens.max(initial=0) - self.lens)
+
+    @property
+    def _idx(self) -> int:
+        return int(self.lens.max(initial=0))
+
+    def read_state(self) -> tuple:
+        return (*self.keys_and_values(), self.offset, self.left_padding)
 
     def _step(self, num_tokens):
         counts = None
@@ -364,9 +420,17 @@ class BatchPagedKVCache(PagedKVCache):
         self.remaining = None
 
     def filter(self, batch_indices):
-        """Keep these sequences, in this order."""
-        keep = [int(i) for i in batch_indices]
-        self._take([self.rows[i] for i in keep], self.lens[keep])
+        """Keep these sequences, in this order; one that is named again is kept as a fork.
+
+        Raises:
+            ValueError: There is no such sequence; nothing has changed.
+        """
+        keep = [whole_number("filter", "batch_indices", int(i)) for i in batch_indices]
+        if max(keep, default=0) >= max(1, len(self.rows)):
+            fail("filter", f"batch_indices must be below {len(self.rows)}", max(keep))
+        again = [i in keep[:place] for place, i in enumerate(keep)]
+        rows = [self.rows[i].fork_for(self) if a else self.rows[i] for i, a in zip(keep, again)]
+        self.hold(rows, self.lens[keep])
         if self.remaining is not None:
             self.remaining = self.remaining[keep]
 
@@ -377,11 +441,11 @@ class BatchPagedKVCache(PagedKVCache):
             ValueError: It is not of this layer of this model's pages; nothing has changed.
         """
         self._check_joins("extend", other)
-        self._take(self.rows + other.rows, np.concatenate([self.lens, other.lens]))
+        self.hold(self.rows + other.rows, np.concatenate([self.lens, other.lens]))
 
     def extract(self, idx: int) -> PagedKVCache:
         """A cache of one sequence, on the same pages."""
-        rows = [self.rows[idx].fork_for(self.layer)]
+        rows = [self.rows[idx].fork_for(self)]
         cache = PagedKVCache(self.group, self.layer, rows, self.lens[idx : idx + 1])
         cache.stored = True
         return cache

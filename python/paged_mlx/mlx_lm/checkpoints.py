@@ -54,33 +54,36 @@ class Checkpoints:
     def __len__(self) -> int:
         return len(self._all)
 
-    def longest(self, tokens: list[int]) -> int:
+    def longest(self, tokens: list[int], keys=()) -> int:
         """Tokens of the longest beginning of ``tokens``, or all of them, with a checkpoint."""
-        return self._find(tokens)[0]
+        return self._find(tokens, keys)[0]
 
-    def _find(self, tokens: list[int]) -> tuple[int, Checkpoint | None]:
-        usable = [found for found in self._cache.kept(tokens) if found[1].states is not None]
+    def _find(self, tokens: list[int], keys) -> tuple[int, Checkpoint | None]:
+        kept = self._cache.kept(tokens, keys)
+        usable = [found for found in kept if found[1].states is not None]
         return usable[-1] if usable else (0, None)
 
-    def restore(self, tokens: list[int], prompt_cache: list) -> None:
-        """Put the states after exactly ``tokens`` into a prompt cache."""
-        length, checkpoint = self._find(tokens)
+    def restore(self, tokens: list[int], keys, prompt_cache: list, row: int) -> None:
+        """Put the states after exactly ``tokens`` into one row of a prompt cache."""
+        length, checkpoint = self._find(tokens, keys)
         assert length == len(tokens), f"no checkpoint at {len(tokens)}, but at {length}"
         checkpoint.hits += 1
         checkpoint.last_used = next(_times)
         for cache, arrays in zip(states_of(prompt_cache), checkpoint.states):
-            cache.cache = [_handle(array) for array in arrays]
+            batch = cache.batch_size
+            cache.cache = [
+                _with_row(before, array, row, batch) for before, array in zip(cache.cache, arrays)
+            ]
 
-    def take(self, tokens: list[int], prompt_cache: list, row: int) -> None:
+    def take(self, tokens: list[int], keys, prompt_cache: list, row: int) -> None:
         """Keep the states after ``tokens``, which one row of a prompt cache holds."""
-        if self.longest(tokens) == len(tokens):
-            return
-        states = [
-            [None if array is None else _row(array, row) for array in cache.cache]
-            for cache in states_of(prompt_cache)
-        ]
+        if self.longest(tokens, keys) != len(tokens):
+            self.keep(tokens, keys, rows_of(prompt_cache, row))
+
+    def keep(self, tokens: list[int], keys, states: list) -> None:
+        """Keep the states after ``tokens``."""
         checkpoint = Checkpoint(states)
-        if checkpoint.nbytes <= self._most_bytes and self._cache.keep(tokens, checkpoint):
+        if checkpoint.nbytes <= self._most_bytes and self._cache.keep(tokens, checkpoint, keys):
             self._all.add(checkpoint)
             self._give_up_the_least_useful()
         # A later pass may run in another thread, which cannot compute what is pending here.
@@ -106,14 +109,26 @@ def states_of(prompt_cache):
             yield cache
 
 
-def _handle(array: mx.array | None) -> mx.array | None:
-    """The same values under a name of its own: a model may assign to parts of an array."""
-    return None if array is None else mx.array(array)
+def rows_of(prompt_cache, row: int) -> list:
+    """The states of one row of a prompt cache, in memory of their own."""
+    return [
+        [None if array is None else _row(array, row) for array in cache.cache]
+        for cache in states_of(prompt_cache)
+    ]
 
 
 def _row(array: mx.array, row: int) -> mx.array:
-    """One row of a batch, in memory of its own."""
     return mx.array(array) if array.shape[0] == 1 else mx.take(array, mx.array([row]), axis=0)
+
+
+def _with_row(before: mx.array | None, array: mx.array | None, row: int, batch: int):
+    """A batch's array with one row replaced; under a name of its own, since a model may assign
+    to parts of it."""
+    if array is None or batch == 1:
+        return None if array is None else mx.array(array)
+    if before is None:
+        before = mx.zeros((batch, *array.shape[1:]), array.dtype)
+    return mx.concatenate([before[:row], array, before[row + 1 :]])
 
 
 # Padding

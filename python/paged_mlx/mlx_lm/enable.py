@@ -1,29 +1,30 @@
 """``enable``: paged K and V for a model of mlx-lm, by one call, undone completely."""
 
+import contextlib
 import copy
-import types
+import logging
 from collections import Counter
 
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail, whole_number
-from paged_mlx.mlx_lm import hook, prompt_files, prompt_hooks
+from paged_mlx.mlx_lm import beginnings, hook, prompt_files, store
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
+from paged_mlx.mlx_lm.identity import Identity
 from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
-from paged_mlx.mlx_lm.model_seam import DefaultMakeCache, MakeCache, paged_model_of
+from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
 from paged_mlx.mlx_lm.passes import Passes
-from paged_mlx.mlx_lm.prefixes import PromptPrefixes, fingerprint, layers_of
-from paged_mlx.mlx_lm.prompt_run import tokens_in
-from paged_mlx.mlx_lm.sequence import SequencePages
-from paged_mlx.pages.tokens import pack_tokens, unpack_tokens
+from paged_mlx.mlx_lm.prefixes import PromptPrefixes, keys_of, layers_of
+from paged_mlx.mlx_lm.prompts import Prompts, seam_of
+from paged_mlx.mlx_lm.sequence import History, Sequence
+
+log = logging.getLogger("paged_mlx")
 
 FIRST_PAGES = 64
 PAGES_BEFORE_EVICTION = 4096  # a pool with a prefix cache grows to, then it evicts
 NO_LIMIT = 1 << 24
-# Metadata of files: the tokens, if they are known, and of which weights K and V are.
-TOLD, WEIGHTS = "paged_mlx_tokens", "paged_mlx_weights"
 
 
 def enable(
@@ -72,7 +73,9 @@ class PagedModel:
         model: The model.
         groups: Its layers, one group for each window.
         passes: Its forward passes, of all threads.
-        prefixes: PromptPrefixes, with ``prefix_cache=True``; else None.
+        prefixes: PromptPrefixes: with ``prefix_cache=True``, or once ``begin`` or ``remember``
+            were called; else None.
+        prompts: What runs the model's calls with ``prefix_cache=True``; else None.
     """
 
     def __init__(self, model, page_size, num_pages, retain, prefix_cache=False):
@@ -80,20 +83,14 @@ class PagedModel:
             if value is not None:
                 whole_number("enable", name, value, int(name != "retain"))
         self.model = model
-        self._enabled = False
-        enabled = paged_model_of(model)  # by another: then this one is for explain
-        if enabled is not None:
-            self._stock_make_cache = enabled._stock_make_cache
-            self._own_make_cache = enabled._own_make_cache
-        else:
-            self._stock_make_cache = getattr(model, "make_cache", None)
-            self._own_make_cache = vars(model).get("make_cache")
+        self._make_cache = MakeCache(self)
+        self._seams = contextlib.ExitStack()
         caches = self.stock_cache()
         self.layout = Layout.of(caches)
         if not self.layout.num_layers:
             fail("enable", "model must have a cache of K and V that can be paged", caches[:1])
         if prefix_cache:
-            self._check_prefixes_can_be_shared(caches)
+            self._check_prefixes_can_be_shared("prefix_cache must be False")
         first, most = (num_pages, num_pages) if num_pages else (FIRST_PAGES, NO_LIMIT // page_size)
         unhurried = most if prefix_cache and num_pages is None else first
         self.groups = {
@@ -108,24 +105,32 @@ class PagedModel:
             )
             for window, num_layers in self.layout.num_layers.items()
         }
-        self.passes = Passes(list(self.groups.values()), model)
+        self.passes = Passes(self.groups, model)
         for group in self.groups.values():
             group.passes = self.passes
-        for (window, layer), geometry in probe_geometry(model, caches, self.layout.places).items():
+        found = probe_geometry(model, caches, self.layout.places)
+        self.passes.num_layers = len(found)
+        for (window, layer), geometry in found.items():
             self.groups[window].geometry[layer] = geometry
-        self.prefixes = PromptPrefixes(self) if prefix_cache else None
+        self.prefixes = self.prompts = self._identity = None
+        if prefix_cache:
+            self._known_prefixes()
+            self.prompts = Prompts(self)
 
-    def _check_prefixes_can_be_shared(self, caches) -> None:
+    def _known_prefixes(self) -> PromptPrefixes:
+        if self.prefixes is None:
+            self._check_prefixes_can_be_shared("model must be one whose prefixes can be shared")
+            self.prefixes = PromptPrefixes(self)
+        return self.prefixes
+
+    def _check_prefixes_can_be_shared(self, must: str) -> None:
         others = [
             reason
-            for cache, reason in unpaged(caches, self.layout.places)
+            for cache, reason in unpaged(self.stock_cache(), self.layout.places)
             if kind_of(cache) != "ArraysCache"
         ]
         if others:
-            must = (
-                "prefix_cache must be False, because not all that the model remembers is in pages"
-            )
-            fail("enable", must, others[0])
+            fail("enable", f"{must}, because not all that it remembers is in pages", others[0])
 
     # On and off
 
@@ -135,25 +140,27 @@ class PagedModel:
         Raises:
             ValueError: Another PagedModel has taken the model over.
         """
-        if self._enabled:
+        if self._is_enabled:
             return
         if paged_model_of(self.model) is not None:
             fail("enable", "model must not be enabled already", type(self.model).__name__)
-        self.model.make_cache = MakeCache(self)
-        hook.install()
-        prompt_hooks.install()
-        self._enabled = True
+        self._make_cache = MakeCache(self)
+        self._make_cache.install()
+        self._seams.callback(self._make_cache.uninstall)
+        seams = [hook.ATTENTION]
+        if self.prompts is not None:
+            seams += [seam_of(self.model), *beginnings.SEAMS, *store.SEAMS]
+        for seam in seams:
+            seam.install()
+            self._seams.callback(seam.uninstall)
+
+    @property
+    def _is_enabled(self) -> bool:
+        return paged_model_of(self.model) is self
 
     def disable(self) -> None:
-        """Leave the model and MLX as they were. Caches in use stay right, and are slower."""
-        if not self._enabled:
-            return
-        self._enabled = False
-        hook.uninstall()
-        prompt_hooks.uninstall()
-        del self.model.make_cache
-        if self._own_make_cache is not None:
-            self.model.make_cache = self._own_make_cache
+        """Take away what ``enable`` put in place. Caches in use stay right, and are slower."""
+        self._seams.close()
 
     def __enter__(self):
         return self
@@ -165,34 +172,66 @@ class PagedModel:
 
     def stock_cache(self) -> list:
         """mlx-lm's own prompt cache of the model."""
-        if self._stock_make_cache is not None:
-            return self._stock_make_cache()
-        return [stock.KVCache() for _ in self.model.layers]
+        return self._make_cache.stock_cache()
 
-    @property
-    def has_default_cache(self) -> bool:
-        """Whether mlx-lm, not the model, decides on the kind of cache."""
-        return self._stock_make_cache is None or isinstance(
-            self._stock_make_cache, DefaultMakeCache
-        )
+    def rotating_cache(self, size: int) -> list:
+        """The prompt cache that mlx-lm makes for ``max_kv_size``: not paged."""
+        if self._make_cache.is_the_models:
+            return self.make_cache()
+        log.warning("max_kv_size=%d: mlx-lm's rotating cache is used, which is not paged", size)
+        return [stock.RotatingKVCache(size, keep=4) for _ in self.model.layers]
 
-    def make_cache_of_copy(self, memo: dict):
-        """What ``make_cache`` is on a deep copy of the model that is being made."""
-        if self._own_make_cache is not None:
-            return copy.deepcopy(self._own_make_cache, memo)
-        model = memo.get(id(self.model), self.model)
-        if self._stock_make_cache is None:
-            return DefaultMakeCache(model)
-        return types.MethodType(type(model).make_cache, model)
+    def make_cache(self, keys: tuple = ()) -> list:
+        """A prompt cache on pages.
 
-    def make_cache(self) -> list:
-        """A prompt cache on pages."""
-        sequences = {window: SequencePages(group) for window, group in self.groups.items()}
+        Args:
+            keys: ExtraKeys that K and V will depend on besides tokens.
+        """
+        history = History()
+        history.keys = keys
+        sequence = Sequence(self.groups, history=history)
 
         def paged(place):
-            return PagedKVCache(self.groups[place.window], place.layer, [sequences[place.window]])
+            return PagedKVCache(self.groups[place.window], place.layer, [sequence])
 
         return build(self.layout.places, self.stock_cache(), paged)
+
+    def begin(self, tokens: list[int], key=None) -> tuple[list, list[int]]:
+        """A prompt cache that holds what is known of ``tokens``, and the tokens left to compute.
+
+        For any function of mlx-lm that takes a prompt cache; nothing is replaced for it.
+
+        Args:
+            tokens: The prompt.
+            key: What K and V depend on besides tokens and the model: a tenant, an adapter, a
+                salt. What was remembered under another is not found.
+        """
+        prefixes, tokens = self._known_prefixes(), [int(token) for token in tokens]
+        prompt_cache = self.make_cache(keys_of(key))
+        known = prefixes.begin(tokens, prompt_cache) if tokens else 0
+        prefixes.count(len(tokens), known)
+        if not known:
+            first = next(layers_of(prompt_cache)).rows[0].history
+            first.generation = prefixes.generation
+        return prompt_cache, tokens[known:]
+
+    def known(self, tokens: list[int], key=None) -> int:
+        """How many of the first ``tokens``, less than all, ``begin`` would not leave to compute."""
+        return self._known_prefixes().known([int(token) for token in tokens], keys_of(key))
+
+    def remember(self, tokens: list[int], prompt_cache: list) -> None:
+        """Let later prompts begin with ``tokens``, which ``prompt_cache`` holds; those behind
+        the ones that it holds, as an answer's last one, are left out.
+
+        The cache may go on from here. What it was begun under in ``begin`` it is found under.
+
+        Raises:
+            ValueError: It is not of this model, or holds more tokens, or others.
+        """
+        self._check_is_ours("remember", prompt_cache)
+        held = next(layers_of(prompt_cache)).offset
+        tokens = [int(token) for token in tokens][:held]
+        self._known_prefixes().remember(tokens, prompt_cache, finished=True)
 
     def fork(self, prompt_cache: list, n: int) -> list[list]:
         """``n`` prompt caches of the same tokens on the same pages; no bytes move."""
@@ -213,25 +252,37 @@ class PagedModel:
         return prompt_files.from_stock(self, prompt_cache)
 
     def save(self, path: str, prompt_cache: list, metadata: dict | None = None) -> None:
-        """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool."""
-        tokens = tokens_in(self, prompt_cache) if self.prefixes is not None else None
-        metadata = dict(metadata or {})
-        if tokens:
-            metadata |= {TOLD: pack_tokens(tokens).hex(), WEIGHTS: fingerprint(self.model)}
-        prompt_files.save(path, prompt_cache, metadata)
+        """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool.
+
+        The file is there whole or not at all, and says of which model it is.
+        """
+        self._check_is_ours("save", prompt_cache)
+        layer = next(layers_of(prompt_cache))
+        tokens = layer.rows[0].history.first(int(layer.lens[0]))
+        prompt_files.save(path, prompt_cache, self.identity, tokens, metadata)
 
     def load(self, path: str, return_metadata: bool = False):
         """Read a prompt cache from a file of ``save`` or of mlx-lm into pages.
 
-        With ``prefix_cache=True``, other prompts begin with one that was saved so too, by a
-        model of the same weights.
+        With ``prefix_cache=True``, other prompts begin with one that was saved so too.
+
+        Raises:
+            ValueError: The file is damaged, or of another model; nothing is remembered of it.
         """
-        prompt_cache, metadata = prompt_files.load(self, path)
-        told, weights = metadata.pop(TOLD, ""), metadata.pop(WEIGHTS, "")
-        if self.prefixes is not None and told and weights == fingerprint(self.model):
-            tokens = list(unpack_tokens(bytes.fromhex(told)))
+        prompt_cache, metadata, tokens = prompt_files.load(self, path)
+        if self.prefixes is not None and tokens:
             self.prefixes.remember(tokens, prompt_cache, finished=True)
         return (prompt_cache, metadata) if return_metadata else prompt_cache
+
+    @property
+    def identity(self) -> Identity:
+        """What the model is now: weights, configuration and rank."""
+        if self.prefixes is not None:
+            self.prefixes.notice_changes()
+            return self.prefixes.identity
+        if self._identity is None or self._identity.has_changed():
+            self._identity = Identity(self.model)
+        return self._identity
 
     # Figures
 
@@ -277,12 +328,12 @@ class PagedModel:
             AssertionError: They do not.
         """
         with self.passes.turn():
+            self.passes.reclaim()
             for group in self.groups.values():
-                group.reclaim()
                 group.allocator.check()
                 for pool in group.pools:
                     pool.check()
 
     def __repr__(self):
-        state = "" if self._enabled else ", disabled"
+        state = "" if self._is_enabled else ", disabled"
         return f"PagedModel({type(self.model).__module__}, {list(self.groups.values())}{state})"

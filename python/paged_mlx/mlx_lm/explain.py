@@ -33,7 +33,7 @@ class LayerRoute:
         return f"{self.name:>5}  {window:<12} {'paged' if self.is_paged else self.reason}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """How every cache of a model is read."""
 
@@ -48,6 +48,8 @@ class Explanation:
         title = f"{self.model}: {self.num_paged} of {len(self.layers)} layers read pages"
         return "\n".join([title, *map(str, self.layers)])
 
+    __repr__ = __str__
+
 
 def explain(model) -> Explanation:
     """Say for each layer of a model of mlx-lm whether it reads pages, and why not.
@@ -58,13 +60,14 @@ def explain(model) -> Explanation:
         ValueError: No cache of the model can be paged.
     """
     paged = PagedModel(model, page_size=8, num_pages=1, retain=None)
-    hook.install()  # the model itself stays as it is: it may be generating in another thread
+    paged.passes.computes = False
+    hook.ATTENTION.install()  # the model itself is left as it is: another thread may use it
     try:
         cache = paged.make_cache()
         for tokens in (4, 1):
             model(mx.zeros((1, tokens), mx.int32), cache=cache)
     finally:
-        hook.uninstall()
+        hook.ATTENTION.uninstall()
     routes = list(_routes(paged, paged.layout.places, ""))
     return Explanation(type(model).__module__.removeprefix("mlx_lm.models."), routes)
 

@@ -1,12 +1,10 @@
 """The layers of a model that share page tables: those with the same window."""
 
-from collections import Counter, deque
-from weakref import WeakSet
+from collections import Counter
 
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx._native import _ext
 from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.mlx_lm.gathered import LayerPlace, PagesOfLayer
 from paged_mlx.mlx_lm.lazy_pool import LazyPool
@@ -46,16 +44,15 @@ class LayerGroup:
         self.retain = retain
         self.allocator = PageAllocator(num_pages, page_size)
         self.geometry: dict[int, tuple] = {}  # layer -> what it is expected to write
-        self.sequences: WeakSet = WeakSet()
-        self.retired: deque = deque()  # tables of sequences that are gone
         self.peak_pages = 0
         self.pools: list[LazyPool] = []
         self._placed: dict[int, LayerPlace] = {}
         self._recent: list[tuple[Step, BlockTable]] = []
         self.newest: Step | None = None
         self.calls: Counter = Counter()  # (layer, why the pages were not read) -> attention calls
+        self.attended: set[int] = set()  # layers whose attention asks for the pages
         self._offsets = (None, None)
-        self.passes = Passes([self])  # of the model, with its other groups
+        self.passes = Passes({window: self})  # of the model, with its other groups
 
     def __deepcopy__(self, memo):
         return self
@@ -96,13 +93,6 @@ class LayerGroup:
         place = self._placed.get(layer)
         return None if place is None else (place.pool, place.index)
 
-    def state_of(self, layer: int) -> list[mx.array]:
-        """The newest version of a layer's arrays."""
-        if layer not in self._placed:
-            return []
-        place = self._placed[layer]
-        return list(place.pool[place.index].arrays)
-
     def page_nbytes(self, layer: int) -> int:
         """Bytes of one page of one layer."""
         place = self._placed.get(layer)
@@ -112,27 +102,27 @@ class LayerGroup:
 
     def step(self, cache, num_tokens: int, counts=None) -> Step:
         """The pass that a cache's sequences are in, begun by the first layer that asks."""
-        for step, _ in self._recent:
-            if step.joins(cache.layer, cache.names, cache.lens, num_tokens):
-                return step
         with self.passes.turn():
+            for step, _ in self._recent:
+                if step.joins(cache.layer, cache.names, cache.lens, num_tokens):
+                    self.passes.goes_on(step)
+                    return step
             try:
                 step = self._begin(cache, num_tokens, counts)
-            except OutOfPages:
+            except BaseException:
                 self.passes.take_back(self)
                 raise
             self.passes.begun(self, step)
             return step
 
     def _begin(self, cache, num_tokens, counts) -> Step:
-        self._settle()
-        self.reclaim()
-        rows, starts = cache.rows, cache.lens
-        tables = [row.table for row in rows]
+        self.passes.begins(self.window)
+        rows, starts, window = cache.rows, cache.lens, self.window
+        tables = [row.tables[window] for row in rows]
         positions = starts.tolist()
         for row, start in zip(rows, positions):
             self._check_layers_agree(row, cache.layer, start)
-            row.truncate(start)
+            row.truncate(window, start)
         if self.window is not None and self.retain is not None:
             self._free_behind_window(tables, starts)
         slots = self._append(
@@ -143,20 +133,14 @@ class LayerGroup:
         freed = min([table.num_freed for table in tables])
         step = Step(cache, num_tokens, counts, slots, packed, freed, max(positions), before)
         for row in rows:
-            row.last_step = step
+            row.last_step[window] = step
         self.newest = step
         self._recent.insert(0, (step, packer))
         del self._recent[RECENT_STEPS:]
         self.peak_pages = max(self.peak_pages, self.allocator.num_used)
         return step
 
-    def _settle(self) -> None:
-        """Write what waits, and order gathers that may still run before any later write."""
-        for pool in self.pools:
-            pool.settle()
-
-    @staticmethod
-    def _check_layers_agree(row, layer, start) -> None:
+    def _check_layers_agree(self, row, layer, start) -> None:
         """A new step begins where every layer is, or goes back as every layer has."""
         if row.broken is not None:
             must = (
@@ -164,7 +148,7 @@ class LayerGroup:
                 "begin it anew"
             )
             fail("update_and_fetch", must, row.broken)
-        last = row.last_step
+        last = row.last_step.get(self.window)
         if last is None or not last.served or layer in last.served:
             return
         end = int(last.ends[last.names.index(row.name)])
@@ -211,13 +195,8 @@ class LayerGroup:
             self.allocator.grow(min(max(missing, -(-total // GROWTH)), limit - total))
         except OutOfPages:
             return False
+        self.passes.grown()
         return True
-
-    def reclaim(self) -> None:
-        """Free the pages of sequences that are gone."""
-        with self.passes.lock:
-            while self.retired:
-                self.retired.popleft().release()
 
     # K and V
 
@@ -233,7 +212,8 @@ class LayerGroup:
     def fetch_again(self, layer: int, step: Step):
         """K and V of a layer, as ``step`` has left them, as handles."""
         place = self._placed[layer]
-        return place.pool.fetch(PagesOfLayer(place, step))
+        with self.passes.turn():
+            return place.pool.fetch(PagesOfLayer(place, step))
 
     def undo_newest(self) -> None:
         """Take the newest pass back in the caches that have taken part: it has added nothing."""
@@ -242,22 +222,14 @@ class LayerGroup:
         self.newest = None
         self._offsets = (None, None)
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether something was built that nobody has asked for."""
-        return any(map(_ext.is_pending, self.built))
-
-    @property
-    def built(self) -> list[mx.array]:
-        """The newest versions of all arrays, and tokens that wait."""
-        return [array for pool in self.pools for array in pool.built]
-
     def contiguous(self, layer: int, rows, lens: np.ndarray) -> tuple[mx.array, mx.array]:
         """K and V of the tokens whose pages are held, ``[batch, heads, tokens, head_dim]``."""
-        packed = pack([row.table for row in rows])
-        skipped = min(row.table.num_freed for row in rows)
+        tables = [row.tables[self.window] for row in rows]
+        packed = pack(tables)
+        skipped = min(table.num_freed for table in tables)
         pool, i = self.placed(layer)
-        return pool[i].gather(packed.block_tables[:, skipped:], lens - skipped * self.page_size)
+        with self.passes.turn():
+            return pool[i].gather(packed.block_tables[:, skipped:], lens - skipped * self.page_size)
 
     # Figures
 
@@ -284,13 +256,13 @@ class LayerGroup:
 
     @property
     def pages_used(self) -> int:
-        self.reclaim()
+        self.passes.reclaim()
         return self.allocator.num_used
 
     def page_map(self) -> list[list[int]]:
         """Page ids of every sequence that holds pages, the oldest first."""
-        alive = sorted(self.sequences, key=lambda sequence: sequence.name)
-        return [ids for sequence in alive if (ids := sequence.table.page_ids)]
+        alive = sorted(self.passes.sequences, key=lambda sequence: sequence.name)
+        return [ids for each in alive if (ids := each.tables[self.window].page_ids)]
 
     @property
     def nbytes(self) -> int:

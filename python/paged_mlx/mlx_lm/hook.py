@@ -11,6 +11,7 @@ import numpy as np
 
 from paged_mlx._native import _ext
 from paged_mlx.mlx_lm.gathered import GatheredKV, PagedMask
+from paged_mlx.mlx_lm.seams import Seam
 
 source_of = _ext.source_of
 
@@ -18,44 +19,39 @@ LATENT = "K is V too, of latent attention"
 NOT_ONE_LAYERS = "K and V are not one layer's, or were changed in place"
 PAST = "another step has begun, and may have changed the pages"
 
-_installed = 0
-_stock = None
 
-
-def install() -> None:
-    """Put the hook in place, once however often it is asked for."""
-    global _installed, _stock
-    if not _installed:
-        _stock = mx.fast.scaled_dot_product_attention
-        mx.fast.scaled_dot_product_attention = scaled_dot_product_attention
-    _installed += 1
-
-
-def uninstall() -> None:
-    """Undo one ``install``; the last one leaves ``mx.fast`` as it was."""
-    global _installed, _stock
-    _installed -= 1
-    if not _installed:
-        if mx.fast.scaled_dot_product_attention is scaled_dot_product_attention:
-            mx.fast.scaled_dot_product_attention = _stock
-            _stock = None
-
-
-def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, **options):
+def reading_pages(before):
     """``mx.fast.scaled_dot_product_attention``, reading pages where K and V are ours."""
-    if type(k) is GatheredKV:
+
+    def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, **options):
+        if type(k) is not GatheredKV or not ATTENTION.is_installed:
+            return before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
         source = source_of(k, v)
-        if source is not None:
-            place, route = source.place, source.step.route
+        if source is None:
+            place, step = k.source.place, k.source.step
+            reason = LATENT if v is k else NOT_ONE_LAYERS
+        else:
+            place, step = source.place, source.step
+            route = step.route
             if route is None or not route.answers(source, q, mask):
                 route = find_route(source, q, mask)
-            place.group.calls[place.layer, route.reason] += 1
-            if route.reason is None:
-                return attend(q, source, route.plan, scale, sinks)
+            reason = route.reason
+        group = place.group
+        group.calls[place.layer, reason] += 1
+        if reason is None:
+            out = attend(q, source, route.plan, scale, sinks)
         else:
-            place = k.source.place
-            place.group.calls[place.layer, LATENT if v is k else NOT_ONE_LAYERS] += 1
-    return _stock(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+            out = before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+        group.attended.add(place.layer)
+        group.passes.attended(step, q)
+        return out
+
+    return scaled_dot_product_attention
+
+
+ATTENTION = Seam(
+    mx.fast, "scaled_dot_product_attention", reading_pages, "a model is enabled", "reads pages"
+)
 
 
 @dataclass(eq=False, slots=True)

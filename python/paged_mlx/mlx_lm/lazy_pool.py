@@ -36,8 +36,22 @@ class LazyPool(PagePool):
     @property
     def built(self) -> list[mx.array]:
         """The newest versions and the tokens that wait, with nothing settled."""
-        waiting = ((source.keys, source.values) for source in self._waiting.values())
+        waiting = ((source.keys, source.values) for source in list(self._waiting.values()))
         return [array for arrays in (*self._state, *waiting) for array in arrays]
+
+    def versions(self) -> Arrays:
+        """The newest versions, to go back to."""
+        return [list(arrays) for arrays in self._state]
+
+    def go_back(self, versions: Arrays | None) -> None:
+        """Forget all that was built since ``versions``; None: since the pool was made."""
+        self._waiting.clear()
+        self._fetches.clear()
+        if versions is None:
+            self.reset_versions()
+        else:
+            for arrays, before in zip(self._state, versions):
+                arrays[:] = before
 
     @property
     def has_handles(self) -> bool:

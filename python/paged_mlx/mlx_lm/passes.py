@@ -1,155 +1,183 @@
 """The forward passes of a model, one after the other, whichever threads they run in.
 
 All passes of a model are links of one chain of versions. MLX computes what is pending only in
-the thread that built it, and an array may be asked for by one thread at a time until it is
-computed. So threads take turns: the one whose turn it is computes all that it has built before
-it hands over. A pass that one group of layers cannot begin is taken back in those that have.
+the thread that built it, so a pass belongs to the thread that began it until what it has built
+is being computed, and the next thread waits for that. Nobody need ask: a pass that has reached
+every layer has its pages computed at once, whatever becomes of its logits. A pass that stops
+before, because something raised, is over when its sequences are gone, when its thread begins
+another or has ended, and at once if it was the pages that raised. A pass that one group of
+layers cannot begin is taken back in those that have.
 """
 
 import contextlib
 import threading
-import time
 import weakref
 from collections import deque
 
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx._native import _ext
 from paged_mlx.errors import fail
 
-PATIENCE = 10.0  # seconds for a thread to have computed what it has built
-LOOK = 0.001  # seconds between two looks
-REST = 0.05  # seconds without a pass, all of its work done, after which a thread is at rest
-UNWRITTEN = 1.0  # seconds after which a pass that has written nothing is taken for given up
+LOOK = 0.001  # seconds between two looks for what MLX tells nobody: that an array is computed
+
+
+class Pass:
+    """One forward pass: what it has reached so far.
+
+    Attributes:
+        steps: Its step in each group that has begun it.
+        num_served: Layers that have brought their K and V.
+        is_complete: Whether all of it is being computed.
+    """
+
+    def __init__(self):
+        self.steps: dict = {}
+        self.num_served = 0
+        self.is_complete = False
 
 
 class Passes:
-    """Which groups of layers have begun the newest pass, and which thread may begin one.
+    """Which thread may build on the pages, and what the newest pass has reached.
 
     Attributes:
+        groups: The groups of layers by window.
         model: A weak reference to the model, called for it.
         lock: Held while pages change hands.
+        sequences: Those that are alive.
+        retired: Page tables and histories of sequences that are gone.
+        on_retired: Told of each before its pages go back.
     """
 
-    def __init__(self, groups: list, model=None):
+    def __init__(self, groups: dict, model=None):
+        self.groups = groups
         self.model = weakref.ref(model) if model is not None else lambda: None
         self.lock = threading.RLock()
+        self.sequences: weakref.WeakSet = weakref.WeakSet()
+        self.retired: deque = deque()
+        self.on_retired = None
+        self.computes = True  # explain builds passes that are never computed
         self._turns = threading.Condition(self.lock)
-        self._groups = groups
-        self._owner: threading.Thread | None = None
-        self._in_turn = False
-        self._stream = None  # of the owner's newest pass
         self._queue: deque = deque()  # threads that wait for their turn
-        self._steps = {}  # id of a group -> its step of the newest pass, if it has begun it
-        self._newest = (None, 0.0)  # the newest step, and the second it began
+        self._owner = None  # the thread that has built last
+        self._newest: Pass | None = None
+        self._base: dict = {}  # the newest versions before it
+        self._given_up: list = []  # (thread, what was retired of a pass that it gave up)
+        self.num_layers = 0  # that bring K and V in a pass, as far as is known
 
     # Turns
 
     @contextlib.contextmanager
     def turn(self):
-        """Hold the lock in this thread's turn, in which it may build on the pages.
-
-        Raises:
-            ValueError: Another thread has built a pass and does not compute it.
-        """
+        """Hold the lock in this thread's turn, in which it may build on the pages."""
         with self.lock:
-            if self._owner is not threading.current_thread() or self._queue:
-                self._take_turn(threading.current_thread())
-            before, self._in_turn = self._in_turn, True
-            try:
-                yield
-            finally:
-                self._in_turn = before
+            thread = threading.current_thread()
+            if self._owner is not thread or self._queue:
+                self._take_turn(thread)
+            yield
 
     def end(self) -> None:
-        """This thread has come to an end for now: the next one need not wait for it."""
+        """The newest pass, of this thread, has come to its end: have what it built computed."""
         with self.lock:
-            # A generator that is given up may end in the middle of anything.
-            if self._owner is threading.current_thread() and not self._in_turn:
-                self._hand_over()
+            if self._owner is threading.current_thread():
+                self._compute()
+                if self._newest is not None:
+                    self._newest.is_complete = True
+                self._turns.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all that this thread has built is computed; what others have built is theirs."""
+        with self.lock:
+            if self._owner is threading.current_thread() and self.computes:
+                self._compute()
+                mx.eval(self._built())
 
     def _take_turn(self, thread) -> None:
-        if self._owner is thread and not self._hand_over():
+        if self._owner is thread and not self._is_over(thread):
             return  # in the middle of a pass
         self._queue.append(thread)
         try:
-            self._wait(thread)
+            while self._queue[0] is not thread or not self._is_over(thread):
+                self._turns.wait(LOOK)
         finally:
             self._queue.remove(thread)
-        self._owner = thread
+            self._turns.notify_all()
+        if self._owner is not thread:
+            mx.eval(self._built())
+            for pool in self._pools():
+                pool.forget_handles()
+            self._owner, self._newest = thread, None
 
-    def _hand_over(self) -> bool:
-        """Compute what this thread has built and give its turn up; False in the middle of a pass."""
-        if self._is_building():
+    def _is_over(self, thread) -> bool:
+        """Whether the newest pass is, so that ``thread`` may begin another."""
+        newest, owner = self._newest, self._owner
+        is_built = newest is None or newest.is_complete
+        if owner is None or owner is thread and is_built:
+            return True
+        reached = is_built or all(step.served for step in newest.steps.values())
+        if reached and not any(map(_ext.is_pending, self._built())):
+            return owner is thread or not self._has_handles()
+        if owner is thread:
             return False
+        if not owner.is_alive() or newest is not None and self._sequences_are_gone(newest):
+            self._give_up(owner)
+            return True
+        return False
+
+    def _has_handles(self) -> bool:
+        return any(pool.has_handles for pool in self._pools())
+
+    def _sequences_are_gone(self, newest: Pass) -> bool:
+        names = {name for step in newest.steps.values() for name in step.names}
+        return not any(sequence.name in names for sequence in list(self.sequences))
+
+    def _give_up(self, owner) -> None:
+        """Go on from before a pass that nobody computes.
+
+        Its thread may yet: so what it writes to stays its own until that thread goes on or ends.
+        """
+        for pool in self._pools():
+            pool.go_back(self._base.get(id(pool)))
+        while self.retired:
+            self._given_up.append((owner, self.retired.popleft()))
+        for group in self.groups.values():
+            group.newest = None
+        self._newest = None
+
+    def _compute(self) -> None:
+        """Have all that is built computed, in this thread, which has built it."""
         for pool in self._pools():
             pool.settle()
-        mx.eval(self._built())
-        self._owner = None
-        self._turns.notify_all()
-        return True
-
-    def _wait(self, thread) -> None:
-        began = None
-        while self._queue[0] is not thread or self._owner is not None:
-            if self._queue[0] is thread and self._owner is not None:
-                began = began or time.monotonic()
-                if self._owner_has_left():
-                    return
-                self._check_patience(thread, began)
-            else:
-                began = None
-            self._turns.wait(LOOK)
-
-    def _owner_has_left(self) -> bool:
-        """Whether the owner has ended, or rests with all its work done, and hands nothing over.
-
-        Nothing is asked of its arrays but whether they are scheduled: it may be waiting for them.
-        """
-        owner, step = self._owner, self._newest[0]
-        if self._is_building():
-            return False
-        if owner.is_alive():
-            self.lock.release()
-            try:
-                mx.synchronize(self._stream)
-                time.sleep(REST)
-            except RuntimeError:  # a stream that no other thread may wait for
-                return False
-            finally:
-                self.lock.acquire()
-            if self._owner is not owner or self._newest[0] is not step or self._is_building():
-                return self._owner is None
-            if any(pool.has_handles for pool in self._pools()):
-                return False
-        mx.eval(self._built())
-        for pool in self._pools():
-            pool.forget_handles()
-        return True
-
-    def _check_patience(self, thread, began: float) -> None:
-        owner = self._owner
-        if time.monotonic() > began + PATIENCE or not owner.is_alive():
-            must = (
-                f"the passes of thread {owner.name!r} must be evaluated there before another "
-                f"thread begins one, because MLX computes them nowhere else"
-            )
-            fail("update_and_fetch", must, f"a pass of thread {thread.name!r}")
-
-    def _is_building(self) -> bool:
-        """Whether the owner is in a pass: what it has built, nobody has asked for yet."""
-        step, began = self._newest
-        if step is not None and not step.served and time.monotonic() < began + UNWRITTEN:
-            return True
-        return any(group.is_pending for group in self._groups)
+        if self.computes:
+            mx.async_eval(self._built())
 
     def _built(self) -> list[mx.array]:
-        return [array for group in self._groups for array in group.built]
+        return [array for pool in self._pools() for array in pool.built if array is not None]
 
     def _pools(self) -> list:
-        return [pool for group in self._groups for pool in group.pools]
+        return [pool for group in self.groups.values() for pool in group.pools]
 
     # Passes
+
+    def begins(self, window: int | None) -> None:
+        """A group is about to begin: if that is a new pass, have what it builds on computed."""
+        newest, thread = self._newest, threading.current_thread()
+        if newest is not None and window not in newest.steps and not newest.is_complete:
+            return
+        for pool in self._pools():
+            pool.settle()
+        self._note_base()
+        mine = [each for each in self._given_up if each[0] is thread or not each[0].is_alive()]
+        for each in mine:
+            self._given_up.remove(each)
+            self.retired.append(each[1])
+        self.reclaim()
+
+    def _note_base(self) -> None:
+        if any(map(_ext.is_pending, self._built())):
+            self._compute()
+        self._base = {id(pool): pool.versions() for pool in self._pools()}
 
     def begun(self, group, step) -> None:
         """Note that a group has begun a pass; its first write comes next.
@@ -157,12 +185,12 @@ class Passes:
         Raises:
             ValueError: Other groups hold another number of tokens; nothing has changed.
         """
-        if id(group) in self._steps:
-            self._steps.clear()  # the pass before had reached every group
-        others = list(self._steps.values())
-        self._steps[id(group)] = step
-        self._newest = (step, time.monotonic())
-        self._stream = mx.default_stream(mx.default_device())
+        newest = self._newest
+        if newest is None or newest.is_complete or group.window in newest.steps:
+            newest = self._newest = Pass()
+        step.of_pass = newest
+        others = list(newest.steps.values())
+        newest.steps[group.window] = step
         for other in others:
             if not np.array_equal(other.ends, step.ends):
                 found = f"{other.ends.tolist()} and {step.ends.tolist()}"
@@ -173,14 +201,46 @@ class Passes:
                 )
                 fail("update_and_fetch", must, found)
 
+    def goes_on(self, step) -> None:
+        """A pass that another thread has overtaken is the newest again."""
+        self._newest = step.of_pass
+
+    def served(self, step) -> None:
+        """Count a layer of a pass that has brought its K and V."""
+        of_pass = step.of_pass
+        of_pass.num_served += 1
+        if of_pass.num_served > self.num_layers:
+            self.num_layers, of_pass.is_complete = of_pass.num_served, False
+
+    def attended(self, step, queries: mx.array) -> None:
+        """A layer has attended, or will from a gather: if it was the last, the pass is built."""
+        if step.of_pass.num_served >= self.num_layers and not _ext.is_tracer(queries):
+            self.end()
+
+    def grown(self) -> None:
+        """Pools have other arrays now: no pass is taken back to before."""
+        self._note_base()
+
     def take_back(self, group) -> None:
         """Undo, in the other groups, the pass that ``group`` could not begin."""
-        if id(group) not in self._steps:
+        if self._newest is not None and group.window not in self._newest.steps:
             self._take_back_all()
 
     def _take_back_all(self) -> None:
-        for group in self._groups:
-            if id(group) in self._steps:
-                group.undo_newest()
-        self._steps.clear()
-        self._newest = (None, 0.0)
+        newest = self._newest
+        for window in newest.steps:
+            self.groups[window].undo_newest()
+        if newest.num_served:
+            self._compute()
+        self._newest = None
+        self._turns.notify_all()
+
+    def reclaim(self) -> None:
+        """Free the pages of sequences that are gone."""
+        with self.lock:
+            while self.retired:
+                tables, history = self.retired.popleft()
+                if self.on_retired is not None:
+                    self.on_retired(tables, history)
+                for table in tables.values():
+                    table.release()

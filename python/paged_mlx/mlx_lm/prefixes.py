@@ -1,26 +1,22 @@
-"""Prompts that begin alike share pages, by themselves.
+"""Prompts that begin alike share pages: which pages hold which tokens."""
 
-``PromptPrefixes`` knows which pages hold which tokens; ``prompt_hooks`` asks it wherever
-mlx-lm begins, reads or ends a prompt.
-"""
-
-import hashlib
 import logging
-import weakref
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
 from paged_mlx.device_memory import memory_limit
+from paged_mlx.errors import fail
 from paged_mlx.mlx_lm.cache import PagedKVCache
-from paged_mlx.mlx_lm.checkpoints import Checkpoints, padding_is_seen, states_of
+from paged_mlx.mlx_lm.checkpoints import Checkpoints, states_of
+from paged_mlx.mlx_lm.identity import Identity
+from paged_mlx.pages.table import PageTable
 from paged_mlx.prefix.cache import PrefixCache
+from paged_mlx.prefix.hash import ExtraKey
 
 log = logging.getLogger("paged_mlx")
 
 SHARE_OF_CHECKPOINTS = 16  # one in so many bytes of the memory limit
+NO_TOKEN = -1  # a token that no prompt has: after it nothing is left to compute
 
 
 class PromptPrefixes:
@@ -31,11 +27,13 @@ class PromptPrefixes:
         checkpoints: Those of the recurrent layers, if the model has any; else None.
         tokens_asked: Tokens of the prompts begun.
         tokens_reused: How many of them needed no computing.
+        declined: Why prompts were not looked for or not remembered, and how often.
     """
 
     def __init__(self, paged):
         self._paged = paged
-        self._lock = next(iter(paged.groups.values())).passes.lock
+        self._passes = paged.passes
+        self._lock = paged.passes.lock
         self.caches = {
             window: PrefixCache(group.allocator, window=window)
             for window, group in paged.groups.items()
@@ -45,124 +43,163 @@ class PromptPrefixes:
             beside = self.caches.get(None) or next(iter(self.caches.values()))
             self.checkpoints = Checkpoints(beside, memory_limit() // SHARE_OF_CHECKPOINTS)
         self.tokens_asked = self.tokens_reused = 0
-        self._weights = Weights(paged.model)
-        self._padding_is_seen = None
+        self.declined: dict[str, int] = {}
+        self.generation = 0
+        self.identity = Identity(paged.model)
+        paged.passes.on_retired = self._remember_retired
 
     # Finding
 
-    def begin(self, tokens: list[int], prompt_cache: list) -> int:
-        """Let an empty prompt cache begin with the longest known beginning of ``tokens``.
-
-        Returns:
-            How many tokens it holds then: less than all.
-        """
-        with self._lock:
-            return self._begin(tokens, prompt_cache)
-
-    def _begin(self, tokens: list[int], prompt_cache: list) -> int:
-        known = self.known(tokens)
-        layers = list(layers_of(prompt_cache))
-        for row in rows_of(layers, 0):
-            if known:
-                found = self.caches[row.group.window].reuse(tokens[: known + 1], row.table)
-                assert found == known, f"{found} of {known} tokens found again"
-            row.tell(tokens[:known])
-            row.stale = False
-        lens = np.array([known], np.int32)
-        for layer in layers:
-            layer.lens = lens
-        if self.checkpoints is not None and known:
-            self.checkpoints.restore(tokens[:known], prompt_cache)
-        return known
-
-    def count(self, asked: int, reused: int) -> None:
-        self.tokens_asked += asked
-        self.tokens_reused += reused
-
-    def known(self, tokens: list[int]) -> int:
+    def known(self, tokens: list[int], keys=()) -> int:
         """Length of the longest beginning, less than all, that nothing need be computed of."""
         with self._lock:
-            self._forget_other_weights()
-            return self._longest(tokens, self.checkpoints)
+            self.notice_changes()
+            self._passes.reclaim()
+            for sequence in list(self._passes.sequences):
+                self._remember_running(sequence)
+            return self._longest(tokens, keys, self.checkpoints)
 
-    def parting(self, tokens: list[int]) -> int:
+    def parting(self, tokens: list[int], keys=()) -> int:
         """Where ``tokens`` part from those whose pages are known: a good place for a checkpoint."""
         with self._lock:
-            return self._longest(tokens, None)
+            return self._longest(tokens, keys, None)
 
-    def _longest(self, tokens: list[int], checkpoints: Checkpoints | None) -> int:
+    def _longest(self, tokens: list[int], keys, checkpoints: Checkpoints | None) -> int:
         length = max(0, len(tokens) - 1)
         while length:
             begun = tokens[: length + 1]
-            found = min(cache.match(begun).num_tokens for cache in self.caches.values())
+            found = min(cache.match(begun, keys).num_tokens for cache in self.caches.values())
             if checkpoints is not None:
-                found = checkpoints.longest(tokens[:found])
+                found = checkpoints.longest(tokens[:found], keys)
             if found == length:
                 break
             length = found
         return length
 
+    def begin(self, tokens: list[int], prompt_cache: list, row: int = 0) -> int:
+        """Have one row of a prompt cache hold the longest known beginning of ``tokens``, if that
+        is more than it holds.
+
+        Returns:
+            How many tokens it holds then: less than all.
+        """
+        with self._passes.turn():
+            layers = list(layers_of(prompt_cache))
+            sequence = layers[0].rows[row]
+            keys, held = sequence.history.keys, int(layers[0].lens[row])
+            known = self.known(tokens, keys)
+            if known <= held:
+                return held
+            self._passes.begins(layers[0].group.window)
+            self._adopt(sequence, tokens, known)
+            lens = layers[0].lens.copy()
+            lens[row] = known
+            for layer in layers:
+                layer.hold(layer.rows, lens)
+            if self.checkpoints is not None:
+                self.checkpoints.restore(tokens[:known], keys, prompt_cache, row)
+            return known
+
+    def _adopt(self, sequence, tokens: list[int], known: int) -> None:
+        """Replace a sequence's pages by those of the first ``known`` of ``tokens``."""
+        for window, cache in self.caches.items():
+            table = PageTable(sequence.tables[window].page_size)
+            found = cache.reuse(tokens[: known + 1], table, sequence.history.keys)
+            assert found == known, f"{found} of {known} tokens found again"
+            sequence.tables[window].release()
+            sequence.tables[window] = table
+            sequence.first_token[window] = 0
+        sequence.rename()
+        sequence.history.truncate(0)
+        sequence.history.add(0, tokens[:known])
+        sequence.history.remembered, sequence.history.generation = known, self.generation
+
+    def count(self, asked: int, reused: int) -> None:
+        self.tokens_asked += asked
+        self.tokens_reused += reused
+
+    def decline(self, reason: str) -> None:
+        """Count a prompt that is left alone."""
+        self.declined[reason] = self.declined.get(reason, 0) + 1
+
     # Remembering
 
-    def remember(
-        self, tokens: list[int], prompt_cache: list, row: int = 0, finished: bool = False
-    ) -> None:
+    def remember(self, tokens: list[int], prompt_cache: list, row: int = 0, finished=False) -> None:
         """Let later prompts begin with the pages of one row, which holds ``tokens``.
-
-        Nothing is remembered of a row that holds another number of tokens, or began with
-        others.
 
         Args:
             finished: Nothing will be appended: remember the last page too, part-filled.
+
+        Raises:
+            ValueError: The row is known to hold other tokens, or another number of them.
         """
         with self._lock:
-            self._remember(tokens, prompt_cache, row, finished)
+            self.notice_changes()
+            layers = list(layers_of(prompt_cache))
+            sequence = layers[0].rows[row]
+            if {int(layer.lens[row]) for layer in layers} != {len(tokens)}:
+                must = f"tokens must be those that prompt_cache holds, {layers[0].lens[row]}"
+                fail("remember", must, len(tokens))
+            history = sequence.history
+            if history.generation != self.generation and len(history):
+                return self.decline("the model has changed since the prompt began")
+            if sequence.broken is not None:
+                return self.decline("a pass over the tokens failed")
+            length = min(len(history), len(tokens))
+            if history.first(length) not in (None, tokens[:length]):
+                fail("remember", "tokens must be those that were read into prompt_cache", "others")
+            history.truncate(length)
+            history.add(len(history), tokens[len(history) :])
+            history.generation = self.generation
+            self._insert(history, sequence.tables, len(tokens), finished)
+            if self.checkpoints is not None and tokens:
+                self.checkpoints.take(tokens, history.keys, prompt_cache, row)
 
-    def _remember(self, tokens: list[int], prompt_cache: list, row: int, finished: bool) -> None:
-        self._forget_other_weights()
-        layers = list(layers_of(prompt_cache))
-        lens = {int(layer.lens[row]) for layer in layers}
-        rows = rows_of(layers, row)
-        if any(each.stale for each in rows):
-            return
-        if lens != {len(tokens)} or not all(_begins_with_told(tokens, each) for each in rows):
-            return
-        for each in rows:
-            if each.table.allocator is not None:
-                self.caches[each.group.window].insert(tokens, each.table, tail=finished)
-            each.tell(tokens)
-        if self.checkpoints is not None and tokens:
-            self.checkpoints.take(tokens, prompt_cache, row)
+    def _insert(self, history, tables: dict, length: int, finished: bool) -> None:
+        tokens = history.first(length)
+        for window, table in tables.items():
+            if table.allocator is not None and tokens:
+                self.caches[window].insert(tokens, table, history.keys, tail=finished)
+        history.remembered = length
+        if self.checkpoints is not None and history.states is not None:
+            position, states = history.states
+            if position <= length:
+                self.checkpoints.keep(tokens[:position], history.keys, states)
+                history.states = None
 
-    def padding_is_seen(self) -> bool:
-        """Whether the model's recurrent states are wrong in a batch that mlx-lm has padded."""
-        if self._padding_is_seen is None:
-            self._padding_is_seen = self.checkpoints is not None and padding_is_seen(
-                self._paged.model, self._paged.stock_cache
-            )
-            if self._padding_is_seen:
-                log.warning(
-                    "%s goes on into the padding of a batch: its prompts are shared in "
-                    "single generation alone",
-                    type(self._paged.model).__module__,
-                )
-        return self._padding_is_seen
+    def _remember_running(self, sequence) -> None:
+        """Let others begin with the full pages of an answer that is still being given."""
+        history = sequence.history
+        size = next(iter(sequence.tables.values())).page_size
+        if len(history) - history.remembered >= size and history.generation == self.generation:
+            most = min(table.num_tokens for table in sequence.tables.values())
+            length = min(most, len(history.computed())) // size * size
+            if length > history.remembered and sequence.broken is None:
+                self._insert(history, sequence.tables, length, finished=False)
+
+    def _remember_retired(self, tables: dict, history) -> None:
+        """Keep what a sequence that is gone has computed."""
+        self.notice_changes()
+        if history.generation == self.generation:
+            most = min(table.num_tokens for table in tables.values())
+            length = min(most, len(history.computed()))
+            if length > history.remembered:
+                self._insert(history, tables, length, finished=True)
 
     # Forgetting
 
     def reset(self) -> None:
         """Forget every page, and what sequences that are there began with."""
         with self._lock:
-            for window, cache in self.caches.items():
+            self.generation += 1
+            for cache in self.caches.values():
                 cache.reset()
-                for sequence in self._paged.groups[window].sequences:
-                    sequence.told, sequence.stale = b"", True
 
-    def _forget_other_weights(self) -> None:
-        if self._weights.have_changed():
+    def notice_changes(self) -> None:
+        """Forget everything if K and V of the model are others now."""
+        if self.identity.has_changed():
             self.reset()
-            self._padding_is_seen = None
-            self._weights = Weights(self._paged.model)
+            self.identity = Identity(self._paged.model)
 
     def __repr__(self):
         pages = {window: cache.num_pages for window, cache in self.caches.items()}
@@ -171,46 +208,19 @@ class PromptPrefixes:
         return f"PromptPrefixes({reused}, pages {pages}{kept})"
 
 
-class Weights:
-    """The arrays that K and V were computed with; not held."""
-
-    def __init__(self, model):
-        self._model = weakref.ref(model)
-        self._arrays = [weakref.ref(array) for _, array in tree_flatten(model.parameters())]
-
-    def have_changed(self) -> bool:
-        """Whether the model has others now."""
-        arrays = [array for _, array in tree_flatten(self._model().parameters())]
-        return len(arrays) != len(self._arrays) or any(
-            before() is not now for before, now in zip(self._arrays, arrays)
-        )
-
-
-def fingerprint(model) -> str:
-    """What tells a model's weights from others: names, shapes, dtypes and the first bytes."""
-    digest = hashlib.sha256()
-    weights = sorted(tree_flatten(model.parameters()))
-    firsts = [array.reshape(-1)[:16].view(mx.uint8) for _, array in weights]
-    mx.eval(firsts)
-    for (name, array), first in zip(weights, firsts):
-        digest.update(f"{name} {array.shape} {array.dtype} {first.tolist()}\n".encode())
-    return digest.hexdigest()
+def keys_of(key) -> tuple:
+    """What ``key`` of a tenant, an adapter or a salt adds to every page's hash."""
+    if key is None or isinstance(key, tuple) and all(isinstance(part, ExtraKey) for part in key):
+        return key or ()
+    if not isinstance(key, (str, bytes, int)) or isinstance(key, bool):
+        fail("begin", "key must be a string, bytes, a whole number or a tuple of ExtraKeys", key)
+    return (ExtraKey("key", key),)
 
 
 def layers_of(prompt_cache):
     """The paged caches in a prompt cache, those inside a CacheList too."""
-    for cache in prompt_cache:
+    for cache in prompt_cache or ():
         if isinstance(cache, stock.CacheList):
             yield from layers_of(cache.caches)
         elif isinstance(cache, PagedKVCache):
             yield cache
-
-
-def rows_of(layers, row: int) -> list:
-    """The SequencePages of one row, one for each group of layers."""
-    return list({id(layer.rows[row]): layer.rows[row] for layer in layers}.values())
-
-
-def _begins_with_told(tokens: list[int], row) -> bool:
-    told = len(row.told) // 4
-    return told <= len(tokens) and row.all_told(told) == tokens[:told]

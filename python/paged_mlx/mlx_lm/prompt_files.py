@@ -5,14 +5,20 @@ A file holds the tokens of one sequence, not the pool: ``mlx_lm.models.cache`` r
 """
 
 import copy
+import hashlib
+import os
+import tempfile
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
 from paged_mlx.mlx_lm.cache import PagedKVCache
+from paged_mlx.mlx_lm.identity import array_digest
 from paged_mlx.mlx_lm.layout import CachePlace
+from paged_mlx.pages.tokens import pack_tokens, unpack_tokens
 
 
 def to_stock(prompt_cache: list) -> list:
@@ -58,13 +64,15 @@ def _skip_what_is_not_there(pairs) -> None:
     """Begin tables of windows with pages that are behind the window."""
     lens: dict = {}
     for cache, plain in pairs:
-        row = cache.rows[0]
-        if row.name not in lens:
-            size = row.table.page_size
-            row.first_token = int(plain.offset) - _num_held(plain)
-            row.table.skip(row.first_token // size * size, cache.group.allocator)
-            lens[row.name] = np.array([row.table.num_tokens], np.int32)
-        cache.lens = lens[row.name]
+        window, row = cache.group.window, cache.rows[0]
+        if window not in lens:
+            table = row.tables[window]
+            row.first_token[window] = int(plain.offset) - _num_held(plain)
+            table.skip(
+                row.first_token[window] // table.page_size * table.page_size, cache.group.allocator
+            )
+            lens[window] = np.array([table.num_tokens], np.int32)
+        cache.lens = lens[window]
 
 
 def _num_held(plain) -> int:
@@ -124,9 +132,11 @@ def _fill(cache, plain) -> None:
     row = cache.rows[0]
     step = cache._step(length - cache.offset)
     pool, i = cache.group.pool_of(cache.layer, k, v)
-    slots = row.table.slots(row.first_token, length)
+    window = cache.group.window
+    slots = row.tables[window].slots(row.first_token[window], length)
     pool.write(i, _one_sequence(k, pool), _one_sequence(v, pool), slots)
     step.served.add(cache.layer)
+    cache.group.passes.served(step)
     cache.step, cache.lens = step, step.ends
 
 
@@ -142,26 +152,66 @@ def _one_sequence(x: mx.array, pool) -> mx.array:
     return x[0].swapaxes(0, 1).astype(pool.dtype)
 
 
-def save(path: str, prompt_cache: list, metadata: dict[str, str]) -> None:
+# Metadata of files: the tokens, if they are known, which model K and V are of, and a checksum.
+TOKENS, MODEL, CHECKSUM = "paged_mlx_tokens", "paged_mlx_model", "paged_mlx_checksum"
+
+
+def save(path: str, prompt_cache: list, identity, tokens: list[int] | None, metadata) -> None:
     """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does: its tokens, not the pool.
+
+    It is written beside ``path`` and takes its place when it is whole.
 
     Raises:
         ValueError: It holds more than one sequence.
     """
-    stock.save_prompt_cache(path, to_stock(prompt_cache), metadata)
+    plain = to_stock(prompt_cache)
+    told = {MODEL: identity.digest}
+    if tokens:
+        told[TOKENS] = pack_tokens(tokens).hex()
+    told[CHECKSUM] = _checksum(plain, told)
+    folder, name = os.path.split(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as beside:
+        whole = os.path.join(beside, "cache.safetensors")
+        stock.save_prompt_cache(whole, plain, {**(metadata or {}), **told})
+        with open(whole, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(whole, path)
 
 
-def load(paged, path: str) -> tuple[list, dict]:
+def load(paged, path: str) -> tuple[list, dict, list[int]]:
     """Read a file of ``save``, or of mlx-lm's ``save_prompt_cache``, into pages.
 
     Returns:
-        The prompt cache and its metadata.
+        The prompt cache, its metadata and, if they are known, its tokens.
 
     Raises:
-        ValueError: The file is of another model, or of another kind.
+        ValueError: The file is damaged, of another model, or of another kind.
     """
-    prompt_cache, metadata = _read(path)
-    return from_stock(paged, prompt_cache), metadata
+    plain, metadata = _read(path)
+    told = {key: metadata.pop(key) for key in (TOKENS, MODEL, CHECKSUM) if key in metadata}
+    checksum = told.pop(CHECKSUM, None)
+    if (told or checksum) and checksum != _checksum(plain, told):
+        fail("load", "path must be a file as it was saved, but its checksum differs", repr(path))
+    prompt_cache = from_stock(paged, plain)
+    if told and told.get(MODEL) != paged.identity.digest:
+        must = (
+            "path must be a file of this model: of the same weights, adapters, configuration and "
+            "rank"
+        )
+        fail("load", must, f"{path!r} of another")
+    return prompt_cache, metadata, list(unpack_tokens(bytes.fromhex(told.get(TOKENS, ""))))
+
+
+def _checksum(plain: list, told: dict) -> str:
+    """Of all that a file holds: states, which classes they are of, tokens and the model."""
+    digest = hashlib.sha256(repr(sorted(told.items())).encode())
+    for name, value in tree_flatten([cache.state for cache in plain]):
+        if isinstance(value, mx.array):
+            digest.update(array_digest(name, value))
+        elif value is not None:
+            digest.update(f"{name} {value}".encode())
+    digest.update(repr([type(cache).__name__ for cache in plain]).encode())
+    return digest.hexdigest()
 
 
 def _read(path: str):

@@ -1,78 +1,67 @@
-"""Replacing parts of mlx-lm while models are enabled, and putting them back."""
+"""Attributes of other libraries that are replaced by name while a model is enabled.
+
+Others may replace the same attributes, before or after, and take theirs away in any order:
+ours calls what was there before, and when it is no longer wanted, and cannot be taken out
+because somebody has wrapped it, it passes everything on.
+"""
 
 import functools
-import inspect
-import logging
-import types
 
-log = logging.getLogger("paged_mlx")
-
-_replaced = []  # (owner, name, what was there)
-bodies = {}  # what functions with another body do, by their names
+SEAMS: list["Seam"] = []  # all there are, for the table in docs/mlx_lm.md
 
 
-def replace(owner, name: str, make) -> None:
-    """Put ``make(before)`` in the place of an attribute."""
-    before = getattr(owner, name)
-    _set(owner, name, functools.wraps(before)(make(before)))
+class Seam:
+    """One attribute of another library.
+
+    Args:
+        owner: A module or a class.
+        name: The attribute.
+        make: Makes ours from what was there before.
+        when: While what it is replaced.
+        does: What ours does.
+    """
+
+    def __init__(self, owner, name: str, make, when: str, does: str):
+        self.owner, self.name, self.when, self.does = owner, name, when, does
+        self._make = make
+        self._users = 0
+        self._ours = self._before = None
+        self._is_inherited = False
+        SEAMS.append(self)
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether anybody wants it."""
+        return self._users > 0
+
+    def install(self) -> None:
+        """Put ours in place, once however often it is asked for."""
+        self._users += 1
+        if self._users == 1:
+            self._is_inherited = self.name not in vars(self.owner)
+            self._before = before = getattr(self.owner, self.name)
+            self._ours = functools.wraps(before)(self._make(before))
+            setattr(self.owner, self.name, self._ours)
+
+    def uninstall(self) -> None:
+        """Undo one ``install``; the last takes ours away."""
+        self._users -= 1
+        if not self._users and vars(self.owner).get(self.name) is self._ours:
+            if self._is_inherited:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self._before)
+
+    def __str__(self):
+        if self.name == "__call__":
+            return "`__call__` of the model's class"
+        if isinstance(self.owner, type):
+            return f"`{self.owner.__module__}.{self.owner.__qualname__}.{self.name}`"
+        return f"`{self.owner.__name__}.{self.name}`"
 
 
-def replace_body(owner, name: str, make) -> None:
-    """Have a function do what ``make(before)`` does, under every name it was imported by."""
-    function = inspect.unwrap(getattr(owner, name))
-    if not isinstance(function, types.FunctionType) or function.__closure__:
-        log.warning("%s is not mlx-lm's, so it does not look for known prompts", name)
-        return
-    before = types.FunctionType(function.__code__, function.__globals__, name)
-    before.__defaults__, before.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    bodies[name] = make(before)
-    _set(function, "__defaults__", None)
-    _set(function, "__kwdefaults__", None)
-    _set(function, "__code__", _BODIES[name].__code__)
-
-
-def arguments(function, args, options) -> dict:
-    """All arguments of a call by their names, defaults too."""
-    call = inspect.signature(function).bind(*args, **options)
-    call.apply_defaults()
-    return call.arguments
-
-
-def put_back() -> None:
-    """Undo everything."""
-    while _replaced:
-        setattr(*_replaced.pop())
-    bodies.clear()
-
-
-def _set(owner, name: str, value) -> None:
-    _replaced.append((owner, name, getattr(owner, name)))
-    setattr(owner, name, value)
-
-
-# The new bodies run among another module's globals, and a body can close over nothing.
-
-
-def _generate_step(*args, **options):
-    from paged_mlx.mlx_lm.seams import bodies
-
-    return bodies["generate_step"](*args, **options)
-
-
-def _speculative_generate_step(*args, **options):
-    from paged_mlx.mlx_lm.seams import bodies
-
-    return bodies["speculative_generate_step"](*args, **options)
-
-
-def _save_prompt_cache(*args, **options):
-    from paged_mlx.mlx_lm.seams import bodies
-
-    return bodies["save_prompt_cache"](*args, **options)
-
-
-_BODIES = {
-    "generate_step": _generate_step,
-    "save_prompt_cache": _save_prompt_cache,
-    "speculative_generate_step": _speculative_generate_step,
-}
+def table() -> str:
+    """The seams as a table of docs/mlx_lm.md."""
+    rows = ["| `make_cache` of the model | a model is enabled | makes caches on pages |"]
+    rows += sorted({f"| {seam} | {seam.when} | {seam.does} |" for seam in SEAMS})
+    return "\n".join(["| replaced | while | ours |", "|---|---|---|", *rows])

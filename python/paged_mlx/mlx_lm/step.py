@@ -31,6 +31,7 @@ class Step:
         num_columns: Columns that it returns.
         route: What the attention hook has decided for the layers so far.
         plans: Attention plans by what they are for.
+        of_pass: The pass of the model that it is one group's part of.
     """
 
     def __init__(self, cache, num_tokens, counts, slots, packed, num_freed, longest, before):
@@ -42,7 +43,7 @@ class Step:
         self.served: set[int] = set()
         self.first_column = num_freed * group.page_size
         self.num_columns = longest + num_tokens - self.first_column
-        self.route = None
+        self.route = self.of_pass = None
         self.plans = {}
         self._window, self._page_size = group.window, group.page_size
         self._packed, self._num_freed = packed, num_freed

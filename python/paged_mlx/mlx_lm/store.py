@@ -1,0 +1,77 @@
+"""Prompt caches put aside: the store of mlx-lm's server, and one that knows what pages know."""
+
+from mlx_lm.models import cache as stock
+
+from paged_mlx.mlx_lm.prefixes import layers_of
+from paged_mlx.mlx_lm.seams import Seam
+
+
+def put_aside(tokens: list[int], prompt_cache: list) -> list[int]:
+    """Make a prompt cache ready to be filed, and return the tokens to file it under: those that
+    all of its caches hold.
+
+    mlx-lm's server files a speculative answer with its last token, which is in no cache if it was
+    not the draft's; a draft's cache may lack one more.
+    """
+    layers = list(layers_of(prompt_cache))
+    if not layers:
+        return tokens
+    counting = [cache for cache in prompt_cache if isinstance(getattr(cache, "offset", None), int)]
+    length = min([len(tokens), *(cache.offset for cache in counting)])
+    for cache in counting:
+        if cache.offset > length and cache.is_trimmable():
+            cache.trim(cache.offset - length)
+    for layer in layers:
+        layer.stored = True
+    return tokens[:length]
+
+
+def _insert_cache(before):
+    def insert_cache(self, model, tokens, prompt_cache, **options):
+        return before(self, model, put_aside(tokens, prompt_cache), prompt_cache, **options)
+
+    return insert_cache
+
+
+SEAMS = []  # older versions of mlx-lm keep the store elsewhere
+PromptStore = None
+if hasattr(stock, "LRUPromptCache"):
+    SEAMS.append(
+        Seam(
+            stock.LRUPromptCache,
+            "insert_cache",
+            _insert_cache,
+            "`prefix_cache=True`",
+            "files a cache under the tokens that it holds",
+        )
+    )
+
+    class PromptStore(stock.LRUPromptCache):
+        """The prompt store of ``mlx_lm.server`` for an enabled model: what it finds is the longest
+        beginning that is known, filed here or not, and counted as cached by the server.
+
+        ``ResponseGenerator(model_provider, PromptStore(paged))`` in place of mlx-lm's own.
+
+        Args:
+            paged: What ``enable`` returned.
+            max_size, max_bytes: Of the caches that are filed, as mlx-lm's.
+        """
+
+        def __init__(self, paged, max_size: int = 10, max_bytes: int = 1 << 63):
+            super().__init__(max_size, max_bytes)
+            self._paged = paged
+
+        def fetch_nearest_cache(self, model, tokens):
+            found, rest = super().fetch_nearest_cache(model, tokens)
+            held = len(tokens) - len(rest)
+            if found is not None and len(found) != len(self._paged.layout.places):
+                return found, rest  # with a draft's
+            if held < self._paged.known(tokens):
+                return self._paged.begin(tokens)
+            return found, rest
+
+        def insert_cache(self, model, tokens, prompt_cache, **options):
+            tokens = put_aside(tokens, prompt_cache)
+            super().insert_cache(model, tokens, prompt_cache, **options)
+            if len(prompt_cache) == len(self._paged.layout.places):
+                self._paged.remember(tokens, prompt_cache)
