@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from paged_mlx._native import check_versions
 
-check_versions(mx.__version__)
+check_versions(mx.__version__)  # type: ignore[attr-defined]
 
 from paged_mlx import fast  # noqa: E402
 from paged_mlx.attention import paged_attention  # noqa: E402
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from paged_mlx.errors import DoubleFree as DoubleFree
     from paged_mlx.errors import UnknownPage as UnknownPage
     from paged_mlx.errors import UseAfterFree as UseAfterFree
-    from paged_mlx.mlx_lm import enable, explain
+    from paged_mlx.mlx_lm import enable, explain  # type: ignore[no-redef]
     from paged_mlx.pages.append import Appended as Appended
     from paged_mlx.pages.block_table import BlockTable as BlockTable
     from paged_mlx.pages.block_table import PackedTables as PackedTables

@@ -1,9 +1,12 @@
 """The native module, or one clear sentence why it cannot be used."""
 
+from typing import Any
+
 import mlx.core as mx  # loads libmlx and registers mx.array first  # noqa: F401
 
+_ext: Any
 try:
-    from paged_mlx import _ext
+    from paged_mlx import _ext  # type: ignore[no-redef]
 except ImportError as error:
     # An undefined symbol: the installed libmlx has another ABI.
     _ext = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -101,7 +101,7 @@ class AttentionPlan:
             faster route.
     """
 
-    def __init__(self, native: _ext.NativePlan, geometry: Geometry, options: PlanOptions):
+    def __init__(self, native: Any, geometry: Geometry, options: PlanOptions):
         self._native = native
         self.geometry = geometry
         self.options = options

@@ -118,7 +118,7 @@ def environment() -> dict[str, str]:
     """What an issue must say: versions, machine, GPU."""
     about = {
         "paged_mlx": _version("paged_mlx"),
-        "mlx": mx.__version__,
+        "mlx": _version("mlx"),
         "python": platform.python_version(),
         "system": _system(),
         "cpu": f"{platform.machine()}, {_ext.num_threads()} threads, {_ext.isa()}",
@@ -126,7 +126,7 @@ def environment() -> dict[str, str]:
     }
     if mx.metal.is_available():
         gpu = mx.device_info()
-        memory = gpu.get("memory_size", 0) / 2**30
+        memory = int(gpu.get("memory_size", 0)) / 2**30
         about["gpu"] = (
             f"{gpu.get('device_name')}, {gpu.get('architecture')}, "
             f"{_ext.gpu_cores()} cores, {memory:.0f} GiB"

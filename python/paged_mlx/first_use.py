@@ -293,7 +293,7 @@ def _identity() -> str:
         Path(_ext.__file__).read_bytes()
     ).hexdigest()  # kernel text, launch code
     name = f"{gpu.get('device_name')} {gpu.get('architecture')}, macOS {platform.mac_ver()[0]}"
-    return f"{name}, mlx {mx.__version__}\n{native}"
+    return f"{name}, mlx {mx.__version__}\n{native}"  # type: ignore[attr-defined]
 
 
 guard_of_this_machine = Guard(_identity(), mx.gpu, mx.cpu) if mx.metal.is_available() else None

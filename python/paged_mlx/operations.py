@@ -7,7 +7,7 @@ of calls, whose arrays have one geometry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 import mlx.core as mx
@@ -74,7 +74,8 @@ def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Va
     head_dim, v_head_dim = q.shape[-1], v_pages.shape[3]
     gqa_factor = q.shape[1] // k_pages.shape[1]
     if work is None:
-        tokens, flags = _ANY_TOKENS, list(product((False, True), repeat=3))
+        tokens: Sequence[int] = _ANY_TOKENS
+        flags = list(product((False, True), repeat=3))
     else:
         tokens, flags = [n for n in work[0] if n], [work[1:]]
     rows = {_ext.attention_body(n * gqa_factor, head_dim, v_head_dim, q.dtype)[1] for n in tokens}

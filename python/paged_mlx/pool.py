@@ -261,9 +261,8 @@ class PagePool:
                 given back.
         """
         op = "plan"
-        if query_lens is not None:
-            query_lens = host_ints(op, "query_lens", query_lens).tolist()
-        packed = self._batch.update(tables, query_lens)
+        lens = None if query_lens is None else host_ints(op, "query_lens", query_lens).tolist()
+        packed = self._batch.update(tables, lens)
         kernels = runs_kernels(self.stream)
         kind, remembered = None, None
         if (
@@ -363,7 +362,7 @@ class PagePool:
         self._allocator = allocator
         self._plans.clear()
         if self._wants_canary:
-            self.canary = Canary(allocator, self.num_layers)
+            self.canary = Canary(allocator, self.num_layers)  # type: ignore[abstract]
 
     def copied(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Do ``copy`` with pairs that are known to be right, as an allocator's are."""
@@ -371,7 +370,7 @@ class PagePool:
         for arrays in self.state:
             flat += arrays
         copies = operations.copy_pages(
-            flat, mx.array(pairs, mx.int32), alias=True, stream=self.stream, known=self.known
+            flat, mx.array(list(pairs), mx.int32), alias=True, stream=self.stream, known=self.known
         )
         for arrays in self.state:
             arrays[:] = copies[: len(arrays)]
@@ -398,10 +397,10 @@ class PagePool:
         if _ext.is_tracer(newest) or _ext.is_stale(newest):
             return  # a page freed while a step is traced is freed once, not at every step
         size = self.page_size
-        slots = np.array(page_ids, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)
-        slots = mx.array(slots.ravel())
+        first = np.array(page_ids, np.int32)[:, None] * size
+        slots = mx.array((first + np.arange(size, dtype=np.int32)).ravel())
         k, v = (
-            mx.full((slots.size, self.num_kv_heads, head_dim), self.wipe_freed, self.dtype)
+            mx.full((slots.size, self.num_kv_heads, head_dim), self.wipe_freed or 0.0, self.dtype)
             for head_dim in (self.head_dim, self.v_head_dim)
         )
         for arrays in self.state:
@@ -443,17 +442,17 @@ class PagePool:
         Raises:
             AssertionError: They do not; the message says what.
         """
+        held = list(tables or ())
         mx.eval(self.state)
         self._storage.check(self.state)
         if self._allocator is not None:
             pages = self._allocator.total_pages
             assert pages <= self.num_pages, f"{pages} pages allocatable, {self.num_pages} in arrays"
-            tables = None if tables is None else list(tables)
-            self._allocator.check(tables, caches)
+            self._allocator.check(held if tables is not None else None, caches)
         if self.canary is not None:
             self.canary.check()
             for layer in range(self.num_layers):
-                self.canary.read(layer, tables or ())
+                self.canary.read(layer, held)
 
     def _plan(
         self,

@@ -24,7 +24,7 @@ def identity() -> str:
     )
     if mx.metal.is_available():
         machine += f", {mx.device_info().get('device_name')}, {_ext.gpu_cores()} cores"
-    return f"{machine}, {platform.system()} {platform.release()}, mlx {mx.__version__}"
+    return f"{machine}, {platform.system()} {platform.release()}, mlx {mx.__version__}"  # type: ignore[attr-defined]
 
 
 def remember(device: str, itemsize: int, measured: dict[str, int], directory: Path | None = None):

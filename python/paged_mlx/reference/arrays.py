@@ -109,7 +109,7 @@ def _mask(case: Call, rng):
     if case.mask is None:
         return None
     longest = max((c for _, c in case.sequences), default=0)
-    shape = (case.num_tokens, longest)
+    shape: tuple[int, ...] = (case.num_tokens, longest)
     if case.mask.endswith("per_head"):
         shape = (case.num_q_heads, *shape)
     hidden = rng.random(shape, np.float32) < case.mask_density

@@ -105,7 +105,8 @@ def _probed_tokens(query_len: int, most: int) -> list[int]:
 
 def _hay(case: Call, rng):
     """Background keys and values, and one orthogonal basis per KV head and prefix family."""
-    keys, values, bases = [], [], []
+    keys, values = [], []
+    bases: list[np.ndarray] = []
     for s, (_, context_len) in enumerate(case.sequences):
         shape = (context_len, case.num_kv_heads)
         keys.append(rng.standard_normal((*shape, case.head_dim), np.float32) / 2)

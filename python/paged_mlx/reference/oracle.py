@@ -56,18 +56,22 @@ def attention(
     """
     query_len, num_q_heads, head_dim = q.shape
     context_len, num_kv_heads, v_head_dim = v.shape
-    out = np.zeros((query_len, num_q_heads, v_head_dim), precision)
-    lse = np.full((query_len, num_q_heads), -np.inf, precision)
+    out: np.ndarray = np.zeros((query_len, num_q_heads, v_head_dim), precision)
+    lse: np.ndarray = np.full((query_len, num_q_heads), -np.inf, precision)
     if context_len == 0 or query_len == 0:
         return out, lse
     scale = head_dim**-0.5 if scale is None else scale
-    keys = np.moveaxis(np.asarray(k, precision), 0, 2)  # [num_kv_heads, head_dim, context]
-    values = np.moveaxis(np.asarray(v, precision), 0, 1)  # [num_kv_heads, context, v_head_dim]
+    keys: np.ndarray = np.moveaxis(
+        np.asarray(k, precision), 0, 2
+    )  # [num_kv_heads, head_dim, context]
+    values: np.ndarray = np.moveaxis(
+        np.asarray(v, precision), 0, 1
+    )  # [num_kv_heads, context, v_head_dim]
     step = max(1, _BLOCK // (context_len * num_q_heads))
     for begin in range(0, query_len, step):
         end = min(begin + step, query_len)
         positions = np.arange(context_len - query_len + begin, context_len - query_len + end)
-        rows = np.asarray(q[begin:end], precision)
+        rows: np.ndarray = np.asarray(q[begin:end], precision)
         with np.errstate(invalid="ignore"):  # a NaN in, a NaN out
             score = _scores(rows, keys, precision(scale))
             score = _modify(score, positions, softcap, alibi_slopes)
