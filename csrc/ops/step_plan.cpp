@@ -119,13 +119,13 @@ StepPlan::StepPlan(
 std::optional<StepPlan> StepPlan::advance(const StepArrays& step) const {
   const PlanInput next = input_of(step, geometry_);
   validate(next);
-  if (!same_pages(words(), notes_, next)) {
+  if (!can_advance(words(), notes_, next)) {
     return std::nullopt;
   }
   StepPlan plan = *this;
   plan.words_ = words_for(header().num_words);
   std::copy_n(words(), header().num_words, plan.words_.data<int32_t>());
-  move_plan(plan.words_.data<int32_t>(), plan.notes_, next);
+  advance_plan(plan.words_.data<int32_t>(), plan.notes_, next);
   return plan;
 }
 

@@ -38,7 +38,7 @@ bool same_entries(const PlanNotes& notes, const PlanInput& next, int s) {
   auto first = [&](int context_len) {
     return entry_of(next, s, window_begin(next, context_len - len));
   };
-  return len <= notes.tile_tokens && first(before) == first(after) &&
+  return len <= notes.item_tokens && first(before) == first(after) &&
       entry_of(next, s, before - 1) == entry_of(next, s, after - 1);
 }
 
@@ -121,7 +121,7 @@ bool sees_whole_prompts(const PlanInput& input) {
   return input.causal;
 }
 
-bool same_pages(const int32_t* words, const PlanNotes& notes, const PlanInput& next) {
+bool can_advance(const int32_t* words, const PlanNotes& notes, const PlanInput& next) {
   const PlanHeader& h = header_of(words);
   if (!same_geometry(h, notes, next) || h.num_tokens != next.num_tokens()) {
     return false;
@@ -140,7 +140,7 @@ bool same_pages(const int32_t* words, const PlanNotes& notes, const PlanInput& n
   return true;
 }
 
-void move_plan(int32_t* words, PlanNotes& notes, const PlanInput& next) {
+void advance_plan(int32_t* words, PlanNotes& notes, const PlanInput& next) {
   PlanHeader& h = *reinterpret_cast<PlanHeader*>(words);
   move_positions(words, h, next);
   move_keys(words, h, next);

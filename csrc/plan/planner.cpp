@@ -293,7 +293,7 @@ PlanNotes make_plan(
   if (input.cu_seqlens_q) {
     notes.cu_seqlens_q.assign(input.cu_seqlens_q, input.cu_seqlens_q + input.batch + 1);
   }
-  notes.tile_tokens = tile_tokens(input, target);
+  notes.item_tokens = item_tokens(input, target);
   notes.fresh_prompt = is_fresh_prompt(input, target.thresholds.sdpa_prompt);
   notes.measured = target.measured;
   return notes;

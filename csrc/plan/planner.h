@@ -75,7 +75,7 @@ struct PlanNotes {
   std::vector<int32_t> entry_begins; // for each item, its first entry in the page tables
   std::vector<int32_t> context_lens;
   std::vector<int32_t> cu_seqlens_q; // empty: one query token each
-  int tile_tokens = 1;               // most query tokens of one tile
+  int item_tokens = 1;               // most query tokens of one tile
   bool fresh_prompt = false; // whole contexts, for which MLX's attention is the faster route
   bool measured = false;     // by thresholds measured on this machine
 };
@@ -96,9 +96,9 @@ PlanNotes make_plan(
 
 // Whether the valid step `next` sees the same entries of the same pages as the
 // step that `words` and `notes` were made for: then only positions differ.
-bool same_pages(const int32_t* words, const PlanNotes& notes, const PlanInput& next);
+bool can_advance(const int32_t* words, const PlanNotes& notes, const PlanInput& next);
 
-// Moves the positions of a plan to those of `next`, for which same_pages holds.
-void move_plan(int32_t* words, PlanNotes& notes, const PlanInput& next);
+// Moves the positions of a plan to those of `next`, for which can_advance holds.
+void advance_plan(int32_t* words, PlanNotes& notes, const PlanInput& next);
 
 } // namespace paged_mlx

@@ -69,7 +69,7 @@ struct Segment {
 };
 
 // Most query tokens of one tile.
-inline int tile_tokens(const PlanInput& input, const PlanTarget& target) {
+inline int item_tokens(const PlanInput& input, const PlanTarget& target) {
   const int tokens = target.rows.wide / input.gqa_factor();
   return tokens > 1 ? tokens : 1;
 }

@@ -22,15 +22,15 @@ class Sharing {
       std::vector<SharingDecision>& decisions)
       : in_(input), target_(target), decisions_(decisions) {}
 
-  int tile_tokens() const {
-    return paged_mlx::tile_tokens(in_, target_);
+  int item_tokens() const {
+    return paged_mlx::item_tokens(in_, target_);
   }
 
   // The tiles of one sequence, each against the keys its tokens may see.
   void add_tiles(int b) {
     const int begin = in_.query_begin(b), len = in_.query_len(b);
-    for (int t = 0; t < len; t += tile_tokens()) {
-      add_own(b, begin + t, begin + std::min(len, t + tile_tokens()), 0);
+    for (int t = 0; t < len; t += item_tokens()) {
+      add_own(b, begin + t, begin + std::min(len, t + item_tokens()), 0);
     }
   }
 
@@ -178,7 +178,7 @@ class Sharing {
       // A row leaves one partial of what is shared and one of what follows.
       decision.cost_shared += own * target_.partial_cost[kind_of(own, target_.rows)];
     }
-    const int most = tile_tokens() * in_.gqa_factor();
+    const int most = item_tokens() * in_.gqa_factor();
     for (int left = rows; left > 0; left -= most) {
       const int together = std::min(left, most);
       const PlanKind kind = kind_of(together, target_.rows);
@@ -197,7 +197,7 @@ class Sharing {
     for (int b : group) {
       for (int t = 0; t < in_.query_len(b); t++) {
         segment.tokens.add(in_.query_begin(b) + t);
-        if (segment.tokens.size() == tile_tokens()) {
+        if (segment.tokens.size() == item_tokens()) {
           segments_.push_back(segment);
           segment.tokens.clear();
         }
@@ -253,7 +253,7 @@ std::vector<Segment> make_segments(
     if (len == 0) {
       continue;
     }
-    if (may_share && len <= sharing.tile_tokens() && input.context_lens[b] > 0) {
+    if (may_share && len <= sharing.item_tokens() && input.context_lens[b] > 0) {
       candidates.push_back(b);
       first = std::max(first, sharing.first_entry(b));
     } else {

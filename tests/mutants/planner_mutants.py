@@ -164,7 +164,7 @@ _FAULTS = {
         ),
         (
             "a tile's tokens begin again with the next",
-            "add_own(b, begin + t, begin + std::min(len, t + tile_tokens()), 0);",
+            "add_own(b, begin + t, begin + std::min(len, t + item_tokens()), 0);",
             "add_own(b, begin + t, begin + len, 0);",
             "two tiles",
         ),
