@@ -73,7 +73,7 @@ void bind_operations(nb::module_& m) {
       "v_pages"_a,
       "plan"_a,
       "scale"_a = nb::none(),
-      "softcap"_a = nb::none(),
+      "cap"_a = nb::none(),
       "alibi_slopes"_a = nb::none(),
       "sinks"_a = nb::none(),
       "mask"_a = nb::none(),

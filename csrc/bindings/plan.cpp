@@ -214,25 +214,6 @@ void bind_plan(nb::module_& m) {
       "page_size"_a,
       "Raise ValueError unless the tables cover the whole contexts; NO_PAGE is allowed.");
   m.def(
-      "check_plan",
-      [](const StepPlan& plan,
-         const mx::array& q,
-         const mx::array& k_pages,
-         const mx::array& v_pages,
-         const std::optional<mx::array>& mask) {
-        check_plan(
-            "paged_attention",
-            plan.words(),
-            plan.array().size(),
-            attention_geometry(q, k_pages, v_pages, mask));
-      },
-      "plan"_a,
-      "q"_a,
-      "k_pages"_a,
-      "v_pages"_a,
-      "mask"_a.none(),
-      "Raise ValueError unless the plan fits the arrays.");
-  m.def(
       "attention_geometry",
       [](const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
         const PlanGeometry g = attention_geometry(q, k_pages, v_pages);

@@ -199,9 +199,8 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
 PlanGeometry attention_geometry(
     const mx::array& q,
     const mx::array& k_pages,
-    const mx::array& v_pages,
-    const std::optional<mx::array>& mask) {
-  return geometry_of(check_arrays(q, k_pages, v_pages), mask);
+    const mx::array& v_pages) {
+  return geometry_of(check_arrays(q, k_pages, v_pages), std::nullopt);
 }
 
 std::vector<mx::array> paged_attention(
@@ -210,7 +209,7 @@ std::vector<mx::array> paged_attention(
     const mx::array& v_pages,
     const mx::array& plan,
     std::optional<float> scale,
-    std::optional<float> softcap,
+    std::optional<float> cap,
     const std::optional<mx::array>& alibi_slopes,
     const std::optional<mx::array>& sinks,
     const std::optional<mx::array>& mask,
@@ -221,9 +220,9 @@ std::vector<mx::array> paged_attention(
   AttentionOptions options;
   options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
   check_number(kOp, "scale", options.scale, false);
-  if (softcap) {
-    check_number(kOp, "softcap", *softcap, true);
-    options.softcap = *softcap;
+  if (cap) {
+    check_number(kOp, "softcap", *cap, true);
+    options.softcap = *cap;
   }
   std::vector<mx::array> inputs = {
       mx::contiguous(q, false, s), row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};

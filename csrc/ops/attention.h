@@ -17,13 +17,13 @@ namespace mx = mlx::core;
 PlanGeometry attention_geometry(
     const mx::array& q,
     const mx::array& k_pages,
-    const mx::array& v_pages,
-    const std::optional<mx::array>& mask = std::nullopt);
+    const mx::array& v_pages);
 
 // Inputs: q [tokens, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads,
 // page_size, head_dim], v_pages [num_pages, num_kv_heads, page_size,
-// v_head_dim], plan int32 [words]. Optional: alibi_slopes and sinks float
-// [num_q_heads], mask [num_q_heads or 1, tokens, keys].
+// v_head_dim], plan int32 [words]. Then the options, as AttentionOptions has them: scale is
+// 1 / sqrt(head_dim) unless given; alibi_slopes and sinks float [num_q_heads], mask
+// [num_q_heads or 1, tokens, keys]. Everything is checked here, once, the plan too.
 //
 // Returns {out [tokens, num_q_heads, v_head_dim], lse float32 [tokens,
 // num_q_heads], k_pages', v_pages'}: the primed pages share the buffers of the
@@ -34,7 +34,7 @@ std::vector<mx::array> paged_attention(
     const mx::array& v_pages,
     const mx::array& plan,
     std::optional<float> scale,
-    std::optional<float> softcap,
+    std::optional<float> cap,
     const std::optional<mx::array>& alibi_slopes,
     const std::optional<mx::array>& sinks,
     const std::optional<mx::array>& mask,

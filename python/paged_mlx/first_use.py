@@ -21,7 +21,7 @@ import numpy as np
 
 from paged_mlx._native import _ext
 from paged_mlx.machine_cache import cache_directory, machine_file, read_dict, write_dict
-from paged_mlx.options import OptionKinds
+from paged_mlx.options import AttentionOptions, OptionKinds
 from paged_mlx.reference import moves
 from paged_mlx.reference.case import Case, with_options
 from paged_mlx.reference.dtypes import decode
@@ -187,10 +187,10 @@ def _prove_attention(case: Case, variant: Variant, stream) -> bool:
         kernels=True,
     )
     arrays = [_to_mlx(a, case.dtype) for a in (problem.q, problem.k_pages, problem.v_pages)]
-    options = {
-        n: mx.array(a) if isinstance(a, np.ndarray) else a for n, a in problem.scoring.items()
-    }
-    out, lse, *_ = _ext.paged_attention(*arrays, plan.array(), **options, stream=stream)
+    options = AttentionOptions(
+        **{n: mx.array(a) if isinstance(a, np.ndarray) else a for n, a in problem.scoring.items()}
+    )
+    out, lse, *_ = _ext.paged_attention(*arrays, plan.array(), *options, stream=stream)
     return _finds_its_pages(problem.judge(decode(_from_mlx(out), case.dtype), np.array(lse)))
 
 

@@ -24,8 +24,8 @@ _FAULTS = {
         ),
         (
             "the merge has no sinks bound",
-            "  if (call.options.sinks) {\n    encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);\n  }\n  const size_t rows",
-            "  const size_t rows",
+            "  if (call.options.sinks) {\n    encoder.set_input(PAGED_MLX_BUFFER_SINKS, call.sinks);\n  }\n  encoder.dispatch({size_t(plan",
+            "  encoder.dispatch({size_t(plan",
             "merge, sinks",
         ),
         (
