@@ -12,7 +12,7 @@ enum class MaskKind { none, boolean, additive };
 
 struct AttentionOptions {
   float scale = 1;
-  float softcap = 0; // 0: none; score = softcap * tanh(score / softcap)
+  float softcap = 0;  // 0: none; score = softcap * tanh(score / softcap)
   bool alibi = false; // adds slope * (key - query position)
   bool sinks = false; // per query head a logit that takes weight and gives no value
   MaskKind mask = MaskKind::none;

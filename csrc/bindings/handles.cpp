@@ -55,21 +55,21 @@ SharedTables make_tables(
     const std::optional<Table>& page_starts,
     const std::optional<Table>& page_lens) {
   auto optional = [](const auto& ints) { return ints ? ints->data() : nullptr; };
-  return {make_fetch_tables({
-      int(block_tables.shape(0)),
-      int(block_tables.shape(1)),
-      block_tables.data(),
-      int(starts.size()),
-      starts.data(),
-      optional(counts),
-      num_tokens,
-      written,
-      num_freed,
-      page_size,
-      length,
-      skip,
-      optional(page_starts),
-      optional(page_lens)})};
+  return {make_fetch_tables(
+      {int(block_tables.shape(0)),
+       int(block_tables.shape(1)),
+       block_tables.data(),
+       int(starts.size()),
+       starts.data(),
+       optional(counts),
+       num_tokens,
+       written,
+       num_freed,
+       page_size,
+       length,
+       skip,
+       optional(page_starts),
+       optional(page_lens)})};
 }
 
 // The same K or V. In float32 it stands for the pages still, since nothing is lost.

@@ -26,8 +26,8 @@ namespace {
 nb::dict dispatch_dict(const metal::HostDispatch& dispatch) {
   nb::dict constants, buffers, bytes, d;
   for (const auto& constant : dispatch.variant.constants) {
-    constants[nb::int_(constant.id)] =
-        constant.is_bool ? nb::object(nb::bool_(constant.value != 0)) : nb::object(nb::int_(constant.value));
+    constants[nb::int_(constant.id)] = constant.is_bool ? nb::object(nb::bool_(constant.value != 0))
+                                                        : nb::object(nb::int_(constant.value));
   }
   for (const auto& [index, buffer] : dispatch.buffers) {
     buffers[nb::int_(index)] =
@@ -102,9 +102,10 @@ void bind_operations(nb::module_& m) {
       "(k_pages', v_pages') with new tokens in their slots.");
   m.def(
       "copy_pages",
-      [](const std::vector<mx::array>& pools, const mx::array& pairs, bool alias, mx::StreamOrDevice s) {
-        return copy_pages(pools, pairs, write_mode(alias), s);
-      },
+      [](const std::vector<mx::array>& pools,
+         const mx::array& pairs,
+         bool alias,
+         mx::StreamOrDevice s) { return copy_pages(pools, pairs, write_mode(alias), s); },
       "pools"_a,
       "pairs"_a,
       nb::kw_only(),
@@ -227,7 +228,8 @@ void bind_diagnostics(nb::module_& m) {
       "head_dim"_a,
       "v_head_dim"_a,
       "dtype"_a,
-      "(kernel, rows) of the Metal body that attends a GPU's items of at most `rows` rows per KV head.");
+      "(kernel, rows) of the Metal body that attends a GPU's items of at most `rows` rows per KV "
+      "head.");
   m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU backend.");
   m.def("isa_names", &cpu::isa_names, "Instruction sets that this machine runs, the best last.");

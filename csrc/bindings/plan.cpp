@@ -55,7 +55,9 @@ StepArrays step_of(
 
 nb::dict header_dict(const PlanHeader& h) {
 #define PAGED_MLX_COUNT(name) +1
-  static_assert(sizeof(PlanHeader) == sizeof(int) * (1 + kNumPlanKinds PAGED_MLX_PLAN_FIELDS(PAGED_MLX_COUNT)));
+  static_assert(
+      sizeof(PlanHeader) ==
+      sizeof(int) * (1 + kNumPlanKinds PAGED_MLX_PLAN_FIELDS(PAGED_MLX_COUNT)));
 #undef PAGED_MLX_COUNT
   nb::dict d;
   d["num_items"] = nb::make_tuple(h.num_items[0], h.num_items[1], h.num_items[2]);

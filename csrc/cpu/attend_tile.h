@@ -126,9 +126,8 @@ void locate_ahead(
     const Walk& walk, const Span& span, int index, int first, int64_t (&rows)[kBlockQuads]) {
   const int64_t row = walk.row_ahead(index, first);
   for (int i = 0; i < kBlockQuads; i++) {
-    rows[i] = walk.one_page()
-        ? row + i * kQuad
-        : walk.row_ahead(index, min_int(first + i * kQuad, span.keys - 1));
+    rows[i] = walk.one_page() ? row + i * kQuad
+                              : walk.row_ahead(index, min_int(first + i * kQuad, span.keys - 1));
   }
 }
 
@@ -212,8 +211,7 @@ void start_states(const TilePass& pass, Scratch& scratch, State* states) {
     memset(state.sums, 0, sizeof(float) * pass.num_rows * kLanes);
     for (int r = 0; r < pass.num_rows; r++) {
       const Row& row = pass.rows[r];
-      const int64_t at =
-          int64_t(row.token) * job.num_q_heads + row.head + h * job.gqa_factor;
+      const int64_t at = int64_t(row.token) * job.num_q_heads + row.head + h * job.gqa_factor;
       DotProduct<X>::pack_row(
           static_cast<const T*>(job.q) + at * job.head_dim,
           job.head_dim,
@@ -281,8 +279,7 @@ void attend_tile(const Job& job, int index, char* memory) {
     for (int r = 0; r < count; r++) {
       rows[r] = make_row(job, item, 0, first + r);
     }
-    attend_pass<X>(
-        {job, item, rows, count, padded(job.head_dim), padded(job.v_head_dim)}, scratch);
+    attend_pass<X>({job, item, rows, count, padded(job.head_dim), padded(job.v_head_dim)}, scratch);
   }
 }
 

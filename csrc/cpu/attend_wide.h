@@ -66,9 +66,7 @@ void pack_queries(const Pass& pass, float* wide_rows) {
     }
     const size_t panel = r / Pass::kPanel;
     transpose_in<Pass::kPanel>(
-        rows,
-        pass.words,
-        pass.q + panel * pass.words * Pass::kPanel + r % Pass::kPanel);
+        rows, pass.words, pass.q + panel * pass.words * Pass::kPanel + r % Pass::kPanel);
   }
 }
 
@@ -133,8 +131,8 @@ size_t wide_scratch_bytes(const Job& job) {
   const size_t dims = padded(job.head_dim) + padded(job.v_head_dim);
   const size_t row = dims * sizeof(float) + sizeof(Row) + 4 * sizeof(float);
   const size_t tile = tile_floats(padded(job.head_dim), padded(job.v_head_dim));
-  return (wide_rows(job) + kMaxPanel) * row +
-      (2 * tile + kTileKeys * kMaxPanel) * sizeof(float) + 16 * 64;
+  return (wide_rows(job) + kMaxPanel) * row + (2 * tile + kTileKeys * kMaxPanel) * sizeof(float) +
+      16 * 64;
 }
 
 template <typename X, int kVecs>

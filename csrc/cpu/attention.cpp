@@ -157,8 +157,8 @@ void place_partials(Job& job, Workspace& workspace) {
   if (states == 0) {
     return;
   }
-  auto* const at = reinterpret_cast<float*>(
-      workspace.get(states * (job.partial_stride + 2) * sizeof(float)));
+  auto* const at =
+      reinterpret_cast<float*>(workspace.get(states * (job.partial_stride + 2) * sizeof(float)));
   job.partial_acc = at;
   job.partial_max = at + states * job.partial_stride;
   job.partial_sum = job.partial_max + states;
@@ -183,9 +183,8 @@ void attend(const AttentionArgs& args) {
     static_cast<Call*>(context)->attend(i);
   });
   const int merge_units = (plan.num_merges + kMergesPerUnit - 1) / kMergesPerUnit;
-  call.run(merge_units, threads, [](void* context, int i) {
-    static_cast<Call*>(context)->merge(i);
-  });
+  call.run(
+      merge_units, threads, [](void* context, int i) { static_cast<Call*>(context)->merge(i); });
 }
 
 void set_num_threads(int n) {

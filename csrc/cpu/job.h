@@ -46,9 +46,9 @@ struct Job {
   const float* alibi_slopes; // null: none
   const float* sinks;        // null: none
   const Mask* mask;          // null: none
-  bool plain;       // a score is scale * dot, nothing else, and scale > 0
-  float score_unit; // kernels keep scores, and their maxima, in units of this:
-                    // scale when plain, so that they need not multiply; else 1
+  bool plain;                // a score is scale * dot, nothing else, and scale > 0
+  float score_unit;          // kernels keep scores, and their maxima, in units of this:
+                             // scale when plain, so that they need not multiply; else 1
 
   bool prefetch_next_item; // the caller will run item i + 1 after item i
 
@@ -60,7 +60,7 @@ struct Job {
 };
 
 constexpr int kMaxHeadDim = 512; // of K and of V
-constexpr int kNumDTypes = 3; // indexed by DType
+constexpr int kNumDTypes = 3;    // indexed by DType
 
 // What a translation unit for one instruction set exports. `scratch` belongs to
 // the calling thread, is aligned to 64 bytes and holds scratch_bytes(job).

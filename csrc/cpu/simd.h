@@ -297,8 +297,7 @@ struct Float16 {
 #else
   // The exponent is moved by a multiplication, which also normalises.
   static PAGED_MLX_INLINE Vec load1(const T* p) {
-    const VecU h =
-        (VecU)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const VecU h = (VecU)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     const Vec scaled = (Vec)((h & 0x7fffu) << 13) * splat(0x1p112f);
     const VecU special = (VecU)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     return (Vec)((VecU)scaled | special | ((h & 0x8000u) << 16));

@@ -74,7 +74,9 @@ class Pool {
     job_++;
     state_.store((job_ << 32) | kOpen | (uint64_t(seats) << 16));
     if (sleepers_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_); }
+      {
+        std::lock_guard<std::mutex> lock(sleep_);
+      }
       seats == 1 ? wake_.notify_one() : wake_.notify_all();
     }
   }

@@ -184,11 +184,9 @@ __attribute__((noinline)) void attend_block(
         }
       });
   if (hides) {
-    add_seen_values<X, kRows>(
-        values, block, job.v_head_dim, seen, scores, acc, pass.acc_stride);
+    add_seen_values<X, kRows>(values, block, job.v_head_dim, seen, scores, acc, pass.acc_stride);
   } else {
-    add_values<X, kRows, kAhead>(
-        values, block, job.v_head_dim, scores, acc, pass.acc_stride);
+    add_values<X, kRows, kAhead>(values, block, job.v_head_dim, scores, acc, pass.acc_stride);
   }
 }
 
@@ -203,17 +201,13 @@ void attend_group(
     const Ahead& ahead) {
   switch (min_int(kRowGroup, pass.num_rows - first_row)) {
     case 1:
-      return attend_block<X, 1, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead);
+      return attend_block<X, 1, kAhead>(pass, block, state, first_row, kv_head, head_row, ahead);
     case 2:
-      return attend_block<X, 2, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead);
+      return attend_block<X, 2, kAhead>(pass, block, state, first_row, kv_head, head_row, ahead);
     case 3:
-      return attend_block<X, 3, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead);
+      return attend_block<X, 3, kAhead>(pass, block, state, first_row, kv_head, head_row, ahead);
     default:
-      return attend_block<X, 4, kAhead>(
-          pass, block, state, first_row, kv_head, head_row, ahead);
+      return attend_block<X, 4, kAhead>(pass, block, state, first_row, kv_head, head_row, ahead);
   }
 }
 

@@ -21,8 +21,8 @@ struct Block {
   int position; // of key 0
   int low;
   int high;
-  bool seen_by_all; // all 16 keys, by every row of the group
-  bool seen_alike;  // [low, high) by every row of the group, but for a mask
+  bool seen_by_all;         // all 16 keys, by every row of the group
+  bool seen_alike;          // [low, high) by every row of the group, but for a mask
   int64_t rows[kBlockKeys]; // those outside [low, high) repeat the nearest inside
   // What to prefetch meanwhile, a row per quad of keys: from memory, and of the next block.
   int64_t far[kBlockQuads];

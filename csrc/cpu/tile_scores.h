@@ -38,9 +38,8 @@ PAGED_MLX_INLINE void dot_products(
       Dot::add(q + r * q_stride + d, k, dots[r]);
     }
   };
-  auto whole = [](const typename X::T* p) __attribute__((always_inline)) {
-    return Dot::load_key(p);
-  };
+  auto whole = [](const typename X::T* p)
+                   __attribute__((always_inline)) { return Dot::load_key(p); };
   int d = 0;
   if constexpr (kAhead) {
     for (; d < ahead_in_step(dim); d += kPair) {

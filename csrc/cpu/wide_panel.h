@@ -33,13 +33,13 @@ struct WidePass {
   int v_dim; // padded v_head_dim
   int num_panels;
 
-  Row* rows;     // [panels * kPanel]; lanes without a row see nothing
-  float* q;      // [panel, words, kPanel]
-  float* acc;    // [panel, v_dim, kPanel]
-  float* most;   // [panel, kPanel]
-  float* sums;   // [panel, kPanel]
+  Row* rows;   // [panels * kPanel]; lanes without a row see nothing
+  float* q;    // [panel, words, kPanel]
+  float* acc;  // [panel, v_dim, kPanel]
+  float* most; // [panel, kPanel]
+  float* sums; // [panel, kPanel]
   Tile tiles[2];
-  float* scores; // [kTileKeys, kPanel]
+  float* scores;   // [kTileKeys, kPanel]
   int32_t* begins; // [panel, kPanel]
   int32_t* ends;   // [panel, kPanel]
 };
@@ -234,7 +234,8 @@ __attribute__((noinline)) void add_seen_values(
     for (int x = 0; x < kPanelVecs; x++) {
       Vec sum = {};
       for (int j = 0; j < count; j++) {
-        const Vec value = select(seen.lanes[j][x], splat(values[j * tile_v_stride(v_dim) + d]), Vec{});
+        const Vec value =
+            select(seen.lanes[j][x], splat(values[j * tile_v_stride(v_dim) + d]), Vec{});
         sum = fma(value, load(weights + j * kPanel + x * kLanes), sum);
       }
       float* const at = acc + d * kPanel + x * kLanes;
@@ -262,7 +263,12 @@ struct Dims {
 // A tile of keys against the rows of one panel; the loader fills the next tile meanwhile.
 template <typename X, typename Pass>
 void attend_panel(
-    const Pass& pass, int panel, int position, KeyRange held, const Tile& tile, TileLoader<X>& next) {
+    const Pass& pass,
+    int panel,
+    int position,
+    KeyRange held,
+    const Tile& tile,
+    TileLoader<X>& next) {
   const KeyRange seen = seen_by(pass, panel * Pass::kPanel, Pass::kPanel);
   const KeyRange keys = {max_int(held.begin, seen.begin), min_int(held.end, seen.end)};
   if (keys.begin >= keys.end) {
@@ -309,8 +315,7 @@ void attend_panel(
   float* const acc = pass.acc + size_t(panel) * pass.v_dim * Pass::kPanel;
   auto add_dims = [&](int d, auto dims) __attribute__((always_inline)) {
     add_values<Pass::kPanelVecs, decltype(dims)::count>(
-        weights, values + d, high - low, v_stride, shrink,
-        acc + size_t(d) * Pass::kPanel);
+        weights, values + d, high - low, v_stride, shrink, acc + size_t(d) * Pass::kPanel);
     next.advance(++done, pass.num_panels * steps);
   };
   if (apart) {

@@ -32,7 +32,8 @@ ShapeCheck check_arrays(const mx::array& q, const mx::array& k_pages, const mx::
 mx::array normal_mask(const mx::array& mask, const ShapeCheck& shape, mx::Stream s) {
   const int tokens = shape.at("tokens"), heads = shape.at("num_q_heads");
   const bool ok = (mask.ndim() == 2 && mask.shape(0) == tokens) ||
-      (mask.ndim() == 3 && mask.shape(1) == tokens && (mask.shape(0) == 1 || mask.shape(0) == heads));
+      (mask.ndim() == 3 && mask.shape(1) == tokens &&
+       (mask.shape(0) == 1 || mask.shape(0) == heads));
   if (!ok) {
     fail(
         kOp,
@@ -187,7 +188,9 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
   run_on_cpu(
       inputs,
       outputs,
-      [args = cpu_args(inputs, outputs), geometry = geometry(inputs), words = inputs[kPlan].size()]() {
+      [args = cpu_args(inputs, outputs),
+       geometry = geometry(inputs),
+       words = inputs[kPlan].size()]() {
         check_plan(kOp, args.plan, words, geometry);
         cpu::attend(args);
       });
@@ -195,11 +198,8 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
 
 } // namespace
 
-
 PlanGeometry attention_geometry(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages) {
+    const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
   return geometry_of(check_arrays(q, k_pages, v_pages), std::nullopt);
 }
 

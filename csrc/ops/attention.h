@@ -15,9 +15,7 @@ namespace mx = mlx::core;
 
 // Checks shapes and dtypes. Throws std::invalid_argument in the one message form.
 PlanGeometry attention_geometry(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages);
+    const mx::array& q, const mx::array& k_pages, const mx::array& v_pages);
 
 // Inputs: q [tokens, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads,
 // page_size, head_dim], v_pages [num_pages, num_kv_heads, page_size,

@@ -102,11 +102,7 @@ void check_number(const char* op, const char* name, float value, bool positive) 
 }
 
 mx::array per_head(
-    const char* op,
-    const char* name,
-    const mx::array& a,
-    ShapeCheck& shape,
-    mx::Stream s) {
+    const char* op, const char* name, const mx::array& a, ShapeCheck& shape, mx::Stream s) {
   shape(name, a, {"num_q_heads"});
   check_float(op, name, a);
   return mx::contiguous(mx::astype(a, mx::float32, s), false, s);

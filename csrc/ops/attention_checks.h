@@ -25,7 +25,8 @@ void check_pages(
     const mx::array& v_pages);
 
 // The words of a plan.
-void check_plan(const char* op, const int32_t* words, size_t num_words, const PlanGeometry& geometry);
+void check_plan(
+    const char* op, const int32_t* words, size_t num_words, const PlanGeometry& geometry);
 
 // A plan's array: its words too, unless they are known only when it is evaluated.
 void check_plan(const char* op, const mx::array& plan, const PlanGeometry& geometry);
@@ -34,10 +35,6 @@ void check_number(const char* op, const char* name, float value, bool positive);
 
 // One value per query head, as float32.
 mx::array per_head(
-    const char* op,
-    const char* name,
-    const mx::array& a,
-    ShapeCheck& shape,
-    mx::Stream s);
+    const char* op, const char* name, const mx::array& a, ShapeCheck& shape, mx::Stream s);
 
 } // namespace paged_mlx

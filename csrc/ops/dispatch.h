@@ -48,11 +48,7 @@ void dispatch_on_gpu(
 #else
 template <typename Launch>
 void dispatch_on_gpu(
-    const char* op,
-    mx::Stream,
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&,
-    Launch) {
+    const char* op, mx::Stream, const std::vector<mx::array>&, std::vector<mx::array>&, Launch) {
   throw std::runtime_error(
       std::string("[") + op + "] this build has no GPU backend: use stream=mx.cpu.");
 }

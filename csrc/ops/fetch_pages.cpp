@@ -85,7 +85,8 @@ FetchedPages fetch_pages(
     if (tokens) {
       stored = for_kernels(mx::astype(*tokens, pages.dtype(), s), s);
     }
-    return std::make_shared<GatherHandle>(s, tables, has_read, row_contiguous(pages, s), std::move(stored));
+    return std::make_shared<GatherHandle>(
+        s, tables, has_read, row_contiguous(pages, s), std::move(stored));
   };
   const auto k_node = node(k_pages, k), v_node = node(v_pages, v);
   return {
@@ -105,7 +106,10 @@ mx::array GatherHandle::make(const std::shared_ptr<GatherHandle>& node) {
     inputs.push_back(*node->tokens_);
   }
   return mx::array(
-      {t.batch, pages.shape(1), t.length - t.skip, pages.shape(3)}, pages.dtype(), node, std::move(inputs));
+      {t.batch, pages.shape(1), t.length - t.skip, pages.shape(3)},
+      pages.dtype(),
+      node,
+      std::move(inputs));
 }
 
 const mx::array& GatherHandle::replace() {
@@ -243,8 +247,9 @@ void Fetches::add(int layer, Fetch fetch) {
 }
 
 bool Fetches::read_pages() const {
-  return std::any_of(
-      fetches_.begin(), fetches_.end(), [](const auto& entry) { return entry.second.reads_pages(); });
+  return std::any_of(fetches_.begin(), fetches_.end(), [](const auto& entry) {
+    return entry.second.reads_pages();
+  });
 }
 
 bool Fetches::are_alive() const {

@@ -123,10 +123,7 @@ std::vector<mx::array> gather_pages(
   auto primitive = std::make_shared<GatherPages>(s, length);
   auto shapes = primitive->output_shapes(inputs);
   return mx::array::make_arrays(
-      std::move(shapes),
-      std::vector<mx::Dtype>(4, k_pages.dtype()),
-      primitive,
-      std::move(inputs));
+      std::move(shapes), std::vector<mx::Dtype>(4, k_pages.dtype()), primitive, std::move(inputs));
 }
 
 } // namespace paged_mlx

@@ -53,15 +53,16 @@ auto merge_launch(const Arrays& inputs, const Arrays& outputs) {
   call.dtype = cpu_dtype(outputs[0].dtype());
   call.rows = outputs[1].size();
   call.dim = outputs[0].shape(2);
-  return [call, count = int(inputs.size() / 2)](metal::Encoder& encoder, auto in, auto out) mutable {
-    for (int i = 0; i < count; i++) {
-      call.outs.push_back(in(i));
-      call.lses.push_back(in(count + i));
-    }
-    call.out = out(0);
-    call.lse = out(1);
-    metal::merge_states(encoder, call);
-  };
+  return
+      [call, count = int(inputs.size() / 2)](metal::Encoder& encoder, auto in, auto out) mutable {
+        for (int i = 0; i < count; i++) {
+          call.outs.push_back(in(i));
+          call.lses.push_back(in(count + i));
+        }
+        call.out = out(0);
+        call.lse = out(1);
+        metal::merge_states(encoder, call);
+      };
 }
 
 class MergeStates : public PagesPrimitive {
@@ -122,9 +123,7 @@ class MergeStates : public PagesPrimitive {
 } // namespace
 
 std::vector<mx::array> merge_states(
-    const std::vector<mx::array>& outs,
-    const std::vector<mx::array>& lses,
-    mx::StreamOrDevice s_) {
+    const std::vector<mx::array>& outs, const std::vector<mx::array>& lses, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   if (outs.empty() || outs.size() != lses.size()) {
     fail(

@@ -26,7 +26,10 @@ inline int row_bytes(const mx::array& pages) {
 class SlotWriter {
  public:
   SlotWriter(const mx::array& tokens, mx::array& pages)
-      : tokens_(tokens), pages_(pages.data<char>()), num_pages_(pages.shape(0)), page_size_(pages.shape(2)) {}
+      : tokens_(tokens),
+        pages_(pages.data<char>()),
+        num_pages_(pages.shape(0)),
+        page_size_(pages.shape(2)) {}
 
   int64_t num_tokens() const {
     return tokens_.num_tokens();
@@ -46,10 +49,7 @@ class SlotWriter {
 // Writes all tokens of every writer to slots[token]; below 0 skips a token. A slot that the
 // pages do not have is refused: `op` and `name` say whose argument it is.
 void write_slots(
-    const char* op,
-    const char* name,
-    const std::vector<SlotWriter>& writers,
-    const int32_t* slots);
+    const char* op, const char* name, const std::vector<SlotWriter>& writers, const int32_t* slots);
 
 // Sequences made contiguous: what lies in pages is copied, the rest is 0.
 struct PageGather {

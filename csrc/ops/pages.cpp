@@ -52,11 +52,7 @@ BufferCopy copy_of(const mx::array& in, mx::array& out, bool needed) {
 }
 
 // For each output, whether the input that is its old version must be copied.
-std::vector<bool> reuse(
-    const Arrays& inputs,
-    size_t first,
-    Arrays& outputs,
-    WriteMode mode) {
+std::vector<bool> reuse(const Arrays& inputs, size_t first, Arrays& outputs, WriteMode mode) {
   std::vector<bool> copies;
   for (size_t i = 0; i < outputs.size(); i++) {
     copies.push_back(needs_copy(inputs[first + i], outputs[i], mode));
@@ -87,10 +83,7 @@ std::vector<int64_t> sizes_of(const std::vector<mx::array>& arrays) {
   return bytes;
 }
 
-auto write_launch(
-    const Arrays& inputs,
-    const Arrays& outputs,
-    std::vector<bool> copies) {
+auto write_launch(const Arrays& inputs, const Arrays& outputs, std::vector<bool> copies) {
   const int n = int(outputs.size());
   const auto& pages = inputs[n];
   metal::WritePagesCall call{};
@@ -158,10 +151,7 @@ int64_t page_bytes(const mx::array& pages) {
   return pages.nbytes() / std::max(1, pages.shape(0));
 }
 
-auto copy_launch(
-    const Arrays& inputs,
-    const Arrays& outputs,
-    std::vector<bool> copies) {
+auto copy_launch(const Arrays& inputs, const Arrays& outputs, std::vector<bool> copies) {
   metal::CopyPagesCall call{};
   for (const auto& pool : outputs) {
     call.page_bytes.push_back(page_bytes(pool));

@@ -39,10 +39,7 @@ std::vector<mx::Shape> partial_shapes(const Part& part, int num_q_heads, int v_h
 // make(part, inputs) makes a node's outputs.
 template <typename Make>
 std::vector<mx::array> chain(
-    const std::vector<Part>& parts,
-    const std::vector<mx::array>& inputs,
-    size_t next,
-    Make make) {
+    const std::vector<Part>& parts, const std::vector<mx::array>& inputs, size_t next, Make make) {
   std::vector<mx::array> made = make(parts.front(), inputs);
   for (size_t p = 1; p < parts.size(); p++) {
     std::vector<mx::array> handed_on = inputs;

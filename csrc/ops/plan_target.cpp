@@ -28,8 +28,9 @@ PlanTarget kernels_target(const TargetOptions& options, int itemsize) {
 
 PlanTarget target_of(const TargetOptions& options) {
   const int itemsize = options.dtype == cpu::DType::float32 ? 4 : 2;
-  PlanTarget target = options.kernels ? kernels_target(options, itemsize)
-                                      : cpu_target(cpu::num_threads(), itemsize, cpu::kernels().lanes);
+  PlanTarget target = options.kernels
+      ? kernels_target(options, itemsize)
+      : cpu_target(cpu::num_threads(), itemsize, cpu::kernels().lanes);
   if (options.workers > 0) {
     target.workers = options.workers;
     target.least_workers = std::min(target.least_workers, target.workers);

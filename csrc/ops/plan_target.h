@@ -7,9 +7,9 @@
 namespace paged_mlx {
 
 struct TargetOptions {
-  bool kernels;    // Metal kernels run it: on the GPU, or on the host
-  int workers;     // items that run at the same time; 0: as the device has
-  int cores;       // of the GPU; 0: as it has
+  bool kernels; // Metal kernels run it: on the GPU, or on the host
+  int workers;  // items that run at the same time; 0: as the device has
+  int cores;    // of the GPU; 0: as it has
   cpu::DType dtype;
   int head_dim, v_head_dim;
 };

@@ -32,7 +32,8 @@ void check(const std::string& op, const char* name, const HostInts& ints, Dims d
     if (size >= 0 && found != size) {
       fail(
           op,
-          std::string(name) + " must match " + dim + " = " + std::to_string(size) + " of block_tables",
+          std::string(name) + " must match " + dim + " = " + std::to_string(size) +
+              " of block_tables",
           std::to_string(found));
     }
   }

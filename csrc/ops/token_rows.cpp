@@ -24,12 +24,14 @@ void check_tokens(
   if (k.shape(0) != batch || k.shape(2) != tokens) {
     fail(
         op,
-        "k must have " + std::to_string(tokens) + " tokens of " + std::to_string(batch) + " sequences",
+        "k must have " + std::to_string(tokens) + " tokens of " + std::to_string(batch) +
+            " sequences",
         shape_string(k));
   }
 }
 
-void check_not_traced(const char* op, const char* name, const mx::array& x, const mx::array& pages) {
+void check_not_traced(
+    const char* op, const char* name, const mx::array& x, const mx::array& pages) {
   if (x.is_tracer() && !pages.is_tracer()) {
     fail(
         op,

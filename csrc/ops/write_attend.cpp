@@ -26,7 +26,12 @@ int num_tokens(const mx::array& q) {
 
 PlanGeometry geometry_of(const mx::array& q, const mx::array& k_pages) {
   return {
-      num_tokens(q), q.shape(1), k_pages.shape(1), k_pages.shape(2), k_pages.shape(0), /*mask_keys=*/-1};
+      num_tokens(q),
+      q.shape(1),
+      k_pages.shape(1),
+      k_pages.shape(2),
+      k_pages.shape(0),
+      /*mask_keys=*/-1};
 }
 
 // One node; attention whose work is long is a chain of them, and the first one writes.
@@ -81,7 +86,8 @@ void allocate_output(mx::array& out) {
   if (out.ndim() != 4 || out.shape(1) == 1 || out.shape(2) == 1) {
     out.set_data(std::move(memory));
   } else {
-    const mx::array::Flags gapless{/*contiguous=*/true, /*row_contiguous=*/false, /*col_contiguous=*/false};
+    const mx::array::Flags gapless{
+        /*contiguous=*/true, /*row_contiguous=*/false, /*col_contiguous=*/false};
     out.set_data(std::move(memory), out.size(), token_major_strides(out.shape()), gapless);
   }
 }
@@ -210,7 +216,9 @@ std::vector<mx::array> write_attend(
     check_dtype(kOp, "slots", *slots, mx::int32, "slot numbers");
     if (slots->ndim() != 1 || slots->shape(0) != k->shape(0) * k->shape(2)) {
       fail(
-          kOp, "slots must have one number for each token of k, " + shape_string(*k), shape_string(*slots));
+          kOp,
+          "slots must have one number for each token of k, " + shape_string(*k),
+          shape_string(*slots));
     }
     inputs.push_back(for_kernels(mx::astype(*k, k_pages.dtype(), s), s));
     inputs.push_back(for_kernels(mx::astype(*v, k_pages.dtype(), s), s));
