@@ -71,9 +71,9 @@ struct TileAttention {
   thread const Scoring& scoring;
   const device T* k_pages;
   const device T* v_pages;
-  threadgroup T* q;         // matrices of each row tile, see DimRuns
-  threadgroup float* maxima; // [SIMDGROUPS, kRows]
-  threadgroup float2* weights; // [ROW_TILES, kStep / 8 groups, 32 lanes], of the lane
+  threadgroup T* q;            // matrices of each row tile, see DimRuns
+  threadgroup float* maxima;   // [SIMDGROUPS, kRows]
+  threadgroup float2* weights; // [ROW_TILES, kStep / 8 groups, 32 lanes], from the lane's on
   short simdgroup;
   LanePlace at;
   QueryRow rows[ROW_TILES];
@@ -266,7 +266,10 @@ struct TileAttention {
   }
 
   // The simdgroup's columns of the rows that there are.
-  void write(thread const RowReader& reader, thread const ResultWriter<T, DV>& writer, int first_row) {
+  void write(
+      thread const RowReader& reader,
+      thread const ResultWriter<T, DV>& writer,
+      int first_row) {
 #pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       const int row = first_row + 8 * m + at.row;

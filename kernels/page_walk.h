@@ -53,8 +53,8 @@ struct PageWalk {
   // one of them, and RowWalk finds their rows.
   bool is_whole(int slot, int count, int2 seen) const {
     const int first = first_position + slot;
-    return !kRagged && !kHasMask && kPageSize % 8 == 0 && slot % min(count, 32) == 0 && first >= seen.x &&
-        first + count <= seen.y;
+    return !kRagged && !kHasMask && kPageSize % 8 == 0 && slot % min(count, 32) == 0 &&
+        first >= seen.x && first + count <= seen.y;
   }
 
   // Keys outside [low, high) are not live from now on.
