@@ -2,9 +2,6 @@
 
 #include "metal/mlx_encoder.h"
 
-#include <mutex>
-#include <string>
-#include <unordered_map>
 #include <utility>
 
 #include "metal/pipeline_limits.h"
@@ -62,16 +59,12 @@ MTL::ComputePipelineState* MlxEncoder::make_pipeline(const Variant& variant) {
 }
 
 MTL::ComputePipelineState* MlxEncoder::pipeline(const Variant& variant) {
-  static std::mutex mutex;
-  static std::unordered_map<std::string, MTL::ComputePipelineState*> made;
-  const std::string name = variant.name();
-  const std::lock_guard lock(mutex);
-  auto& pipeline = made[name];
-  if (!pipeline) {
-    pipeline = make_pipeline(variant);
-    note_pipeline(name, int(pipeline->maxTotalThreadsPerThreadgroup()));
-  }
-  return pipeline;
+  static VariantMap<MTL::ComputePipelineState*> made;
+  return made.at(variant, [&] {
+    auto* const pipeline = make_pipeline(variant);
+    note_pipeline(variant.name(), int(pipeline->maxTotalThreadsPerThreadgroup()));
+    return pipeline;
+  });
 }
 
 int MlxEncoder::max_threads(const Variant& variant) {

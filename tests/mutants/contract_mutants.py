@@ -41,8 +41,8 @@ _FAULTS = [
     ),
     (
         "a pipeline is used that nobody made",
-        "  if (!pipeline) {\n",
-        "  if (false) {\n",
+        "    return pipeline;\n  });\n",
+        "    return decltype(pipeline)();\n  });\n",
         "one command buffer",
     ),
     (

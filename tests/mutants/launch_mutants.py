@@ -205,8 +205,8 @@ _FAULTS = {
     "variant.cpp": [
         (
             "libraries share a name whatever their macros",
-            'name += "_" + macro + "_" + value;',
-            'name += "_" + macro;',
+            'name += std::string("_") + macro.name + "_" + value_of(macro);',
+            'name += std::string("_") + macro.name;',
             "pipeline names",
         ),
         (

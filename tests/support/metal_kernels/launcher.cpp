@@ -50,12 +50,12 @@ HostLaunch launcher(Run run) {
     const std::string library = d.variant.library_name(), name = d.variant.name();
     const std::string text = d.variant.text();
     const Dispatch flat{
-        d.variant.kernel.c_str(),
+        d.variant.kernel,
         library.c_str(),
         name.c_str(),
         text.c_str(),
         int(d.variant.constants.size()),
-        d.variant.constants.data(),
+        d.variant.constants.begin(),
         int(buffers.size()),
         indices.data(),
         buffers.data(),
