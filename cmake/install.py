@@ -16,6 +16,8 @@ import sys
 import time
 from collections import deque
 
+import mlx_releases
+
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 #: A step of ninja's: "[3/42] Building CXX object ...".
 STEP = re.compile(r"\[(\d+)/(\d+)\]")
@@ -38,15 +40,21 @@ def check() -> None:
 
 
 def packages(extra: str) -> None:
-    """Install the dependencies of the project and of one of its extras."""
+    """Install the dependencies of the project and of one of its extras.
+
+    mlx is the newest release that the project is made for, or that of the variable ``MLX``, with
+    the nanobind that belongs to it.
+    """
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         import pip._vendor.tomli as tomllib
     with open("pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
+    version = os.environ.get("MLX") or mlx_releases.newest()
+    tools = [mlx_releases.requirement(version), f"nanobind=={mlx_releases.nanobind_for(version)}"]
     wanted = project["dependencies"] + project["optional-dependencies"][extra]
-    run([*PIP, "install", "--progress-bar", "off", *wanted], "packages")
+    run([*PIP, "install", "--progress-bar", "off", *tools, *wanted], "packages")
 
 
 def module() -> None:

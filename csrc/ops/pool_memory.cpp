@@ -21,10 +21,12 @@ constexpr size_t kMemoryPage = 4096;
 // Memory that begins at a page. Nothing has touched it yet, so that its first touch
 // takes huge pages.
 void allocate(mx::array& out) {
-  auto data = mx::allocator::malloc(out.nbytes() + kMemoryPage);
-  const auto at = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
-  const int64_t offset = (kMemoryPage - at % kMemoryPage) % kMemoryPage;
-  out.set_data(std::move(data), out.size(), out.strides(), out.flags(), offset);
+  mx::array whole(out.shape(), out.dtype(), nullptr, {});
+  whole.set_data(mx::allocator::malloc(out.nbytes() + kMemoryPage));
+  const auto at = reinterpret_cast<uintptr_t>(whole.data<char>());
+  const int64_t bytes = (kMemoryPage - at % kMemoryPage) % kMemoryPage;
+  out.copy_shared_buffer(
+      whole, whole.strides(), whole.flags(), whole.data_size(), bytes / out.itemsize());
   cpu::use_huge_pages(out.data<char>(), out.nbytes());
 }
 

@@ -14,13 +14,10 @@ A step is planned once and used by every layer::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
-from paged_mlx._native import check_versions
-
-check_versions(mx.__version__)  # type: ignore[attr-defined]
+__version__ = "0.1.0"
 
 from paged_mlx import fast  # noqa: E402
+from paged_mlx._native import backend  # noqa: E402
 from paged_mlx.attention import paged_attention  # noqa: E402
 from paged_mlx.attention_plan import AttentionPlan  # noqa: E402
 from paged_mlx.errors import OutOfPages, PageError  # noqa: E402
@@ -39,7 +36,6 @@ from paged_mlx.pages.table import (  # noqa: E402
 )
 from paged_mlx.pool import PageBlock, PagePool, PoolLayer  # noqa: E402
 from paged_mlx.prefix.cache import PrefixCache  # noqa: E402
-from paged_mlx.threads import num_threads, set_num_threads  # noqa: E402
 
 if TYPE_CHECKING:
     from paged_mlx.course.memory_report import (
@@ -60,8 +56,8 @@ if TYPE_CHECKING:
     from paged_mlx.pages.canary import CorruptPage as CorruptPage
     from paged_mlx.pool import SlotMapping as SlotMapping
     from paged_mlx.prefix.hash import ExtraKey as ExtraKey
-
-__version__ = "0.1.0"
+    from paged_mlx.threads import num_threads as num_threads
+    from paged_mlx.threads import set_num_threads as set_num_threads
 
 __all__ = [
     "AttentionPlan",
@@ -78,13 +74,12 @@ __all__ = [
     "PoolLayer",
     "PrefixCache",
     "append_batch",
+    "backend",
     "copy_on_write",
     "enable",
     "explain",
     "fast",
-    "num_threads",
     "paged_attention",
-    "set_num_threads",
     "share_prefix",
 ]
 
@@ -106,8 +101,10 @@ _LATER = {
     "enable": "mlx_lm",
     "explain": "mlx_lm",
     "memory_limit": "device_memory",
+    "num_threads": "threads",
     "pack": "pages.block_table",
     "pages_within": "device_memory",
+    "set_num_threads": "threads",
 }
 
 

@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "doctor": "is paged attention right on this machine? every kernel against the oracle, in seconds",
     "tune": "measure the planner's thresholds on this machine, in under a minute, and remember them",
+    "build": "make the native module for the mlx that is installed, from the package's sources",
     "testing": "the conformance suite, for this package's backends and yours",
 }
 
@@ -21,7 +22,9 @@ checkout, not of the package: `make bench` there.
 
 def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
-        name = {"testing": "testing.__main__"}.get(arguments[0], arguments[0])
+        name = {"build": "build_native", "testing": "testing.__main__"}.get(
+            arguments[0], arguments[0]
+        )
         return importlib.import_module(f"paged_mlx.{name}").main(arguments[1:])
     lines = (f"  {name:<9} {what}" for name, what in COMMANDS.items())
     print(USAGE.format(commands="\n".join(lines)), end="")

@@ -1,28 +1,99 @@
-"""The native module, or one clear sentence why it cannot be used."""
+"""The native module for the mlx that is installed.
 
+The package carries one module for each release of mlx, ``native/mlx_<release>/_ext``, and
+``python -m paged_mlx build`` puts one more into the user's cache. The folder of the right one joins the
+package's path before anything imports ``paged_mlx._ext``, so a module of another release cannot be
+loaded.
+"""
+
+import platform
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
-import mlx.core as mx  # loads libmlx and registers mx.array first  # noqa: F401
+import mlx.core as mx  # loads libmlx and registers mx.array first
+
+import paged_mlx
+from paged_mlx.machine_cache import cache_directory
+
+
+def release(version: str) -> str:
+    """The release of a version of mlx: without a development or local part."""
+    return version.split(".dev")[0].split("+")[0]
+
+
+def folder_name(version: str) -> str:
+    """The folder of the native module for a version of mlx."""
+    return "mlx_" + release(version).replace(".", "_")
+
+
+def user_cache() -> Path:
+    """Where modules that were built on this machine lie."""
+    return cache_directory("native") / paged_mlx.__version__
+
+
+def folders(version: str) -> list[Path]:
+    """Folders that may hold the native module for a version of mlx, in the order of trust."""
+    packaged = [Path(entry) / "native" for entry in paged_mlx.__path__]
+    return [root / folder_name(version) for root in [*packaged, user_cache()]]
+
+
+def releases() -> list[str]:
+    """The releases of mlx that there is a native module for, for this Python."""
+    every = [folder for any_of in folders("0") for folder in any_of.parent.glob("mlx_*")]
+    found = {
+        folder.name.removeprefix("mlx_").replace("_", ".")
+        for folder in every
+        if holds_module(folder)
+    }
+    return sorted(found, key=lambda name: [int(part) for part in name.split(".")])
+
+
+def holds_module(folder: Path) -> bool:
+    """Whether a folder holds a native module that this Python can load."""
+    return any((folder / f"_ext{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+
+
+def _import():
+    here = [folder for folder in folders(mx.__version__) if holds_module(folder)]
+    paged_mlx.__path__.extend(str(folder) for folder in here)
+    from paged_mlx import _ext  # type: ignore[attr-defined]
+
+    return _ext
+
+
+def _fallback(error: ImportError):
+    """MLX's own operations, and one warning that says how to do better."""
+    built = ", ".join(releases()) or "none"
+    warnings.warn(
+        f"paged_mlx has no native module for mlx {release(mx.__version__)} and Python "
+        f"{platform.python_version()} (there are modules for mlx {built}), so MLX's own operations do "
+        "the work: right, slower, and with more memory. `python -m paged_mlx build` makes one. "
+        f"(The import said: {error}.)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    from paged_mlx import fallback
+
+    return fallback
+
 
 _ext: Any
 try:
-    from paged_mlx import _ext  # type: ignore[no-redef]
+    _ext = _import()
+    BUILT = True  #: whether the operations are the native module's
 except ImportError as error:
-    # An undefined symbol: the installed libmlx has another ABI.
-    _ext = None
-    _load_error = error
+    _ext = _fallback(error)
+    BUILT = False
 
 
-def check_versions(mlx_version: str) -> None:
-    """Raise ImportError unless the native module fits the installed mlx."""
-    installed = mlx_version.split(".dev")[0].split("+")[0]
-    if _ext is None:
-        raise ImportError(
-            f"paged_mlx's native module does not load with mlx {installed}: "
-            f"install the mlx version that paged_mlx was built for ({_load_error})."
-        ) from _load_error
-    if _ext.mlx_build_version != installed:
-        raise ImportError(
-            f"paged_mlx was built for mlx {_ext.mlx_build_version}, but mlx {installed} is "
-            f"installed: run `pip install mlx=={_ext.mlx_build_version}`, or rebuild paged_mlx."
-        )
+def backend() -> str:
+    """Which operations run: of the native module, or MLX's own.
+
+    >>> paged_mlx.backend().split()[0] in ("native", "fallback:")
+    True
+    """
+    if not BUILT:
+        return f"fallback: MLX's own operations, mlx {mx.__version__}"
+    return f"native module for mlx {release(mx.__version__)}: {_ext.__file__}"

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx import thresholds
-from paged_mlx._native import _ext
+from paged_mlx._native import BUILT, _ext
 from paged_mlx.errors import fail, kind_of, whole_number
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
 from paged_mlx.options import Geometry
@@ -154,6 +154,8 @@ class AttentionPlan:
     @cached_property
     def items(self) -> list[dict]:
         """The items, in the order they are stored: kind, tokens, pages and keys of each."""
+        if not BUILT:
+            return self._native.items()
         h, words = self._header, self._words
         kinds = np.repeat(KINDS, h["num_items"])
         rows = words[h["items"] :][: len(kinds) * _ITEM_FIELDS].reshape(-1, _ITEM_FIELDS)

@@ -19,9 +19,16 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import mlx.core as mx
+from paged_mlx import _native
+
 from .mutant import ROOT, Mutant
 
-MODULE = "_ext" + sysconfig.get_config_var("EXT_SUFFIX")
+#: Where the build leaves the module, below its folder.
+_BUILT = f"native/{_native.folder_name(mx.__version__)}/_ext" + sysconfig.get_config_var(
+    "EXT_SUFFIX"
+)
+MODULE = Path(_BUILT).name
 _KEPT = 300
 #: The last word on optimisation, after what the sources ask for.
 _COMPILE = "<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> -O0 -o <OBJECT> -c <SOURCE>"
@@ -83,10 +90,10 @@ class Project:
     def __init__(self, directory: Path):
         self.directory = directory
         ninja = [_tool("ninja"), "-C", str(directory)]
-        commands = _run([*ninja, "-t", "commands", MODULE]).splitlines()
+        commands = _run([*ninja, "-t", "commands", _BUILT]).splitlines()
         self.commands = {_source(line): line for line in commands if " -c " in line}
-        link = next(line for line in commands if f" -o {MODULE}" in line)
-        self.link_line = next(part for part in link.split(" && ") if f" -o {MODULE}" in part)
+        link = next(line for line in commands if f" -o {_BUILT}" in line)
+        self.link_line = next(part for part in link.split(" && ") if f" -o {_BUILT}" in part)
         digest = hashlib.sha256(self.link_line.encode())
         for path in _sources():
             digest.update(path.read_bytes())
@@ -149,7 +156,7 @@ def _build_project() -> Project:
         _tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(directory),
         f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
         "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CXX_COMPILE_OBJECT={_COMPILE}",
-        "-DPAGED_MLX_STUB=OFF",
+        "-DPAGED_MLX_STUB=OFF", "-DPAGED_MLX_CORE_KIND=OBJECT",
     ]  # fmt: skip
     with _only_one(directory.with_suffix(".lock")):
         _run(configure)

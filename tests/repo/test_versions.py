@@ -1,29 +1,128 @@
-"""One clear sentence when the installed mlx is not the one the native module was built for."""
+"""Which native module is loaded, what is said when there is none, and where the version stands."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
 
 import mlx.core as mx
+import paged_mlx
 import pytest
-from paged_mlx import _native
+from paged_mlx import _native, build_native
+
+ROOT = Path(__file__).parents[2]
+RELEASES = json.loads((ROOT / "cmake/mlx_releases.json").read_text())
+SUFFIX = _native.EXTENSION_SUFFIXES[0]
 
 
-def test_the_installed_mlx_fits():
-    _native.check_versions(mx.__version__)
-    _native.check_versions(mx.__version__ + ".dev20260101+abc")
+def python(code: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a program in another process, where the package is imported afresh."""
+    import os
+
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True, text=True, env=os.environ | variables, timeout=120,
+    )  # fmt: skip
 
 
-def test_another_mlx_is_refused_in_one_sentence():
-    built = _native._ext.mlx_build_version
-    with pytest.raises(ImportError) as error:
-        _native.check_versions("0.31.0")
-    assert str(error.value) == (
-        f"paged_mlx was built for mlx {built}, but mlx 0.31.0 is installed: "
-        f"run `pip install mlx=={built}`, or rebuild paged_mlx."
+HIDDEN = """
+import sys
+class Hidden:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "paged_mlx._ext":
+            raise ImportError("no such module")
+sys.meta_path.insert(0, Hidden)
+"""
+
+
+@pytest.mark.native
+def test_the_module_of_the_installed_mlx_is_loaded():
+    assert _native.BUILT
+    assert _native._ext.mlx_build_version == _native.release(mx.__version__)
+    assert Path(_native._ext.__file__).parent.name == _native.folder_name(mx.__version__)
+    assert paged_mlx.backend().startswith(f"native module for mlx {mx.__version__}: ")
+
+
+def test_a_development_version_has_the_module_of_its_release():
+    assert _native.folder_name("0.32.4.dev20260101+abc") == "mlx_0_32_4"
+
+
+def test_a_module_for_another_release_or_another_python_is_not_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(paged_mlx, "__path__", [str(tmp_path)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for release, suffix in (("0.32.3", SUFFIX), ("0.32.4", ".cpython-27-nowhere.so")):
+        folder = tmp_path / "native" / _native.folder_name(release)
+        folder.mkdir(parents=True)
+        (folder / f"_ext{suffix}").touch()
+    chosen = [f for f in _native.folders("0.32.4") if _native.holds_module(f)]
+    assert chosen == []
+    assert _native.releases() == ["0.32.3"]
+
+
+def test_without_a_module_one_warning_names_the_command_and_mlx_does_the_work():
+    code = HIDDEN + (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import paged_mlx, paged_mlx.testing\n"
+        "print(len(caught), caught[0].message)\n"
+        "print(paged_mlx.backend())\n"
     )
+    done = python(code)
+    said, backend = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert said.startswith("1 paged_mlx has no native module for mlx ")
+    assert "`python -m paged_mlx build` makes one" in said
+    assert backend == f"fallback: MLX's own operations, mlx {mx.__version__}"
 
 
-def test_a_module_that_does_not_load_is_explained(monkeypatch):
-    cause = ImportError("undefined symbol: _ZN3mlx4core5array8set_dataE")
-    monkeypatch.setattr(_native, "_ext", None)
-    monkeypatch.setattr(_native, "_load_error", cause, raising=False)
-    with pytest.raises(ImportError, match="does not load with mlx .*undefined symbol") as error:
-        _native.check_versions("0.32.3")
-    assert error.value.__cause__ is cause
+def test_a_build_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(build_native.CannotBuild, match="no C\\+\\+ compiler, no-such-compiler"):
+        build_native.build(force=True)
+    monkeypatch.setattr(build_native, "sources", lambda: tmp_path)
+    monkeypatch.setattr(build_native.shutil, "which", lambda name, path=None: None)
+    with pytest.raises(build_native.CannotBuild, match="needs cmake: pip install cmake"):
+        build_native.build(force=True)
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path):
+    (tmp_path / "paged_mlx").write_text("a file where the folder belongs")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(build_native.CannotBuild, match="must be a folder that can be written"):
+        build_native.build(force=True)
+
+
+@pytest.mark.native
+def test_what_is_built_already_is_not_built_again(capsys):
+    assert build_native.main([]) == 0
+    assert "There is a native module for mlx" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.native
+def test_a_build_makes_a_module_that_is_found(tmp_path):
+    made = python("from paged_mlx.build_native import build; print(build(force=True))",
+                  XDG_CACHE_HOME=str(tmp_path))  # fmt: skip
+    assert made.returncode == 0, made.stderr[-3000:]
+    folder = next((tmp_path / "paged_mlx" / "native").rglob("mlx_*"))
+    code = f"import paged_mlx; paged_mlx.__path__[:] = [p for p in paged_mlx.__path__ if 'site-packages' not in p]; from paged_mlx import _native; assert {str(folder)!r} in _native._ext.__file__"
+    done = python(code, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_stands_in_one_place():
+    assert metadata.version("paged_mlx") == paged_mlx.__version__
+    assert not re.search(r'^version = "', (ROOT / "pyproject.toml").read_text(), re.M)
+
+
+def test_the_range_of_mlx_is_that_of_the_modules():
+    text = (ROOT / "pyproject.toml").read_text()
+    oldest, end = re.search(r'"mlx>=([\d.]+),<([\d.]+)"', text).groups()
+    numbers = [tuple(map(int, release.split("."))) for release in RELEASES]
+    assert tuple(map(int, oldest.split("."))) == min(numbers)
+    assert max(numbers) < tuple(map(int, end.split(".")))

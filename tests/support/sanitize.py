@@ -6,9 +6,9 @@ backend with the invariance group.
 """
 
 import os
+import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -79,11 +79,9 @@ def build(sanitizers: str) -> Path:
     subprocess.run(["cmake", "--build", str(folder / "cmake")], check=True, env=environment)
     package = folder / "python" / "paged_mlx"
     package.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["cp", "-rT", str(ROOT / "python" / "paged_mlx"), str(package)], check=True)
-    module = "_ext" + sysconfig.get_config_var("EXT_SUFFIX")
-    for stale in package.glob("_ext*.so"):
-        stale.unlink()
-    (package / module).write_bytes((folder / "cmake" / module).read_bytes())
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "python" / "paged_mlx", package)
+    shutil.copytree(folder / "cmake" / "native", package / "native")
     (package.parent / "sitecustomize.py").write_text(FORGET_INSTALLED)
     return package.parent
 
