@@ -70,7 +70,7 @@ def test_what_is_replaced_is_listed_and_says_what_it_said(prefix_cache):
 
 
 def test_the_table_of_what_is_replaced_is_in_the_docs():
-    with enable(zoo.tiny("llama"), prefix_cache=True):
+    with enable(zoo.tiny("llama"), prefix_cache=True, num_pages=9):
         docs = pathlib.Path(__file__).parents[2] / "docs" / "mlx_lm.md"
         assert seams.table() in docs.read_text("utf-8")
 

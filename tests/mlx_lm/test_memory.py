@@ -103,15 +103,28 @@ def test_a_pool_that_grows_takes_no_memory_once_warm():
         assert paged.nbytes == nbytes
 
 
-def test_a_pool_at_its_memory_limit_is_out_of_pages_and_goes_on():
+def test_a_limited_pool_at_the_memory_limit_is_out_of_pages_and_goes_on():
     model = zoo.tiny("llama")
     prompt = zoo.prompt(20, seed=1)
     expected = zoo.single(model, prompt, max_tokens=5)
-    with enable(model, page_size=8) as paged:
+    with enable(model, page_size=8, max_bytes=10**8) as paged:
         assert zoo.single(model, prompt, max_tokens=5) == expected
         (pool,) = paged.groups[None].pools
         pool.memory_limit = 0
-        with pytest.raises(OutOfPages, match=r"^\[append_tokens\] the pool must have"):
+        with pytest.raises(OutOfPages, match=r"^\[update_and_fetch\] the pool must have"):
             zoo.single(model, zoo.prompt(2000, seed=2), max_tokens=5)
         assert zoo.single(model, prompt, max_tokens=5) == expected
         pool.check()
+
+
+def test_without_a_limit_pools_grow_past_the_memory_limit_as_mlx_lms_caches_do(caplog):
+    model = zoo.tiny("llama")
+    prompt = zoo.prompt(900, seed=2)
+    expected = zoo.single(model, prompt, max_tokens=5)
+    with enable(model, page_size=8) as paged:
+        zoo.single(model, prompt[:20], max_tokens=5)
+        (pool,) = paged.groups[None].pools
+        pool.memory_limit = 0
+        assert zoo.single(model, prompt, max_tokens=5) == expected
+        pool.check()
+    assert "enable takes max_bytes" in caplog.text

@@ -448,6 +448,7 @@ class BatchPagedKVCache(PagedKVCache):
         rows = [self.rows[idx].fork_for(self)]
         cache = PagedKVCache(self.group, self.layer, rows, self.lens[idx : idx + 1])
         cache.stored = True
+        self.group.passes.aside.update(rows)
         return cache
 
     def __deepcopy__(self, memo):

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail, whole_number
-from paged_mlx.mlx_lm import beginnings, hook, prompt_files, store
+from paged_mlx.mlx_lm import beginnings, hook, prompt_files, store, waiting
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
 from paged_mlx.mlx_lm.identity import Identity
@@ -34,6 +34,7 @@ def enable(
     num_pages: int | None = None,
     retain: int | None = 32,
     prefix_cache: bool = False,
+    max_bytes: int | None = None,
 ):
     """Keep K and V of ``model`` in pages from now on.
 
@@ -49,6 +50,8 @@ def enable(
         prefix_cache: Let prompts that begin alike share pages, in a batch and across calls.
             Pages outlive their sequences until the pool needs them; recurrent states are
             kept at some positions.
+        max_bytes: Bytes that all pages may take, those of cached prefixes too. With this or
+            ``num_pages`` a ``BatchGenerator`` has prompts wait for pages.
 
     Returns:
         A PagedModel: a context manager, and the way to look at the pages.
@@ -61,7 +64,7 @@ def enable(
         fail("enable", "model must be a model of mlx-lm", type(model).__name__)
     if paged_model_of(model) is not None:
         fail("enable", "model must not be enabled already", type(model).__name__)
-    paged = PagedModel(model, page_size, num_pages, retain, prefix_cache)
+    paged = PagedModel(model, page_size, num_pages, retain, prefix_cache, max_bytes)
     paged.enable()
     return paged
 
@@ -78,10 +81,13 @@ class PagedModel:
         prompts: What runs the model's calls with ``prefix_cache=True``; else None.
     """
 
-    def __init__(self, model, page_size, num_pages, retain, prefix_cache=False):
-        for name, value in (("page_size", page_size), ("num_pages", num_pages), ("retain", retain)):
+    def __init__(self, model, page_size, num_pages, retain, prefix_cache=False, max_bytes=None):
+        options = {"page_size": page_size, "num_pages": num_pages, "retain": retain}
+        for name, value in (options | {"max_bytes": max_bytes}).items():
             if value is not None:
                 whole_number("enable", name, value, int(name != "retain"))
+        self.is_limited = num_pages is not None or max_bytes is not None
+        self.max_bytes = max_bytes
         self.model = model
         self._make_cache = MakeCache(self)
         self._seams = contextlib.ExitStack()
@@ -91,7 +97,8 @@ class PagedModel:
             fail("enable", "model must have a cache of K and V that can be paged", caches[:1])
         if prefix_cache:
             self._check_prefixes_can_be_shared("prefix_cache must be False")
-        first, most = (num_pages, num_pages) if num_pages else (FIRST_PAGES, NO_LIMIT // page_size)
+        first = 1 if max_bytes is not None else FIRST_PAGES
+        first, most = (num_pages, num_pages) if num_pages else (first, NO_LIMIT // page_size)
         unhurried = most if prefix_cache and num_pages is None else first
         self.groups = {
             window: LayerGroup(
@@ -108,14 +115,29 @@ class PagedModel:
         self.passes = Passes(self.groups, model)
         for group in self.groups.values():
             group.passes = self.passes
+            group.grows_past_memory = not self.is_limited
         found = probe_geometry(model, caches, self.layout.places)
         self.passes.num_layers = len(found)
         for (window, layer), geometry in found.items():
             self.groups[window].geometry[layer] = geometry
+        self._limit(max_bytes)
         self.prefixes = self.prompts = self._identity = None
         if prefix_cache:
             self._known_prefixes()
             self.prompts = Prompts(self)
+
+    def _limit(self, max_bytes: int | None) -> None:
+        """Hold all pages to so many bytes."""
+        self.passes.max_bytes = max_bytes
+        if max_bytes is None:
+            return
+        page = sum(group.page_bytes for group in self.groups.values())
+        layers = sum(group.num_layers for group in self.groups.values())
+        if sum(len(group.geometry) for group in self.groups.values()) != layers:
+            must = "max_bytes must be left out for a model whose layers are not known beforehand"
+            fail("enable", must, f"{max_bytes}; give num_pages")
+        if page > max_bytes:
+            fail("enable", f"max_bytes must be at least {page}, a page of each layer", max_bytes)
 
     def _known_prefixes(self) -> PromptPrefixes:
         if self.prefixes is None:
@@ -149,7 +171,11 @@ class PagedModel:
         self._seams.callback(self._make_cache.uninstall)
         seams = [hook.ATTENTION]
         if self.prompts is not None:
-            seams += [seam_of(self.model), *beginnings.SEAMS, *store.SEAMS]
+            seams += [seam_of(self.model), *beginnings.SEAMS]
+        if self.is_limited:
+            seams += waiting.seams()
+        if self.prompts is not None or self.is_limited:
+            seams += store.SEAMS
         for seam in seams:
             seam.install()
             self._seams.callback(seam.uninstall)

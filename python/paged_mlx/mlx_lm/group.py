@@ -1,5 +1,6 @@
 """The layers of a model that share page tables: those with the same window."""
 
+import logging
 from collections import Counter
 
 import mlx.core as mx
@@ -13,7 +14,11 @@ from paged_mlx.mlx_lm.step import Step
 from paged_mlx.pages.block_table import BlockTable, pack
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.table import append_batch
+from paged_mlx.pool import MAX_BYTES
 
+log = logging.getLogger("paged_mlx")
+
+MOST_AT_ONCE = 2048  # tokens of a prompt in one pass, mlx-lm's default
 GROWTH = 32  # pools grow by what is missing, and by one in so many pages at least
 RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch
 
@@ -45,6 +50,7 @@ class LayerGroup:
         self.allocator = PageAllocator(num_pages, page_size)
         self.geometry: dict[int, tuple] = {}  # layer -> what it is expected to write
         self.peak_pages = 0
+        self.grows_past_memory = False  # the model has no limit of its own
         self.pools: list[LazyPool] = []
         self._placed: dict[int, LayerPlace] = {}
         self._recent: list[tuple[Step, BlockTable]] = []
@@ -125,9 +131,11 @@ class LayerGroup:
             row.truncate(window, start)
         if self.window is not None and self.retain is not None:
             self._free_behind_window(tables, starts)
-        slots = self._append(
-            tables, [num_tokens] * len(rows) if counts is None else counts.tolist()
-        )
+        counts_of_rows = [num_tokens] * len(rows) if counts is None else counts.tolist()
+        slots = self._append(tables, counts_of_rows, cache)
+        for put_by in (self.passes.starved, self.passes.aside):
+            if put_by:
+                put_by.difference_update(rows)
         before, packer = self._before(cache.names)
         packed = packer.update(tables)
         freed = min([table.num_freed for table in tables])
@@ -173,26 +181,103 @@ class LayerGroup:
             if position // self.page_size > table.num_freed:
                 table.free_before(position)
 
-    def _append(self, tables, counts):
+    def _append(self, tables, counts, cache):
         """Append to all tables or to none; pools grow when they must and may."""
-        most = sum(count // self.page_size + 2 for count in counts)
+        if self.passes.max_bytes is None:
+            most = sum(count // self.page_size + 2 for count in counts)
+        else:
+            held = zip(cache.rows, cache.lens.tolist(), counts)
+            most = sum(self.pages_to_go(*row) for row in held)
         self._grow(most, self.grow_first)
         while True:
             try:
                 return append_batch(tables, counts, self.allocator).slots
             except OutOfPages:
-                if not self._grow(most, self.max_pages):
-                    raise
+                if not self._make_room(most, cache):
+                    self.passes.starved.update(cache.rows)
+                    self._refuse(most)
+
+    def _make_room(self, wanted: int, cache) -> bool:
+        """Grow, or take the pages of sequences that found none and were left lying."""
+        if self._grow(wanted, self.max_pages):
+            return True
+        if self.passes.take_from(self.passes.starved, cache.rows):
+            return True
+        return self.grows_past_memory and self._grow_past_memory(wanted)
+
+    def _grow_past_memory(self, wanted: int) -> bool:
+        """Grow as mlx-lm's own caches do, which heed no limit, since nobody has set one here."""
+        log.warning(
+            "pools grow past memory_limit(), as mlx-lm's own caches do; enable takes max_bytes"
+        )
+        for pool in self.pools:
+            pool.memory_limit = MAX_BYTES
+        return self._grow(wanted, self.max_pages)
+
+    def _refuse(self, wanted: int) -> None:
+        must = f"the pool must have up to {wanted} pages to give"
+        if self.passes.max_bytes is not None:
+            must += ": give enable a larger max_bytes"
+        elif self.max_pages == self.allocator.total_pages:
+            must += f": give enable num_pages of {self.max_pages + wanted} or none"
+        else:
+            must += ": the machine has no memory for more"
+        found = f"{self.allocator.num_free} free of {self.allocator.total_pages}"
+        fail("update_and_fetch", must, found, OutOfPages)
+
+    # What a step would need
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of all layers of the group, as far as they are known."""
+        geometries = self.geometry.values()
+        return sum(h * (k + v) * dtype.size * self.page_size for h, k, v, dtype in geometries)
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that the group may ever have."""
+        budget = self.passes.max_bytes
+        return self.max_pages if budget is None else budget // max(1, self.page_bytes)
+
+    def pages_missing(self, wanted: int) -> int:
+        """How many of ``wanted`` pages are neither free nor cached and held by nobody."""
+        return max(0, wanted - self.allocator.num_free - self.allocator.num_evictable)
+
+    def _can_grow_by(self, limit: int) -> int:
+        most = max(0, limit - self.allocator.total_pages)
+        if self.passes.max_bytes is not None and self.page_bytes:
+            left = self.passes.max_bytes - self.passes.nbytes
+            most = min(most, max(0, left // self.page_bytes))
+        return most
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that a sequence needs to come to ``num_tokens`` tokens."""
+        if self.window is not None and self.retain is not None:
+            num_tokens = min(num_tokens, self.window + self.retain + MOST_AT_ONCE)
+        return -(-num_tokens // self.page_size)
+
+    def pages_to_go(self, row, held: int, new: int) -> int:
+        """Pages that ``new`` tokens of a sequence that holds ``held`` will take."""
+        table, size = row.tables[self.window], self.page_size
+        more = -(-(held + new) // size) - -(-held // size)
+        if held % size and table.num_tokens >= held:
+            tail = table.logical_to_physical(held - 1)[0]
+            more += self.allocator.ref_count(tail) > 1  # it is copied first
+        if self.window is not None and self.retain is not None:
+            first = max(0, held - (self.window - 1) - self.retain) // size
+            more -= max(0, first - table.num_freed)
+        return max(0, more)
 
     def _grow(self, wanted: int, limit: int) -> bool:
         """Grow until ``wanted`` pages are free, by 1 in GROWTH at least, up to ``limit`` pages;
         False when they are, or when the pools have as many or cannot grow."""
-        total = self.allocator.total_pages
+        total, most = self.allocator.total_pages, self._can_grow_by(limit)
         missing = wanted - self.allocator.num_free
-        if missing <= 0 or total >= limit:
+        if missing <= 0 or most <= 0:
             return False
         try:
-            self.allocator.grow(min(max(missing, -(-total // GROWTH)), limit - total))
+            ahead = 0 if self.passes.max_bytes is not None else -(-total // GROWTH)
+            self.allocator.grow(min(max(missing, ahead), most))
         except OutOfPages:
             return False
         self.passes.grown()

@@ -48,6 +48,10 @@ class Passes:
         sequences: Those that are alive.
         retired: Page tables and histories of sequences that are gone.
         on_retired: Told of each before its pages go back.
+        max_bytes: Of all pages; None: no limit.
+        stores: Prompt stores that hold caches of the model.
+        starved: Sequences that have found no pages, and not gone on since.
+        aside: Sequences that have ended, whose caches were handed out or stored.
     """
 
     def __init__(self, groups: dict, model=None):
@@ -57,6 +61,10 @@ class Passes:
         self.sequences: weakref.WeakSet = weakref.WeakSet()
         self.retired: deque = deque()
         self.on_retired = None
+        self.max_bytes: int | None = None
+        self.stores: weakref.WeakSet = weakref.WeakSet()
+        self.starved: weakref.WeakSet = weakref.WeakSet()
+        self.aside: weakref.WeakSet = weakref.WeakSet()
         self.computes = True  # explain builds passes that are never computed
         self._turns = threading.Condition(self.lock)
         self._queue: deque = deque()  # threads that wait for their turn
@@ -234,6 +242,23 @@ class Passes:
             self._compute()
         self._newest = None
         self._turns.notify_all()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(pool.nbytes for pool in self._pools())
+
+    def take_from(self, sequences, rows) -> bool:
+        """Take the pages of ``sequences`` that are not ``rows``, as of a call that has failed and
+        whose error is held; False if there are none."""
+        found = [s for s in list(sequences) if s not in rows and s.broken is None]
+        for sequence in found:
+            for table in sequence.tables.values():
+                table.release()
+            sequence.broken = "OutOfPages, and others have taken its pages since"
+        self.starved.difference_update(found)
+        self.aside.difference_update(found)
+        return bool(found)
 
     def reclaim(self) -> None:
         """Free the pages of sequences that are gone."""

@@ -6,7 +6,7 @@ from paged_mlx.mlx_lm.prefixes import layers_of
 from paged_mlx.mlx_lm.seams import Seam
 
 
-def put_aside(tokens: list[int], prompt_cache: list) -> list[int]:
+def put_aside(store, tokens: list[int], prompt_cache: list) -> list[int]:
     """Make a prompt cache ready to be filed, and return the tokens to file it under: those that
     all of its caches hold.
 
@@ -23,12 +23,13 @@ def put_aside(tokens: list[int], prompt_cache: list) -> list[int]:
             cache.trim(cache.offset - length)
     for layer in layers:
         layer.stored = True
+    layers[0].group.passes.stores.add(store)
     return tokens[:length]
 
 
 def _insert_cache(before):
     def insert_cache(self, model, tokens, prompt_cache, **options):
-        return before(self, model, put_aside(tokens, prompt_cache), prompt_cache, **options)
+        return before(self, model, put_aside(self, tokens, prompt_cache), prompt_cache, **options)
 
     return insert_cache
 
@@ -41,7 +42,7 @@ if hasattr(stock, "LRUPromptCache"):
             stock.LRUPromptCache,
             "insert_cache",
             _insert_cache,
-            "`prefix_cache=True`",
+            "`prefix_cache=True`, `num_pages` or `max_bytes`",
             "files a cache under the tokens that it holds",
         )
     )
@@ -71,7 +72,7 @@ if hasattr(stock, "LRUPromptCache"):
             return found, rest
 
         def insert_cache(self, model, tokens, prompt_cache, **options):
-            tokens = put_aside(tokens, prompt_cache)
+            tokens = put_aside(self, tokens, prompt_cache)
             super().insert_cache(model, tokens, prompt_cache, **options)
             if len(prompt_cache) == len(self._paged.layout.places):
                 self._paged.remember(tokens, prompt_cache)
