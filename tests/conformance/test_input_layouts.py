@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast
+from paged_mlx.reference import oracle
 
 TOKENS, HEADS, KEYS, PAGE, DIM = 3, 4, 20, 4, 64
 CU = [0, 1, 3]
@@ -108,6 +109,22 @@ def test_a_mask_that_is_broadcast_is_read_as_its_values(shape, kind, route):
 def test_one_number_broadcast_to_all_heads_is_read_as_its_values(name):
     one = mx.broadcast_to(mx.array([0.75]), (HEADS,))
     assert_same(attend(**{name: one}), attend(**{name: mx.array([0.75] * HEADS)}))
+
+
+@pytest.mark.parametrize("route", ["cpu", "metal"])
+def test_all_options_together_are_each_in_its_place(route):
+    options = dict(
+        alibi_slopes=OPTIONS["alibi_slopes"], sinks=OPTIONS["sinks"],
+        mask=OPTIONS["additive mask of heads"], softcap=2.0, scale=0.3, sliding_window=9,
+    )  # fmt: skip
+    arrays = {n: mx.array(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
+    out, lse = attend(route, **arrays)
+    exact, exact_lse = oracle.paged_attention(
+        normal(TOKENS, HEADS, DIM), normal(8, 2, PAGE, DIM, seed=1), normal(8, 2, PAGE, DIM, seed=2),
+        TABLES, LENS, cu_seqlens_q=CU, **options,
+    )  # fmt: skip
+    np.testing.assert_allclose(out, exact, atol=1e-5)
+    np.testing.assert_allclose(lse, exact_lse, atol=1e-5)
 
 
 def test_a_mask_of_one_head_is_the_mask_of_all():

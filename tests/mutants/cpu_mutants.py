@@ -193,8 +193,8 @@ _FAULTS = {
         ),
         (
             "a block that ends too late for a row counts as seen by all",
-            "range.all_end >= block.position + kBlockKeys;",
-            "range.all_end >= block.position + kBlockKeys - 2;",
+            "range.all_end >= block.position + block.high;",
+            "range.all_end >= block.position + block.high - 2;",
             "several tokens",
         ),
         (

@@ -130,7 +130,7 @@ _FAULTS = {
         ),
         (
             "ALiBi in natural units",
-            "alibi_slopes[r.head] * kLog2E : 0;",
+            "natural_to_score(alibi_slopes[r.head]) : 0;",
             "alibi_slopes[r.head] : 0;",
             "vector, options",
         ),

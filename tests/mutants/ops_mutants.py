@@ -1,1 +1,197 @@
-MUTANTS = []
+"""Faults in the operations and bindings: ``(name, find, replace, seen_by)`` by file."""
+
+from .mutant import Mutant
+
+_FAULTS = {
+    "ops/attention.cpp": [
+        (
+            "sinks come before slopes",
+            "    at.alibi = options_.alibi ? next++ : -1;\n    at.sinks = options_.sinks ? next++ : -1;\n",
+            "    at.sinks = options_.sinks ? next++ : -1;\n    at.alibi = options_.alibi ? next++ : -1;\n",
+            "input_layouts.all_options_together_are_each_in_its_place",
+        ),
+        (
+            "options are dropped on the CPU",
+            "  args.options = options_;\n",
+            "  args.options.scale = options_.scale;\n",
+            "compiled_graphs.attentions_of_a_pool_that_differ_in_an_option_stay_two",
+        ),
+        (
+            "options are dropped by the launch",
+            "  call.options = options_;\n",
+            "  call.options.scale = options_.scale;\n",
+            "input_layouts.an_option_of_any_layout_is_read_as_its_values",
+        ),
+        (
+            "a mask that is sliced is read as it lies",
+            "return mx::contiguous(m, false, s);",
+            "return m;",
+            "input_layouts.a_mask_of_one_head_is_the_mask_of_all",
+        ),
+        (
+            "a mask of one head is the mask of head 0 alone",
+            "return mask.shape(0) == 1 ? 0 :",
+            "return mask.shape(0) == 0 ? 0 :",
+            "compiled_graphs.attentions_that_differ_in_an_option_stay_two",
+        ),
+        (
+            "attentions of other options are one",
+            "return options_ == node.options_ && part_ == node.part_;",
+            "return part_ == node.part_;",
+            "compiled_graphs.attentions_that_differ_in_an_option_stay_two",
+        ),
+        (
+            "the scale is 1 unless given",
+            'scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))))',
+            "scale.value_or(1.0f)",
+            "compiled_graphs.attentions_that_differ_in_an_option_stay_two",
+        ),
+        (
+            "the softcap is dropped",
+            "    options.softcap = *cap;\n",
+            "",
+            "compiled_graphs.attentions_of_a_pool_that_differ_in_an_option_stay_two",
+        ),
+        (
+            "a scale that is no number is taken",
+            '  check_number(kOp, "scale", options.scale, false);\n',
+            "",
+            "fast.a_bad_call_is_a_typed_error",
+        ),
+        (
+            "K and V change places on the CPU",
+            "args.k_pages = inputs[kKPages].data<char>();\n  args.v_pages = inputs[kVPages].data<char>();",
+            "args.k_pages = inputs[kVPages].data<char>();\n  args.v_pages = inputs[kKPages].data<char>();",
+            "chapter.a_block_of_positions_attends_causally_across_pages",
+        ),
+        (
+            "sinks are dropped by the launch",
+            "call.sinks = at.sinks < 0 ? nullptr : in(at.sinks);",
+            "call.sinks = nullptr;",
+            "input_layouts.an_option_of_any_layout_is_read_as_its_values",
+        ),
+        (
+            "q that is sliced is read as it lies",
+            "mx::contiguous(q, false, s), row_contiguous(k_pages, s)",
+            "q, row_contiguous(k_pages, s)",
+            "fast.arrays_need_not_be_contiguous",
+        ),
+        (
+            "pages that are sliced are read as they lie",
+            "row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};",
+            "k_pages, row_contiguous(v_pages, s), plan};",
+            "fast.arrays_need_not_be_contiguous",
+        ),
+        (
+            "a mask for too few keys is taken",
+            "mask && mask->ndim() > 0 ? mask->shape(-1) : -1};",
+            "-1};",
+            "fast.a_bad_call_is_a_typed_error",
+        ),
+    ],
+    "ops/attention_checks.cpp": [
+        (
+            "slopes and sinks are read as they lie",
+            "return mx::contiguous(mx::astype(a, mx::float32, s), false, s);",
+            "return mx::astype(a, mx::float32, s);",
+            "input_layouts.a_pool_reads_options_of_any_layout_as_their_values",
+        ),
+        (
+            "pages of another dtype are taken",
+            '  check_dtype(op, "v_pages", v_pages, q.dtype(), "the dtype of q");\n',
+            "",
+            "fast.a_bad_call_is_a_typed_error",
+        ),
+        (
+            "a plan for other heads is taken",
+            '  same("num_q_heads", plan.num_q_heads, g.num_q_heads, " of q");\n',
+            "",
+            "fast.a_plan_for_other_arrays_is_refused",
+        ),
+        (
+            "a page behind the pool is read",
+            "if (plan.max_page_id >= g.num_pages) {",
+            "if (plan.max_page_id > g.num_pages) {",
+            "pool_plans.a_plan_that_names_a_page_behind_the_pool_is_refused",
+        ),
+        (
+            "a number that is not positive is taken",
+            "(positive && value <= 0)",
+            "(positive && value < 0)",
+            "fast.a_bad_call_is_a_typed_error",
+        ),
+    ],
+    "ops/pages.cpp": [
+        (
+            "tokens that are sliced are written as they lie",
+            "k_rows = mx::contiguous(k, false, s), v_rows",
+            "k_rows = k, v_rows",
+            "input_layouts.tokens_of_any_layout_are_written_as_their_values",
+        ),
+        (
+            "a copy of a buffer that somebody holds is left out",
+            "return needed ? BufferCopy",
+            "return false ? BufferCopy",
+            "fast.arrays_need_not_be_contiguous",
+        ),
+        (
+            "a page is copied the wrong way",
+            "from = pairs[2 * i], to = pairs[2 * i + 1];",
+            "from = pairs[2 * i + 1], to = pairs[2 * i];",
+            "fast.copy_moves_whole_pages_in_every_array",
+        ),
+        (
+            "the last pair is not copied",
+            "for (int i = 0; i < count; i++) {",
+            "for (int i = 0; i < count - 1; i++) {",
+            "fast.copy_moves_whole_pages_in_every_array",
+        ),
+        (
+            "tokens of another dtype are written",
+            '  check_dtype("write_pages", "k", k, k_pages.dtype(), "the dtype of k_pages");\n',
+            "",
+            "fast.a_bad_write_is_refused",
+        ),
+    ],
+    "ops/page_rows.cpp": [
+        (
+            "slot -1 is written",
+            "      if (slots[t] >= 0) {\n        writer.write(t, slots[t]);\n      }\n",
+            "      writer.write(t, slots[t] < 0 ? 0 : slots[t]);\n",
+            "fast.write_puts_each_token_in_its_slot_and_touches_nothing_else",
+        ),
+        (
+            "heads of a token change places",
+            "    tokens_.copy(from, h, pages_",
+            "    tokens_.copy(from, heads - 1 - h, pages_",
+            "fast.write_puts_each_token_in_its_slot_and_touches_nothing_else",
+        ),
+        (
+            "a gather fills nothing with zeros",
+            "  std::memset(out, 0, int64_t(batch) * num_kv_heads * length * row_bytes);\n",
+            "",
+            "fast.gather_makes_each_context_contiguous_and_zeroes_the_rest",
+        ),
+        (
+            "a gather goes past the context",
+            "const int end = std::min(lens[b], length);",
+            "const int end = length;",
+            "fast.gather_makes_each_context_contiguous_and_zeroes_the_rest",
+        ),
+    ],
+}
+
+MUTANTS = [
+    Mutant(
+        f"ops {file.rpartition('/')[2].partition('.')[0]}: {name}"
+        if file.startswith("ops")
+        else f"bindings {file.rpartition('/')[2].partition('.')[0]}: {name}",
+        "ops",
+        f"csrc/{file}",
+        find,
+        replace,
+        seen_by,
+    )
+    for file, faults in _FAULTS.items()
+    for name, find, replace, seen_by in faults
+]

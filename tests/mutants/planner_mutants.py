@@ -99,8 +99,8 @@ _FAULTS = {
     "partition.cpp": [
         (
             "pieces overlap by a page",
-            "const int begin = range.entry_begin + int(int64_t(entries) * i / std::max(1, count));",
-            "const int begin = range.entry_begin + std::max(0, int(int64_t(entries) * i / std::max(1, count)) - 1);",
+            "const int begin = range.entry_begin + int(int64_t(entries) * i / count);",
+            "const int begin = range.entry_begin + std::max(0, int(int64_t(entries) * i / count) - 1);",
             "16 workers",
         ),
         (

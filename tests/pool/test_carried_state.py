@@ -3,7 +3,15 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from paged_mlx import OutOfPages, PageAllocator, PagePool, PageTable, copy_on_write
+from paged_mlx import (
+    CorruptPage,
+    OutOfPages,
+    PageAllocator,
+    PagePool,
+    PageTable,
+    copy_on_write,
+    paged_attention,
+)
 
 PAGE, DIM, LAYERS = 4, 8, 2
 
@@ -189,3 +197,17 @@ def test_a_pool_that_may_not_grow_is_as_it_was():
     pool.memory_limit = 2**40
     pool.grow(4)
     assert content(table, pool, 1) == [1] * 6 + [2] * 2
+
+
+def test_attention_by_tables_asks_the_canary_and_the_layer_that_was_not_written_is_refused():
+    allocator, pool = make(4, canary=True)
+    table = PageTable(PAGE)
+    slots = table.append_tokens(3, allocator).slots
+    pool.canary.note([table], [[7, 8, 9]], slots)
+    pool.write(0, *tokens(3), slots)
+    q = mx.zeros((1, 1, DIM))
+    assert paged_attention(q, [table], pool[0]).shape == (1, 1, DIM)
+    with pytest.raises(CorruptPage):
+        paged_attention(q, [table], pool[1])
+    pool.write(1, *tokens(3), slots)
+    assert paged_attention(q, [table], pool[1]).shape == (1, 1, DIM)

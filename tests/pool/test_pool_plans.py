@@ -158,3 +158,19 @@ def test_every_option_reaches_pools_and_page_blocks_alike(options):
         block = paged_attention(q[:2].swapaxes(0, 1)[None], tables[1:], pool[0], **options)
         alone = paged_attention(q[:2], tables[1:], pool[0], query_lens=[2], **options)
         np.testing.assert_allclose(np.array(block[0].swapaxes(0, 1)), np.array(alone), atol=1e-5)
+
+
+def test_a_plan_that_names_a_page_behind_the_pool_is_refused():
+    _, pool, _ = make()
+    options = dict(num_q_heads=HEADS, num_kv_heads=1, page_size=PAGE, head_dim=DIM)
+    for last, fits in ((15, True), (16, False)):
+        plan = fast.plan([[0, last]], [7], dtype=mx.float32, **options)
+        if fits:
+            mx.eval(fast.paged_attention(q_of(1), *pool[0].arrays, plan=plan))
+            continue
+        for attend in (
+            lambda p: fast.paged_attention(q_of(1), *pool[0].arrays, plan=p),
+            lambda p: pool[0].attend(q_of(1), p),
+        ):
+            with pytest.raises(ValueError, match=r"page ids in \[0, 16\)"):
+                attend(plan)

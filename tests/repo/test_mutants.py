@@ -40,6 +40,11 @@ QUICK = [
     "sharing: ragged pages are equal when their ids are",
     "cpu rows: the window is one key too wide",
     "cpu tile_block: values are not rescaled",
+    "ops attention: attentions of other options are one",
+    "ops page_rows: slot -1 is written",
+    "python pool: every layer is layer 0",
+    "python pages/append: no page is copied before a write",
+    "python pages/block_table: a version is not part of what was packed",
 ]
 
 
@@ -53,6 +58,7 @@ def test_the_list_is_long_enough():
     count = {layer: sum(mutant.layer == layer for mutant in MUTANTS) for layer in mutants.LAYERS}
     assert count["kernels"] + count["launch"] >= 30
     assert count["planner"] + count["cpu"] >= 30
+    assert count["ops"] + count["python"] >= 80
 
 
 #: Layers whose suites run with the project's own native module.
