@@ -17,7 +17,8 @@ def plan(query_lens, lens=None, *, least=4, device="cpu", dtype=mx.float32, head
     with thresholds.planned_with(device, dtype.size, sdpa_prompt=least):
         return fast.plan(
             tables, lens, cu_seqlens_q=np.cumsum([0, *query_lens]), num_q_heads=4, num_kv_heads=2,
-            page_size=16, dtype=dtype, head_dim=head_dim, **options,
+            page_size=16, dtype=dtype, head_dim=head_dim, stream=mx.cpu if device == "cpu" else None,
+            **options,
         )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def test_a_short_step_pays_for_no_merge():
 def test_decode_and_prefill_mix_without_sharing_an_item():
     lens, cu = [100, 400], [0, 1, 301]
     tables = distinct_tables(lens, 16)
-    plan = make(tables, lens, page_size=16, cu_seqlens_q=cu)
+    plan = make(tables, lens, page_size=16, cu_seqlens_q=cu, stream=mx.cpu)
     assert plan.num_items["wide"] >= 1 and plan.num_items["tile"] >= 1
     assert all(0 not in item["tokens"] or item["tokens"] == [0] for item in plan.items)
     assert_exact(plan, tables, lens, 16, cu=cu)
@@ -120,7 +120,7 @@ def test_decode_and_prefill_mix_without_sharing_an_item():
 def test_a_long_shared_prefix_is_read_once():
     lens = [4096 + 16 * i for i in range(1, 9)]
     tables = distinct_tables(lens, 16, shared_pages=256)
-    plan = make(tables, lens, page_size=16, workers=1)
+    plan = make(tables, lens, page_size=16, workers=1, stream=mx.cpu)
     shared = [item for item in plan.items if len(item["tokens"]) == 8]
     assert [item["keys"] for item in shared] == [(0, 4096)]
     assert [d.shared for d in plan.decisions] == [True]
