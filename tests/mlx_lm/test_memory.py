@@ -9,6 +9,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx._native import _ext  # noqa: E402
 from paged_mlx.mlx_lm import enable  # noqa: E402
@@ -128,3 +129,52 @@ def test_without_a_limit_pools_grow_past_the_memory_limit_as_mlx_lms_caches_do(c
         assert zoo.single(model, prompt, max_tokens=5) == expected
         pool.check()
     assert "enable takes max_bytes" in caplog.text
+
+
+@pytest.mark.parametrize("before, after", [("float16", "float32"), ("float32", "bfloat16")])
+def test_pages_follow_the_dtype_of_the_model(before, after):
+    model, prompt = zoo.tiny("llama"), zoo.prompt(40, seed=1)
+    model.set_dtype(getattr(mx, after))
+    model.set_dtype(getattr(mx, before))  # rounded by both
+    model.set_dtype(getattr(mx, after))
+    plain = model(mx.array([prompt]))[:, -1]
+    model.set_dtype(getattr(mx, before))
+    with enable(model, page_size=8) as paged:
+        going_on = make_prompt_cache(model)
+        model(mx.array([prompt[:20]]), cache=going_on)
+        model.set_dtype(getattr(mx, after))
+        for cache in (make_prompt_cache(model), going_on):
+            start = cache[0].offset
+            found = model(mx.array([prompt[start:]]), cache=cache)[:, -1]
+            assert found.dtype == getattr(mx, after)
+            rounding = 1e-4 if after == "float32" and start == 0 else 0.1
+            assert mx.abs(found - plain).max().item() < rounding
+        assert {pool.dtype for pool in paged.groups[None].pools} == {getattr(mx, after)}
+        assert paged.gathered_calls == {}
+        paged.check()
+
+
+def test_memory_is_estimated_and_given_back():
+    model = zoo.tiny("gemma3_text")
+    prompts = [zoo.prompt(200, seed=seed) for seed in range(4)]
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+        estimate = paged.estimate([200] * 4, 10)
+        zoo.batched(model, prompts, [10] * 4)
+        assert estimate.fits and abs(paged.nbytes / estimate.nbytes - 1) <= 0.05
+        assert sum(g.pages_used for g in paged.groups.values()) > 0
+        before = paged.nbytes
+        assert paged.trim_memory() == before - paged.nbytes > before / 2
+        assert zoo.batched(model, prompts, [10] * 4) == zoo.batched(model, prompts, [10] * 4)
+        paged.check()
+    with enable(model, page_size=8, num_pages=20) as paged:
+        assert not paged.estimate([200], 10).fits
+
+
+def test_ranks_that_would_decide_alone_are_refused(monkeypatch):
+    class Two:
+        def size(self):
+            return 2
+
+    monkeypatch.setattr(mx.distributed, "init", Two)
+    with pytest.raises(ValueError, match=r"\[enable\] prefix_cache must be False.*ranks"):
+        enable(zoo.tiny("llama"), prefix_cache=True)

@@ -13,13 +13,13 @@ import mlx_lm.generate  # noqa: F401
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
-from paged_mlx.mlx_lm import versions
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import NO_TOKEN, layers_of
 from paged_mlx.mlx_lm.seams import Seam
+from paged_mlx.mlx_lm.versions import SHOWS_WHOLE_PROMPTS, is_at_least
 
 GENERATE = sys.modules["mlx_lm.generate"]
-_SHOWS_WHOLE_PROMPTS = versions.is_at_least(mlx_lm.__version__, versions.SHOWS_WHOLE_PROMPTS)
+_SHOWS_WHOLE_PROMPTS = is_at_least(mlx_lm.__version__, SHOWS_WHOLE_PROMPTS)
 
 # K and V that do not follow from the tokens, or do not stay in pages.
 NOT_BY_TOKENS = ("input_embeddings", "max_kv_size", "kv_bits")

@@ -4,21 +4,28 @@ import contextlib
 import copy
 import logging
 from collections import Counter
+from typing import NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
+from paged_mlx.device_memory import memory_limit
 from paged_mlx.errors import fail, whole_number
-from paged_mlx.mlx_lm import beginnings, hook, prompt_files, store, waiting
+from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup
+from paged_mlx.mlx_lm.hook import ATTENTION
 from paged_mlx.mlx_lm.identity import Identity
 from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
 from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes, keys_of, layers_of
+from paged_mlx.mlx_lm.prompt_files import from_stock, load, save, to_stock
 from paged_mlx.mlx_lm.prompts import Prompts, seam_of
 from paged_mlx.mlx_lm.sequence import History, Sequence
+from paged_mlx.mlx_lm.store import SEAMS as STORE
+from paged_mlx.mlx_lm.waiting import seams as waiting_seams
 
 log = logging.getLogger("paged_mlx")
 
@@ -67,6 +74,13 @@ def enable(
     paged = PagedModel(model, page_size, num_pages, retain, prefix_cache, max_bytes)
     paged.enable()
     return paged
+
+
+class Estimate(NamedTuple):
+    """Bytes that pages will take, and whether there is room for them."""
+
+    nbytes: int
+    fits: bool
 
 
 class PagedModel:
@@ -151,6 +165,9 @@ class PagedModel:
             for cache, reason in unpaged(self.stock_cache(), self.layout.places)
             if kind_of(cache) != "ArraysCache"
         ]
+        ranks = mx.distributed.init().size()
+        if ranks > 1:
+            fail("enable", f"{must}, because ranks would decide alone what is known", ranks)
         if others:
             fail("enable", f"{must}, because not all that it remembers is in pages", others[0])
 
@@ -169,13 +186,13 @@ class PagedModel:
         self._make_cache = MakeCache(self)
         self._make_cache.install()
         self._seams.callback(self._make_cache.uninstall)
-        seams = [hook.ATTENTION]
+        seams = [ATTENTION]
         if self.prompts is not None:
-            seams += [seam_of(self.model), *beginnings.SEAMS]
+            seams += [seam_of(self.model), *BEGINNINGS]
         if self.is_limited:
-            seams += waiting.seams()
+            seams += waiting_seams()
         if self.prompts is not None or self.is_limited:
-            seams += store.SEAMS
+            seams += STORE
         for seam in seams:
             seam.install()
             self._seams.callback(seam.uninstall)
@@ -271,11 +288,11 @@ class PagedModel:
 
     def to_stock(self, prompt_cache: list) -> list:
         """mlx-lm's own prompt cache of the same tokens."""
-        return prompt_files.to_stock(prompt_cache)
+        return to_stock(prompt_cache)
 
     def from_stock(self, prompt_cache: list) -> list:
         """A prompt cache on pages of the tokens of mlx-lm's own."""
-        return prompt_files.from_stock(self, prompt_cache)
+        return from_stock(self, prompt_cache)
 
     def save(self, path: str, prompt_cache: list, metadata: dict | None = None) -> None:
         """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool.
@@ -285,7 +302,7 @@ class PagedModel:
         self._check_is_ours("save", prompt_cache)
         layer = next(layers_of(prompt_cache))
         tokens = layer.rows[0].history.first(int(layer.lens[0]))
-        prompt_files.save(path, prompt_cache, self.identity, tokens, metadata)
+        save(path, prompt_cache, self.identity, tokens, metadata)
 
     def load(self, path: str, return_metadata: bool = False):
         """Read a prompt cache from a file of ``save`` or of mlx-lm into pages.
@@ -295,7 +312,7 @@ class PagedModel:
         Raises:
             ValueError: The file is damaged, or of another model; nothing is remembered of it.
         """
-        prompt_cache, metadata, tokens = prompt_files.load(self, path)
+        prompt_cache, metadata, tokens = load(self, path)
         if self.prefixes is not None and tokens:
             self.prefixes.remember(tokens, prompt_cache, finished=True)
         return (prompt_cache, metadata) if return_metadata else prompt_cache
@@ -309,6 +326,44 @@ class PagedModel:
         if self._identity is None or self._identity.has_changed():
             self._identity = Identity(self.model)
         return self._identity
+
+    # Memory
+
+    def estimate(self, lengths: list[int], max_new_tokens: int) -> Estimate:
+        """What the pages of sequences with prompts of ``lengths`` will take, and whether that fits.
+
+        Nothing is counted that they might share.
+        """
+        nbytes, fits = 0, True
+        for group in self.groups.values():
+            pages = sum(group.pages_for(length + max_new_tokens) for length in lengths)
+            pages += 0 if self.is_limited else 2 * len(lengths)  # pools grow a little ahead
+            nbytes += pages * group.page_bytes
+            fits = fits and pages <= group.most_pages
+        most = self.max_bytes if self.is_limited else memory_limit() - mx.get_active_memory()
+        if self.max_bytes is None and self.is_limited:
+            most = nbytes
+        return Estimate(nbytes, fits and nbytes <= most)
+
+    def trim_memory(self) -> int:
+        """Give back what no sequence holds: cached prefixes, and the pages at the end of the pools
+        that are free then. Returns the bytes given back."""
+        before = self.nbytes
+        with self.passes.turn():
+            self.passes.reclaim()
+            for cache in self.prefixes.caches.values() if self.prefixes is not None else ():
+                cache.evict(cache.num_evictable)
+            for group in self.groups.values():
+                group.allocator.shrink()
+            self.passes.grown()
+        mx.clear_cache()
+        return before - self.nbytes
+
+    def trim_prefixes(self, nbytes: int) -> None:
+        """Give up cached prefixes that nobody holds until they take ``nbytes`` at most."""
+        for window, cache in self.prefixes.caches.items() if self.prefixes is not None else ():
+            page = self.groups[window].page_bytes * len(self.groups)
+            cache.evict(max(0, cache.num_evictable - nbytes // max(1, page)))
 
     # Figures
 

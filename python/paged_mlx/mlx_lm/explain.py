@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from paged_mlx.mlx_lm import hook
 from paged_mlx.mlx_lm.enable import PagedModel
+from paged_mlx.mlx_lm.hook import ATTENTION
 from paged_mlx.mlx_lm.layout import CachePlace
 
 OWN_ATTENTION = "the model computes attention itself, from gathered K and V"
@@ -61,13 +61,13 @@ def explain(model) -> Explanation:
     """
     paged = PagedModel(model, page_size=8, num_pages=1, retain=None)
     paged.passes.computes = False
-    hook.ATTENTION.install()  # the model itself is left as it is: another thread may use it
+    ATTENTION.install()  # the model itself is left as it is: another thread may use it
     try:
         cache = paged.make_cache()
         for tokens in (4, 1):
             model(mx.zeros((1, tokens), mx.int32), cache=cache)
     finally:
-        hook.ATTENTION.uninstall()
+        ATTENTION.uninstall()
     routes = list(_routes(paged, paged.layout.places, ""))
     return Explanation(type(model).__module__.removeprefix("mlx_lm.models."), routes)
 

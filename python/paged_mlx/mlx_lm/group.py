@@ -56,6 +56,7 @@ class LayerGroup:
         self._recent: list[tuple[Step, BlockTable]] = []
         self.newest: Step | None = None
         self.calls: Counter = Counter()  # (layer, why the pages were not read) -> attention calls
+        self.narrow: dict[int, tuple] = {}  # layers whose pages are wider: (dims of K, of V)
         self.attended: set[int] = set()  # layers whose attention asks for the pages
         self._offsets = (None, None)
         self.passes = Passes({window: self})  # of the model, with its other groups
@@ -68,6 +69,9 @@ class LayerGroup:
     def pool_of(self, layer: int, keys: mx.array, values: mx.array) -> tuple[LazyPool, int]:
         """The pool of a layer and its index there, made at the layer's first write."""
         place = self._placed.get(layer) or self._make_pool(layer, keys, values)
+        dims = keys.shape[3], values.shape[3]
+        if dims != (place.pool.head_dim, place.pool.v_head_dim):
+            self.narrow[layer] = dims
         return place.pool, place.index
 
     def _make_pool(self, layer, keys, values) -> LayerPlace:
@@ -94,6 +98,29 @@ class LayerGroup:
         for i, peer in enumerate(peers):
             self._placed[peer] = LayerPlace(self, peer, pool, i)
         return self._placed[layer]
+
+    def _convert(self, pool: LazyPool, dtype: mx.Dtype) -> None:
+        """Hold K and V of a pool's layers in another dtype, as the model computes them now."""
+        fresh = LazyPool(
+            pool.num_layers,
+            self.allocator.total_pages,
+            self.page_size,
+            pool.num_kv_heads,
+            pool.head_dim,
+            dtype,
+            pool.v_head_dim,
+            allocator=self.allocator,
+        )
+        slots = np.arange(self.allocator.total_pages * self.page_size, dtype=np.int32)
+        for i, pages in enumerate(pool.state):
+            k, v = (x.swapaxes(1, 2).flatten(0, 1).astype(dtype) for x in pages)
+            fresh[i].write(k, v, slots)
+        self.allocator.detach(pool)
+        self.pools[self.pools.index(pool)] = fresh
+        for layer, place in self._placed.items():
+            if place.pool is pool:
+                place.pool = fresh
+                self.geometry[layer] = (*self.geometry.get(layer, (0, 0, 0))[:3], dtype)
 
     def placed(self, layer: int) -> tuple[LazyPool, int] | None:
         place = self._placed.get(layer)
@@ -288,17 +315,27 @@ class LayerGroup:
     def fetch(self, layer: int, step: Step, keys: mx.array, values: mx.array):
         """K and V of a layer as handles, those of the step included; their write waits."""
         place = self._placed.get(layer) or self._make_pool(layer, keys, values)
-        source = PagesOfLayer(place, step)
-        if place.pool.v_head_dim == 1 and values.shape[3] == 0:
-            k, v = place.pool.fetch(source, keys, mx.zeros((*values.shape[:3], 1), values.dtype))
-            return k, v[..., :0]
-        return place.pool.fetch(source, keys, values)
+        if keys.dtype != place.pool.dtype and keys.dtype == values.dtype:
+            self._convert(place.pool, keys.dtype)
+        source, pool = PagesOfLayer(place, step), place.pool
+        dims = keys.shape[3], values.shape[3]
+        if dims != (pool.head_dim, pool.v_head_dim):
+            self.calls[layer, f"head_dim {dims[0]} has no kernel"] += 1
+            self.narrow[layer] = dims
+            keys, values = widened(keys, pool.head_dim), widened(values, pool.v_head_dim)
+        return self._narrowed(layer, pool.fetch(source, keys, values))
+
+    def _narrowed(self, layer: int, k_and_v):
+        """K and V as wide as the layer's, which the pages need not be."""
+        if layer not in self.narrow:
+            return k_and_v
+        return tuple(x[..., :dim] for x, dim in zip(k_and_v, self.narrow[layer]))
 
     def fetch_again(self, layer: int, step: Step):
         """K and V of a layer, as ``step`` has left them, as handles."""
         place = self._placed[layer]
         with self.passes.turn():
-            return place.pool.fetch(PagesOfLayer(place, step))
+            return self._narrowed(layer, place.pool.fetch(PagesOfLayer(place, step)))
 
     def undo_newest(self) -> None:
         """Take the newest pass back in the caches that have taken part: it has added nothing."""
@@ -314,7 +351,8 @@ class LayerGroup:
         skipped = min(table.num_freed for table in tables)
         pool, i = self.placed(layer)
         with self.passes.turn():
-            return pool[i].gather(packed.block_tables[:, skipped:], lens - skipped * self.page_size)
+            held = lens - skipped * self.page_size
+            return self._narrowed(layer, pool[i].gather(packed.block_tables[:, skipped:], held))
 
     # Figures
 
@@ -370,7 +408,18 @@ class LayerGroup:
 def geometry_of(keys: mx.array, values: mx.array) -> tuple:
     """(num_kv_heads, head_dim, v_head_dim, dtype) of K ``[batch, heads, tokens, dim]`` and V.
 
-    A V of no dimensions, of which one model's indexer makes use, is stored as one of zeros.
+    Pages are as wide as the next width that kernels take, filled up with zeros: also for a V of no
+    dimensions, of which one model's indexer makes use.
     """
     dtype = keys.dtype if keys.dtype == values.dtype else mx.float32
-    return keys.shape[1], keys.shape[3], max(1, values.shape[3]), dtype
+    return keys.shape[1], width(keys.shape[3]), width(values.shape[3]), dtype
+
+
+def width(dim: int) -> int:
+    """The head_dim of pages that hold ``dim``."""
+    return max(8, -(-dim // 8) * 8) if dim <= 256 else max(512, dim)
+
+
+def widened(x: mx.array, dim: int) -> mx.array:
+    """``x`` with zeros behind its last axis, up to ``dim``."""
+    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, dim - x.shape[-1])])

@@ -16,6 +16,7 @@ from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
 from paged_mlx.mlx_lm.cache import PagedKVCache
+from paged_mlx.mlx_lm.group import widened, width
 from paged_mlx.mlx_lm.identity import array_digest
 from paged_mlx.mlx_lm.layout import CachePlace
 from paged_mlx.pages.tokens import pack_tokens, unpack_tokens
@@ -117,7 +118,7 @@ def _check_fits(cache, plain) -> None:
     if plain.keys is None or expected is None:
         return
     batch, heads, _, head_dim = plain.keys.shape
-    found = (batch, heads, head_dim, plain.values.shape[3])
+    found = (batch, heads, width(head_dim), width(plain.values.shape[3]))
     if found != (1, *expected[:3]):
         must = f"prompt_cache must hold (batch, heads, dim of K, dim of V) = {(1, *expected[:3])}"
         fail("from_stock", must, found)
@@ -134,6 +135,7 @@ def _fill(cache, plain) -> None:
     pool, i = cache.group.pool_of(cache.layer, k, v)
     window = cache.group.window
     slots = row.tables[window].slots(row.first_token[window], length)
+    k, v = widened(k, pool.head_dim), widened(v, pool.v_head_dim)
     pool.write(i, _one_sequence(k, pool), _one_sequence(v, pool), slots)
     step.served.add(cache.layer)
     cache.group.passes.served(step)

@@ -76,3 +76,8 @@ if hasattr(stock, "LRUPromptCache"):
             super().insert_cache(model, tokens, prompt_cache, **options)
             if len(prompt_cache) == len(self._paged.layout.places):
                 self._paged.remember(tokens, prompt_cache)
+
+        def trim_to(self, *, n_sequences=None, n_bytes=None):
+            super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)
+            if n_bytes is not None:
+                self._paged.trim_prefixes(max(0, n_bytes))

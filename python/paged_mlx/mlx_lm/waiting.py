@@ -93,6 +93,9 @@ class Queue:
 
     def __init__(self, generator, paged):
         self._generator, self._paged = generator, paged
+        self._answering, self._reading = generator._generation_batch, generator._prompt_batch
+        self._progress = generator._currently_processing
+        self._waiting = generator._unprocessed_sequences
 
     def make_room(self):
         """Have pages for the next step of what runs; return the last response of a sequence that
@@ -104,7 +107,7 @@ class Queue:
 
     def hold_back(self) -> deque:
         """Take those prompts out of the generator's queue that have no pages yet."""
-        waiting = self._generator._unprocessed_sequences
+        waiting = self._waiting
         admitted: list = []
         running = self._all_tokens()
         while waiting:
@@ -141,18 +144,16 @@ class Queue:
 
     def _next_tokens(self) -> list:
         """(sequence, tokens held, tokens of the next step) of what runs."""
-        generator = self._generator
-        reading = zip(self._rows(generator._prompt_batch), generator._currently_processing)
-        chunk = generator.prefill_step_size
-        return [(*row, 1) for row in self._rows(generator._generation_batch)] + [
+        reading = zip(self._rows(self._reading), self._progress)
+        chunk = self._generator.prefill_step_size
+        return [(*row, 1) for row in self._rows(self._answering)] + [
             (*row, min(len(segments[0]), chunk)) for row, (segments, *_) in reading
         ]
 
     def _all_tokens(self) -> list:
         """The same with all tokens of the prompts that are being read."""
-        generator = self._generator
-        reading = zip(self._rows(generator._prompt_batch), generator._currently_processing)
-        return [(*row, 1) for row in self._rows(generator._generation_batch)] + [
+        reading = zip(self._rows(self._reading), self._progress)
+        return [(*row, 1) for row in self._rows(self._answering)] + [
             (*row, sum(map(len, segments)) + 1) for row, (segments, *_) in reading
         ]
 
@@ -185,7 +186,7 @@ class Queue:
 
     def _give_back_waiting(self) -> bool:
         """Have the youngest prompt that waits with a cache, whose tokens are known, wait without."""
-        waiting = self._generator._unprocessed_sequences
+        waiting = self._waiting
         for i in reversed(range(len(waiting))):
             uid, segments, most, prompt_cache, told, *rest = waiting[i]
             layer = next(layers_of(prompt_cache), None)
@@ -200,40 +201,38 @@ class Queue:
 
     def _put_back_youngest(self) -> bool:
         """Have the youngest sequence wait, if it is not the last and can be read again."""
-        generator = self._generator
-        batches = generator._generation_batch, generator._prompt_batch
+        batches = self._answering, self._reading
         if sum(map(len, batches)) < 2:
             return False
         uid, batch = max((uid, place) for place in (0, 1) for uid in batches[place].uids)
         row = batches[batch].uids.index(uid)
-        put_back = self._generating(row) if batch == 0 else self._reading(row)
+        put_back = self._of_answering(row) if batch == 0 else self._of_reading(row)
         if put_back is None:
             return False
-        generator._unprocessed_sequences.appendleft(put_back)
+        self._waiting.appendleft(put_back)
         batches[batch].filter([i for i in range(len(batches[batch])) if i != row])
         log.info("prompt %d waits: the pool is full", uid)
         return True
 
-    def _generating(self, row: int):
-        batch = self._generator._generation_batch
+    def _of_answering(self, row: int):
+        batch = self._answering
         tokens = batch.tokens[row]
         left = batch.max_tokens[row] - batch._num_tokens[row]
         segments = [tokens[:-1], tokens[-1:]] if len(tokens) > 1 else [tokens[:]]
-        return self._waiting(batch, row, segments, left, _Resumed(batch._matchers[row]))
+        return self._as_inserted(batch, row, segments, left, _Resumed(batch._matchers[row]))
 
-    def _reading(self, row: int):
-        generator = self._generator
-        batch, (segments, *_) = generator._prompt_batch, generator._currently_processing[row]
+    def _of_reading(self, row: int):
+        batch, (segments, *_) = self._reading, self._progress[row]
         segments = [batch.tokens[row] + segments[0], *segments[1:]]
         if len(segments) == 1 and len(segments[0]) > 1:
             segments = [segments[0][:-1], segments[0][-1:]]
         stop = batch.stop_sequences[row]
-        put_back = self._waiting(batch, row, segments, batch.max_tokens[row], stop)
+        put_back = self._as_inserted(batch, row, segments, batch.max_tokens[row], stop)
         if put_back is not None:
-            del generator._currently_processing[row]
+            del self._progress[row]
         return put_back
 
-    def _waiting(self, batch, row: int, segments, max_tokens: int, stop_sequences):
+    def _as_inserted(self, batch, row: int, segments, max_tokens: int, stop_sequences):
         """A sequence as ``insert`` queues it; None if not all of its tokens are known."""
         held = next(layers_of(batch.prompt_cache)).lens[row]
         if held != len(batch.tokens[row]):
@@ -246,9 +245,9 @@ class Queue:
 
     def _end_the_last(self):
         """End a sequence that has the pool for itself, with all that it has generated."""
-        batch = self._generator._generation_batch
-        if len(batch) != 1 or len(self._generator._prompt_batch):
-            self._refuse([*batch.uids, *self._generator._prompt_batch.uids])
+        batch = self._answering
+        if len(batch) != 1 or len(self._reading):
+            self._refuse([*batch.uids, *self._reading.uids])
         token = batch._next_tokens[0].item()
         ended = batch._matchers[0].advance(token)
         log.warning("an answer ends: its sequence has filled the pool. A larger num_pages has room")
