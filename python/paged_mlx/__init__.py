@@ -42,11 +42,13 @@ if TYPE_CHECKING:
         analyze_memory_efficiency as analyze_memory_efficiency,
     )
     from paged_mlx.course.memory_systems import benchmark_memory_systems as benchmark_memory_systems
-    from paged_mlx.device_memory import memory_limit as memory_limit
-    from paged_mlx.device_memory import pages_within as pages_within
     from paged_mlx.errors import DoubleFree as DoubleFree
     from paged_mlx.errors import UnknownPage as UnknownPage
     from paged_mlx.errors import UseAfterFree as UseAfterFree
+    from paged_mlx.machine.memory import memory_limit as memory_limit
+    from paged_mlx.machine.memory import pages_within as pages_within
+    from paged_mlx.machine.threads import num_threads as num_threads
+    from paged_mlx.machine.threads import set_num_threads as set_num_threads
     from paged_mlx.mlx_lm import enable, explain  # type: ignore[no-redef]
     from paged_mlx.pages.append import Appended as Appended
     from paged_mlx.pages.block_table import BlockTable as BlockTable
@@ -56,8 +58,6 @@ if TYPE_CHECKING:
     from paged_mlx.pages.canary import CorruptPage as CorruptPage
     from paged_mlx.pool import SlotMapping as SlotMapping
     from paged_mlx.prefix.hash import ExtraKey as ExtraKey
-    from paged_mlx.threads import num_threads as num_threads
-    from paged_mlx.threads import set_num_threads as set_num_threads
 
 __all__ = [
     "AttentionPlan",
@@ -100,11 +100,11 @@ _LATER = {
     "benchmark_memory_systems": "course.memory_systems",
     "enable": "mlx_lm",
     "explain": "mlx_lm",
-    "memory_limit": "device_memory",
-    "num_threads": "threads",
+    "memory_limit": "machine.memory",
+    "num_threads": "machine.threads",
     "pack": "pages.block_table",
-    "pages_within": "device_memory",
-    "set_num_threads": "threads",
+    "pages_within": "machine.memory",
+    "set_num_threads": "machine.threads",
 }
 
 

@@ -22,9 +22,7 @@ checkout, not of the package: `make bench` there.
 
 def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
-        name = {"build": "build_native", "testing": "testing.__main__"}.get(
-            arguments[0], arguments[0]
-        )
+        name = {"testing": "testing.__main__"}.get(arguments[0], f"machine.{arguments[0]}")
         return importlib.import_module(f"paged_mlx.{name}").main(arguments[1:])
     lines = (f"  {name:<9} {what}" for name, what in COMMANDS.items())
     print(USAGE.format(commands="\n".join(lines)), end="")

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx  # loads libmlx and registers mx.array first
 
 import paged_mlx
-from paged_mlx.machine_cache import cache_directory
+from paged_mlx.machine.cache import cache_directory
 
 
 def release(version: str) -> str:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx import thresholds
 from paged_mlx._native import BUILT, _ext
 from paged_mlx.errors import fail, kind_of, whole_number
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
+from paged_mlx.machine import thresholds
 from paged_mlx.options import Geometry
 from paged_mlx.pages.block_table import PackedTables
 

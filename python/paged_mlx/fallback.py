@@ -30,11 +30,11 @@ _FIELDS = 3  # of a plan's row, before the pages
 
 
 def paged_attention(
-    q, k_pages, v_pages, plan, scale=None, softcap=None, alibi_slopes=None, sinks=None, mask=None, *, stream=None
+    q, k_pages, v_pages, plan, scale=None, cap=None, alibi_slopes=None, sinks=None, mask=None, *, stream=None
 ):  # fmt: skip
     """``(out, lse, k_pages, v_pages)`` of one step."""
     attention_geometry(q, k_pages, v_pages)
-    options = _options("paged_attention", q, scale, softcap, alibi_slopes, sinks, mask)
+    options = _options("paged_attention", q, scale, cap, alibi_slopes, sinks, mask)
     with mx.stream(stream or mx.default_device()):
         rows = plan.reshape(q.shape[0], -1)
         try:
@@ -70,13 +70,13 @@ def _attend(q, k_pages, v_pages, rows, tokens, options):
     keys = keys.reshape(batch, 1, -1)
     k, v = (_slots(array, pages) for array in (k_pages, v_pages))  # [batch, Hkv, N, D]
 
-    # Scores: scale, softcap, ALiBi, mask, in this order.
+    # Scores: scale, cap, ALiBi, mask, in this order.
     grouped = q.astype(mx.float32).reshape(batch, length, num_kv_heads, -1, q.shape[3])
     grouped = grouped.transpose(0, 2, 3, 1, 4)  # [batch, Hkv, G, T, D]
     scores = options.scale * _dot(grouped, k[:, :, None].swapaxes(-1, -2))
     scores = scores.reshape(batch, num_q_heads, length, -1)
-    if options.softcap is not None:
-        scores = options.softcap * mx.tanh(scores / options.softcap)
+    if options.cap is not None:
+        scores = options.cap * mx.tanh(scores / options.cap)
     if options.alibi_slopes is not None:
         distance = (keys - position).astype(mx.float32)[:, None]
         scores = scores + options.alibi_slopes.astype(mx.float32)[:, None, None] * distance
@@ -149,11 +149,11 @@ def _mask(mask, tokens, columns, batch):
     return mx.take_along_axis(mask, columns, axis=3)
 
 
-def _options(op, q, scale, softcap, alibi_slopes, sinks, mask):
+def _options(op, q, scale, cap, alibi_slopes, sinks, mask):
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and (not np.isfinite(value) or (name == "softcap" and value <= 0)):
-            fail(op, f"{name} must be finite" + " and greater than 0" * (name == "softcap"), value)
+    for name, value in (("scale", scale), ("cap", cap)):
+        if value is not None and (not np.isfinite(value) or (name == "cap" and value <= 0)):
+            fail(op, f"{name} must be finite" + " and greater than 0" * (name == "cap"), value)
     for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if value is not None and value.shape != (q.shape[1],):
             must = f"{name} must have shape [num_q_heads], where num_q_heads = {q.shape[1]} from q"
@@ -163,9 +163,7 @@ def _options(op, q, scale, softcap, alibi_slopes, sinks, mask):
         if len(shape) != 3 or shape[0] not in (1, q.shape[1]) or shape[1] != q.shape[0]:
             must = "mask must have shape [tokens, keys] or [num_q_heads or 1, tokens, keys], where "
             fail(op, f"{must}tokens = {q.shape[0]} from q", mask.shape)
-    return SimpleNamespace(
-        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, mask=mask
-    )
+    return SimpleNamespace(scale=scale, cap=cap, alibi_slopes=alibi_slopes, sinks=sinks, mask=mask)
 
 
 def _check_rows(rows, k_pages, mask) -> None:

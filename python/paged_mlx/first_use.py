@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import _ext
-from paged_mlx.machine_cache import cache_directory, machine_file, read_dict, write_dict
+from paged_mlx.machine.cache import cache_directory, machine_file, read_dict, write_dict
 from paged_mlx.options import AttentionOptions, OptionKinds
 from paged_mlx.reference import moves
 from paged_mlx.reference.case import Case, with_options

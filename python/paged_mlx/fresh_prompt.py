@@ -20,8 +20,7 @@ calls: Counter[int] = Counter()
 
 def takes(plan: AttentionPlan, options: AttentionOptions) -> bool:
     """Whether a step is a fresh prompt that MLX's attention takes, and takes faster."""
-    kinds = options.kinds
-    return plan.fresh_prompt and not (kinds.softcap or kinds.alibi or kinds.mask)
+    return plan.fresh_prompt and options.kinds.is_plain
 
 
 def attend(

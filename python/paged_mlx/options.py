@@ -99,6 +99,11 @@ class OptionKinds(NamedTuple):
     sinks: bool = False
     mask: str | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a score is ``scale * q.k`` and nothing else."""
+        return not (self.softcap or self.alibi or self.mask)
+
 
 def check_number(op: str, name: str, value: object) -> None:
     """Refuse what is no number.

@@ -2,7 +2,7 @@
 
 import pytest
 from paged_mlx.course.memory_report import PrefixGroup, analyze_memory_efficiency
-from paged_mlx.device_memory import bytes_per_token
+from paged_mlx.machine.memory import bytes_per_token
 
 
 def test_memory_efficiency_of_the_chapters_batch():

@@ -7,8 +7,8 @@ import metal_host
 import mlx.core as mx
 import pytest
 from metal_host import address_spaces
-from paged_mlx import doctor
 from paged_mlx._native import _ext
+from paged_mlx.machine import doctor
 from paged_mlx.reference.dtypes import NAMES
 from paged_mlx.testing import Case, Check, backends, checks
 

@@ -9,7 +9,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
-from paged_mlx.thresholds import planned_with
+from paged_mlx.machine.thresholds import planned_with
 from plan_coverage import partial_slots
 from plan_steps import BAD_STEPS, assert_exact, distinct_tables, make
 from threadgroups import MODELS, items_of

@@ -6,9 +6,10 @@ import mlx.core as mx
 import pytest
 from metal_on_host import metal_on_host
 from paged_mlx import __main__ as commands
-from paged_mlx import fast, thresholds, tune
+from paged_mlx import fast
 from paged_mlx._native import _ext
-from paged_mlx.tune import Tuner, Workload
+from paged_mlx.machine import thresholds, tune
+from paged_mlx.machine.tune import Tuner, Workload
 
 SMALL = dict(num_q_heads=4, num_kv_heads=2, head_dim=16)
 

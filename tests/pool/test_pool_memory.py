@@ -11,12 +11,12 @@ from paged_mlx import (
     PageAllocator,
     PagePool,
     PrefixCache,
-    device_memory,
     memory_limit,
     pages_within,
     pool_storage,
 )
 from paged_mlx._native import _ext
+from paged_mlx.machine import memory
 from paged_mlx.pages.policies import LRUPageAllocator
 from paged_mlx.pages.table import append_batch
 
@@ -120,7 +120,7 @@ def test_the_memory_limit_is_a_share_of_the_machine():
 
 def test_the_memory_limit_is_of_what_the_gpu_or_the_control_group_may_use(monkeypatch, tmp_path):
     group = tmp_path / "memory.max"
-    monkeypatch.setattr(device_memory, "_CONTROL_GROUP", group)
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", group)
     monkeypatch.setattr(mx, "device_info", lambda: {})
     machine = memory_limit(1)
     group.write_text("max\n")

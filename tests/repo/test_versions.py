@@ -10,7 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import paged_mlx
 import pytest
-from paged_mlx import _native, build_native
+from paged_mlx import _native
+from paged_mlx.machine import build as build_native
 
 ROOT = Path(__file__).parents[2]
 RELEASES = json.loads((ROOT / "cmake/mlx_releases.json").read_text())
@@ -106,7 +107,7 @@ def test_what_is_built_already_is_not_built_again(capsys):
 @pytest.mark.long
 @pytest.mark.native
 def test_a_build_makes_a_module_that_is_found(tmp_path):
-    made = python("from paged_mlx.build_native import build; print(build(force=True))",
+    made = python("from paged_mlx.machine.build import build; print(build(force=True))",
                   XDG_CACHE_HOME=str(tmp_path))  # fmt: skip
     assert made.returncode == 0, made.stderr[-3000:]
     folder = next((tmp_path / "paged_mlx" / "native").rglob("mlx_*"))

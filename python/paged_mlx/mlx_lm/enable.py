@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
-from paged_mlx.device_memory import memory_limit
 from paged_mlx.errors import fail, whole_number
+from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.group import LayerGroup

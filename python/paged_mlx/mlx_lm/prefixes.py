@@ -4,8 +4,8 @@ import logging
 
 from mlx_lm.models import cache as stock
 
-from paged_mlx.device_memory import memory_limit
 from paged_mlx.errors import fail
+from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.checkpoints import Checkpoints, states_of
 from paged_mlx.mlx_lm.identity import Identity

@@ -26,7 +26,8 @@ from paged_mlx.reference.yardstick import Verdict, judge, judge_lse
 
 from . import backends, grid, report, small
 from .backends import Backend
-from .checks import Check, Outcome, run
+from .checks import Check, run
+from .outcome import Outcome
 from .runner import first_failure, run_suite
 
 __all__ = [

@@ -13,8 +13,9 @@ from paged_mlx.reference.arrays import assemble, draw_contexts, draw_queries, sh
 from paged_mlx.reference.case import Case
 from paged_mlx.reference.problem import Problem
 
-from . import large
+from . import graph, large
 from .backends import Backend
+from .outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,6 @@ class Check:
 
     def __repr__(self):
         return f"Check({self.group!r}, {self.case!r}, {self.ask!r})"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """``ratio``: worst error over its bound. ``skipped``: the backend does not offer it."""
-
-    right: bool
-    ratio: float = 0.0
-    reason: str = ""
-    skipped: bool = False
 
 
 def run(check: Check, backend: Backend) -> Outcome:
@@ -223,8 +214,6 @@ def _same_stored(found, expected, what: str) -> Outcome:
 
 def _graph(case: Case, backend: Backend) -> Outcome:
     """Random programs over a pool give what each moment's tokens give."""
-    from . import graph
-
     return graph.run(case, backend.stream)
 
 

@@ -19,7 +19,7 @@ from paged_mlx.reference import dtypes, oracle, yardstick
 from paged_mlx.reference.case import Case
 
 from .backends import from_mlx, to_mlx
-from .checks import Outcome
+from .outcome import Outcome
 
 NUM_LAYERS = 2
 MOST_SEQUENCES = 5

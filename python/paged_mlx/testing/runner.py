@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from .backends import Backend
-from .checks import Check, Outcome, run
+from .checks import Check, run
+from .outcome import Outcome
 from .shrink import shrink, snippet
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from paged_mlx._native import _ext
-from paged_mlx.cold_start import MODELS, first_token
-from paged_mlx.gpu_trial import TO_LOOK_AT, Finding, trials
+from paged_mlx.machine.cold_start import MODELS, first_token
+from paged_mlx.machine.gpu_trial import TO_LOOK_AT, Finding, trials
+from paged_mlx.reference.case import with_options
 from paged_mlx.reference.dtypes import NAMES
 from paged_mlx.testing import Backend, Case, Check, backends, report, run_suite, small
 from paged_mlx.testing.runner import Report
@@ -178,9 +179,13 @@ def usual() -> list[Check]:
         if (check.case.dtype == "bfloat16" and check.case.head_dim in (64, 128, 256))
         or (check.case.dtype != "bfloat16" and check.case.head_dim == 128)
     ]
+    one_each = [
+        *([i == j for j in range(3)] + [None] for i in range(3)),
+        *([False, False, False, mask] for mask in ("boolean", "additive")),
+    ]
     options = (
-        dict(sliding_window=20), dict(softcap=5.0), dict(alibi=1.0), dict(sinks=1.0),
-        dict(mask="boolean"), dict(mask="additive"), dict(ragged=True), dict(poison="nan"),
+        dict(sliding_window=20), *(with_options(*kinds) for kinds in one_each),
+        dict(ragged=True), dict(poison="nan"),
     )  # fmt: skip
     for own in options:
         checks.append(Check("options", case.replace(num_q_heads=8, head_dim=128, **own)))
@@ -235,7 +240,7 @@ def _instruction_set(name: str) -> Iterator[None]:
 
 def _metal_on_host():
     """The context manager of a checkout's tests, if this is one and it works here."""
-    tests = Path(__file__).resolve().parents[2] / "tests/support"
+    tests = Path(__file__).resolve().parents[3] / "tests/support"
     if not (tests / "metal_on_host.py").is_file():
         return None
     sys.path.insert(0, str(tests))

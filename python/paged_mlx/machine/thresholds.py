@@ -5,6 +5,7 @@ The table of defaults is ``csrc/plan/targets.cpp``.
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +13,15 @@ from pathlib import Path
 import mlx.core as mx
 
 from paged_mlx._native import _ext
-from paged_mlx.machine_cache import cache_directory, machine_file, read_dict, write_dict
+from paged_mlx.machine.cache import cache_directory, machine_file, read_dict, write_dict
 
 NAMES = tuple(_ext.plan_thresholds(False, 2)[0])
 
 
 def identity() -> str:
     """The machine and the versions that measurements hold for."""
-    machine = (
-        f"{platform.machine()}, {platform.processor()}, {_ext.num_threads()} threads, {_ext.isa()}"
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = f"{platform.machine()}, {platform.processor()}, {cores} cores, {_ext.isa()}"
     if mx.metal.is_available():
         machine += f", {mx.device_info().get('device_name')}, {_ext.gpu_cores()} cores"
     return f"{machine}, {platform.system()} {platform.release()}, mlx {mx.__version__}"  # type: ignore[attr-defined]
