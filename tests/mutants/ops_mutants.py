@@ -173,10 +173,116 @@ _FAULTS = {
             "fast.gather_makes_each_context_contiguous_and_zeroes_the_rest",
         ),
         (
+            "a gather reads a page where there is none",
+            "count > 0 && tables[at] >= 0; h++",
+            "count > 0; h++",
+            "carried_state.a_gather_leaves_zeros_where_a_table_has_no_page",
+        ),
+        (
             "a gather goes past the context",
             "const int end = std::min(lens[b], length);",
             "const int end = length;",
             "fast.gather_makes_each_context_contiguous_and_zeroes_the_rest",
+        ),
+        (
+            "pages that are sliced are read as they lie",
+            "  return mx::contiguous(pages, false, s);\n",
+            "  return pages;\n",
+            "fast.arrays_need_not_be_contiguous",
+        ),
+    ],
+    "ops/step_plan.cpp": [
+        (
+            "starts and lengths of pages change places",
+            "  in.page_starts = optional(step.page_starts);\n  in.page_lens = optional(step.page_lens);\n",
+            "  in.page_starts = optional(step.page_lens);\n  in.page_lens = optional(step.page_starts);\n",
+            "pool_plans.a_plan_follows_sealed_tables",
+        ),
+    ],
+    "ops/gather_pages.cpp": [
+        (
+            "the next version of V is K",
+            "outputs[2 + side].copy_shared_buffer(inputs[side]);",
+            "outputs[2 + side].copy_shared_buffer(inputs[0]);",
+            "pool_plans.every_option_reaches_pools_and_page_blocks_alike",
+        ),
+        (
+            "starts and lengths of pages change places",
+            "        ragged ? inputs[4].data<int32_t>() : nullptr,\n        ragged ? inputs[5]",
+            "        ragged ? inputs[5].data<int32_t>() : nullptr,\n        ragged ? inputs[4]",
+            "fast.gather_follows_ragged_pages",
+        ),
+        (
+            "V is gathered with rows of K",
+            "          gather.run(v, v_out, v_row);",
+            "          gather.run(v, v_out, k_row);",
+            "fast.gather_makes_each_context_contiguous_and_zeroes_the_rest",
+        ),
+    ],
+    "ops/merge_states.cpp": [
+        (
+            "an empty part has a weight",
+            "    if (part.lse[row] == kNothing) {\n      continue;\n    }\n",
+            "",
+            "fast.merging_nothing_but_empty_parts_is_empty",
+        ),
+        (
+            "weights forget the maximum",
+            "std::exp(part.lse[row] - most)",
+            "std::exp(part.lse[row])",
+            "fast.an_empty_part_changes_no_bit",
+        ),
+        (
+            "a join that is NaN saw nothing",
+            "lse[row] = total == 0 ?",
+            "lse[row] = !(total > 0) ?",
+            "not_finite.only_minus_infinity_is_a_part_that_saw_nothing",
+        ),
+        (
+            "a part that is sliced is read as it lies",
+            "inputs.push_back(mx::contiguous(out, false, s));",
+            "inputs.push_back(out);",
+            "input_layouts.parts_of_any_layout_are_merged_as_their_values",
+        ),
+    ],
+    "ops/write_attend.cpp": [
+        (
+            "new tokens are not written",
+            '        write_slots(kOp, "slots", writers, slots);\n',
+            "",
+            "write_attend.one_node_has_the_bits_of_a_write_and_an_attention",
+        ),
+        (
+            "V of a step is written as K",
+            "{inputs[kV], outputs[kVNext]}};",
+            "{inputs[kK], outputs[kVNext]}};",
+            "write_attend.one_node_has_the_bits_of_a_write_and_an_attention",
+        ),
+        (
+            "sinks are dropped by a step",
+            "args.sinks = sinks_at() < 0 ? nullptr : inputs[sinks_at()].data<float>();",
+            "args.sinks = nullptr;",
+            "write_attend.sinks_are_the_attentions",
+        ),
+    ],
+    "bindings/operations.cpp": [
+        (
+            "pools never write in place",
+            "return alias ? WriteMode::alias : WriteMode::donate;",
+            "return WriteMode::donate;",
+            "pool.a_compiled_step_is_in_place_and_right",
+        ),
+        (
+            "arrays that somebody holds are written in place",
+            "return alias ? WriteMode::alias : WriteMode::donate;",
+            "return WriteMode::alias;",
+            "pool.raw_writes_donate_when_they_can_and_count_when_they_copy",
+        ),
+        (
+            "copies are never in place",
+            "return copy_pages(pools, pairs, write_mode(alias), s);",
+            "return copy_pages(pools, pairs, WriteMode::donate, s);",
+            "pool.copy_moves_a_page_in_all_layers_in_one_operation",
         ),
     ],
 }

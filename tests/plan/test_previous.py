@@ -132,3 +132,24 @@ def test_steps_there_and_back_again_leave_nothing_behind():
                 tables = tables[:, dice.permutation(3)]
             previous = plan(tables, lens, sliding_window=window, previous=previous)
             assert in_order(previous) == in_order(plan(tables, lens, sliding_window=window))
+
+
+def test_the_step_before_stays_what_it_was():
+    tables = [[0, 1, 2], [3, 4, 5]]
+    before = plan(tables, [40, 33])
+    words = np.array(before.array)
+    following = plan(tables, [41, 34], previous=before)
+    assert [i["keys"] for i in following.items] != [i["keys"] for i in before.items]
+    assert np.array_equal(np.array(before.array), words)
+
+
+def test_a_step_that_cannot_be_is_refused_after_one_that_can():
+    tables = [[0, 1, 2], [3, 4, 5]]
+    before = plan(tables, [48, 33])
+    for lens in ([49, 33], [48, -1]):
+        with pytest.raises(ValueError, match="context_lens"):
+            plan(tables, lens, previous=before)
+    with pytest.raises(ValueError, match="batch"):
+        plan(tables, [48], previous=before)
+    with pytest.raises(ValueError, match="batch"):
+        plan(tables, [48])

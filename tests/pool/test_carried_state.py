@@ -211,3 +211,23 @@ def test_attention_by_tables_asks_the_canary_and_the_layer_that_was_not_written_
         paged_attention(q, [table], pool[1])
     pool.write(1, *tokens(3), slots)
     assert paged_attention(q, [table], pool[1]).shape == (1, 1, DIM)
+
+
+def test_a_copy_reaches_every_layer_of_many():
+    pool = PagePool(7, 3, PAGE, 1, DIM, mx.float32)
+    for layer in range(7):
+        pool.write(layer, *tokens(PAGE, layer), np.arange(PAGE))
+    pool.copy([(0, 2)])
+    for layer in range(7):
+        for pages in pool.state[layer]:
+            pages = np.array(pages)
+            assert pages[0].any() and np.array_equal(pages[2], pages[0]) and not pages[1].any()
+
+
+def test_a_gather_leaves_zeros_where_a_table_has_no_page():
+    pool = PagePool(1, 3, PAGE, 1, DIM, mx.float32)
+    pool.write(0, *tokens(3 * PAGE), np.arange(3 * PAGE))
+    k, v = (np.array(x)[0, 0] for x in pool[0].gather([[-1, 2]], [2 * PAGE]))
+    for gathered, pages in zip((k, v), pool.state[0]):
+        assert not gathered[:PAGE].any()
+        assert np.array_equal(gathered[PAGE:], np.array(pages)[2, 0])

@@ -58,7 +58,7 @@ def test_the_list_is_long_enough():
     count = {layer: sum(mutant.layer == layer for mutant in MUTANTS) for layer in mutants.LAYERS}
     assert count["kernels"] + count["launch"] >= 30
     assert count["planner"] + count["cpu"] >= 30
-    assert count["ops"] + count["python"] >= 80
+    assert count["ops"] >= 40 and count["python"] >= 70
 
 
 #: Layers whose suites run with the project's own native module.
