@@ -60,6 +60,9 @@ def test_a_pass_whose_logits_nobody_asks_for_keeps_no_other_thread_out():
     model, prompt = zoo.tiny("llama"), PROMPTS[0]
     expected = zoo.single(model, prompt, 5)
     logits = model(mx.array([prompt]))
+    other = threading.Event()  # another thread is there: a program with one computes when asked
+    waiting = threading.Thread(target=other.wait)
+    waiting.start()
     with enable(model, page_size=8) as paged:
         cache = make_prompt_cache(model)
         pending = model(mx.array([prompt]), cache=cache)
@@ -70,6 +73,8 @@ def test_a_pass_whose_logits_nobody_asks_for_keeps_no_other_thread_out():
         mx.eval(following)
         assert zoo.single(model, prompt, 5) == expected
         paged.check()
+    other.set()
+    waiting.join()
 
 
 def test_what_an_ended_thread_has_left_pending_keeps_nobody_out():
@@ -115,6 +120,7 @@ def test_a_request_that_fails_keeps_no_other_thread_out(family, holds, when):
     model, prompt = zoo.tiny(family), PROMPTS[0]
     expected = generate(model, prompt)
     with enable(model, page_size=8) as paged, futures.ThreadPoolExecutor(1) as other:
+        other.submit(int).result()  # it is there
         for _ in range(2):
             cache = make_prompt_cache(model) if holds != "nothing" else None
             with pytest.raises(Fault) as held:

@@ -2,8 +2,9 @@
 
 All passes of a model are links of one chain of versions. MLX computes what is pending only in
 the thread that built it, so a pass belongs to the thread that began it until what it has built
-is being computed, and the next thread waits for that. Nobody need ask: a pass that has reached
-every layer has its pages computed at once, whatever becomes of its logits. A pass that stops
+is being computed, and the next thread waits for that. Where there are several threads nobody need
+ask: a pass that has reached every layer has its pages computed at once, whatever becomes of its
+logits. A pass that stops
 before, because something raised, is over when its sequences are gone, when its thread begins
 another or has ended, and at once if it was the pages that raised. A pass that one group of
 layers cannot begin is taken back in those that have.
@@ -222,8 +223,9 @@ class Passes:
 
     def attended(self, step, queries: mx.array) -> None:
         """A layer has attended, or will from a gather: if it was the last, the pass is built."""
-        if step.of_pass.num_served >= self.num_layers and not _ext.is_tracer(queries):
-            self.end()
+        if step.of_pass.num_served >= self.num_layers and threading.active_count() > 1:
+            if not _ext.is_tracer(queries):
+                self.end()
 
     def grown(self) -> None:
         """Pools have other arrays now: no pass is taken back to before."""
