@@ -20,26 +20,14 @@ std::string shape_string(const mx::array& a) {
 }
 
 std::string dtype_string(mx::Dtype dtype) {
-  static const char* const names[] = {
-      "bool",
-      "uint8",
-      "uint16",
-      "uint32",
-      "uint64",
-      "int8",
-      "int16",
-      "int32",
-      "int64",
-      "float16",
-      "float32",
-      "float64",
-      "bfloat16",
-      "complex64"};
+  static const char* const names[] = {"bool",    "uint8",   "uint16",   "uint32",   "uint64",
+                                      "int8",    "int16",   "int32",    "int64",    "float16",
+                                      "float32", "float64", "bfloat16", "complex64"};
   return names[static_cast<int>(dtype.val())];
 }
 
-void ShapeCheck::operator()(
-    const char* name, const mx::array& a, std::initializer_list<std::string_view> dims) {
+void ShapeCheck::operator()(const char* name, const mx::array& a,
+                            std::initializer_list<std::string_view> dims) {
   bool ok = a.ndim() == dims.size();
   int axis = 0;
   for (const std::string_view dim : dims) {
@@ -76,8 +64,8 @@ int ShapeCheck::at(std::string_view dim) const {
   return bound->size;
 }
 
-void ShapeCheck::refuse(
-    const char* name, const mx::array& a, std::initializer_list<std::string_view> dims) const {
+void ShapeCheck::refuse(const char* name, const mx::array& a,
+                        std::initializer_list<std::string_view> dims) const {
   std::string list, why;
   for (const std::string_view dim : dims) {
     list += (list.empty() ? "" : ", ") + std::string(dim);
@@ -89,13 +77,11 @@ void ShapeCheck::refuse(
   fail(op_, std::string(name) + " must have shape [" + list + "]" + why, shape_string(a));
 }
 
-void check_dtype(
-    const std::string& op, const char* name, const mx::array& a, mx::Dtype dtype, const char* why) {
+void check_dtype(const std::string& op, const char* name, const mx::array& a, mx::Dtype dtype,
+                 const char* why) {
   if (a.dtype() != dtype) {
-    fail(
-        op,
-        std::string(name) + " must be " + dtype_string(dtype) + ", " + why,
-        dtype_string(a.dtype()));
+    fail(op, std::string(name) + " must be " + dtype_string(dtype) + ", " + why,
+         dtype_string(a.dtype()));
   }
 }
 

@@ -26,8 +26,8 @@ class ShapeCheck {
  public:
   explicit ShapeCheck(const char* op) : op_(op) {}
 
-  void operator()(
-      const char* name, const mx::array& a, std::initializer_list<std::string_view> dims);
+  void operator()(const char* name, const mx::array& a,
+                  std::initializer_list<std::string_view> dims);
 
   int at(std::string_view dim) const;
 
@@ -39,8 +39,8 @@ class ShapeCheck {
   };
 
   const Bound* find(std::string_view dim) const;
-  [[noreturn]] void refuse(
-      const char* name, const mx::array& a, std::initializer_list<std::string_view> dims) const;
+  [[noreturn]] void refuse(const char* name, const mx::array& a,
+                           std::initializer_list<std::string_view> dims) const;
 
   const char* op_;
   std::array<Bound, 12> bound_;
@@ -48,8 +48,8 @@ class ShapeCheck {
 };
 
 // `a` must have `dtype`; `why` is a clause such as "the dtype of q".
-void check_dtype(
-    const std::string& op, const char* name, const mx::array& a, mx::Dtype dtype, const char* why);
+void check_dtype(const std::string& op, const char* name, const mx::array& a, mx::Dtype dtype,
+                 const char* why);
 
 // `a` must be float32, float16 or bfloat16.
 void check_float(const std::string& op, const char* name, const mx::array& a);

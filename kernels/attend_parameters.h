@@ -5,24 +5,23 @@
 #include "arguments.h"
 #include "scores.h"
 
-#define PAGED_MLX_ATTEND_PARAMETERS                                                           \
-  constant AttendArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],                 \
-      const device int* plan [[buffer(PAGED_MLX_BUFFER_PLAN)]],                               \
-      const device PAGED_MLX_T* q [[buffer(PAGED_MLX_BUFFER_Q)]],                             \
-      const device PAGED_MLX_T* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],                 \
-      const device PAGED_MLX_T* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],                 \
-      device PAGED_MLX_T* out [[buffer(PAGED_MLX_BUFFER_OUT)]],                               \
-      device float* lse [[buffer(PAGED_MLX_BUFFER_LSE)]],                                     \
-      device float* partial_out [[buffer(PAGED_MLX_BUFFER_PARTIAL_OUT)]],                     \
-      device float* partial_state [[buffer(PAGED_MLX_BUFFER_PARTIAL_STATE)]],                 \
-      const device float* alibi_slopes                                                        \
-      [[buffer(PAGED_MLX_BUFFER_ALIBI), function_constant(kHasAlibi)]],                       \
-      const device float* sinks                                                               \
-      [[buffer(PAGED_MLX_BUFFER_SINKS), function_constant(kHasSinks)]],                       \
-      const device void* mask [[buffer(PAGED_MLX_BUFFER_MASK), function_constant(kHasMask)]], \
-      uint3 group [[threadgroup_position_in_grid]],                                           \
-      ushort thread_index [[thread_index_in_threadgroup]],                                    \
-      ushort simdgroup [[simdgroup_index_in_threadgroup]],                                    \
+#define PAGED_MLX_ATTEND_PARAMETERS                                                               \
+  constant AttendArguments &arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],                     \
+      const device int *plan [[buffer(PAGED_MLX_BUFFER_PLAN)]],                                   \
+      const device PAGED_MLX_T *q [[buffer(PAGED_MLX_BUFFER_Q)]],                                 \
+      const device PAGED_MLX_T *k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],                     \
+      const device PAGED_MLX_T *v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],                     \
+      device PAGED_MLX_T *out [[buffer(PAGED_MLX_BUFFER_OUT)]],                                   \
+      device float *lse [[buffer(PAGED_MLX_BUFFER_LSE)]],                                         \
+      device float *partial_out [[buffer(PAGED_MLX_BUFFER_PARTIAL_OUT)]],                         \
+      device float *partial_state [[buffer(PAGED_MLX_BUFFER_PARTIAL_STATE)]],                     \
+      const device float *alibi_slopes                                                            \
+      [[buffer(PAGED_MLX_BUFFER_ALIBI), function_constant(kHasAlibi)]],                           \
+      const device float *sinks [[buffer(PAGED_MLX_BUFFER_SINKS), function_constant(kHasSinks)]], \
+      const device void *mask [[buffer(PAGED_MLX_BUFFER_MASK), function_constant(kHasMask)]],     \
+      uint3 group [[threadgroup_position_in_grid]],                                               \
+      ushort thread_index [[thread_index_in_threadgroup]],                                        \
+      ushort simdgroup [[simdgroup_index_in_threadgroup]],                                        \
       ushort lane [[thread_index_in_simdgroup]]
 
 #endif

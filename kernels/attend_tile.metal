@@ -80,16 +80,10 @@ struct TileAttention {
   SoftmaxState states[ROW_TILES]; // the sum: of this lane's columns of keys
   Matrix<float> out[ROW_TILES][kOut];
 
-  TileAttention(
-      thread const PageWalk& walk_,
-      thread const Scoring& scoring_,
-      const device T* k_pages_,
-      const device T* v_pages_,
-      threadgroup T* q_,
-      threadgroup float* maxima_,
-      threadgroup float2* weights_,
-      short simdgroup_,
-      short lane)
+  TileAttention(thread const PageWalk& walk_, thread const Scoring& scoring_,
+                const device T* k_pages_, const device T* v_pages_, threadgroup T* q_,
+                threadgroup float* maxima_, threadgroup float2* weights_, short simdgroup_,
+                short lane)
       : walk(walk_),
         scoring(scoring_),
         k_pages(k_pages_),
@@ -136,11 +130,8 @@ struct TileAttention {
   // Slots [slot, slot + kEdgeStep), of which any may be dead or hidden.
   void edge_step(int slot) {
     const int own = slot + 8 * simdgroup, first = own + at.column;
-    const KeyPair<T> pairs[1] = {
-        {k_pages + walk.row(first) * D,
-         k_pages + walk.row(first + 1) * D,
-         walk.is_live(first),
-         walk.is_live(first + 1)}};
+    const KeyPair<T> pairs[1] = {{k_pages + walk.row(first) * D, k_pages + walk.row(first + 1) * D,
+                                  walk.is_live(first), walk.is_live(first + 1)}};
     weigh<true>(own, pairs);
 #pragma clang loop unroll(disable)
     for (int g = 0; g < SIMDGROUPS; g++) {
@@ -162,9 +153,8 @@ struct TileAttention {
   }
 
   template <int GROUPS>
-  void dot(
-      thread const KeyPair<T> (&pairs)[GROUPS],
-      thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+  void dot(thread const KeyPair<T> (&pairs)[GROUPS],
+           thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
 #pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
 #pragma clang loop unroll(full)
@@ -177,10 +167,8 @@ struct TileAttention {
 
   // From dot products to scores.
   template <bool EDGE, int GROUPS>
-  void score(
-      int own,
-      thread const KeyPair<T> (&pairs)[GROUPS],
-      thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+  void score(int own, thread const KeyPair<T> (&pairs)[GROUPS],
+             thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
 #pragma clang loop unroll(full)
     for (int g = 0; g < GROUPS; g++) {
       const int slot = own + 8 * g + at.column;
@@ -266,10 +254,8 @@ struct TileAttention {
   }
 
   // The simdgroup's columns of the rows that there are.
-  void write(
-      thread const RowReader& reader,
-      thread const ResultWriter<T, DV>& writer,
-      int first_row) {
+  void write(thread const RowReader& reader, thread const ResultWriter<T, DV>& writer,
+             int first_row) {
 #pragma clang loop unroll(full)
     for (int m = 0; m < ROW_TILES; m++) {
       const int row = first_row + 8 * m + at.row;
@@ -318,16 +304,8 @@ using namespace paged_mlx;
   }
   PageWalk walk(plan, item, arguments, group.x);
   const Scoring scoring(arguments, mask);
-  Tile tile(
-      walk,
-      scoring,
-      k_pages,
-      v_pages,
-      reinterpret_cast<threadgroup T*>(staged),
-      maxima,
-      weights,
-      simdgroup,
-      lane);
+  Tile tile(walk, scoring, k_pages, v_pages, reinterpret_cast<threadgroup T*>(staged), maxima,
+            weights, simdgroup, lane);
   tile.begin(q, reader, first_row);
 
   const int2 whole = seen_by_all(tile.rows), any = seen_by_any(tile.rows);

@@ -38,11 +38,8 @@ struct LaneRuns {
 
   // sums[r] += q[r] . key
   template <int ROWS>
-  static void dot(
-      const device T* key,
-      short part,
-      thread const T (&q)[ROWS][N / LANES],
-      thread float (&sums)[ROWS]) {
+  static void dot(const device T* key, short part, thread const T (&q)[ROWS][N / LANES],
+                  thread float (&sums)[ROWS]) {
     Run<T, kWidth> run;
     run.load(key + BEGIN + kWidth * part);
 #pragma clang loop unroll(full)
@@ -57,11 +54,8 @@ struct LaneRuns {
 
   // out[r] += weights[r] * value, for the rows that see the key. EDGE as in Scoring.
   template <bool EDGE, int ROWS>
-  static void add(
-      const device T* value,
-      short part,
-      thread const float (&weights)[ROWS],
-      thread float (&out)[ROWS][N / LANES]) {
+  static void add(const device T* value, short part, thread const float (&weights)[ROWS],
+                  thread float (&out)[ROWS][N / LANES]) {
     Run<T, kWidth> run;
     run.load(value + BEGIN + kWidth * part);
 #pragma clang loop unroll(full)
@@ -76,12 +70,8 @@ struct LaneRuns {
   }
 
   // Stores the lane's elements that lie in [begin, begin + columns).
-  static void put(
-      thread const float* from,
-      short part,
-      int begin,
-      int columns,
-      threadgroup float* window) {
+  static void put(thread const float* from, short part, int begin, int columns,
+                  threadgroup float* window) {
     const int first = BEGIN + kWidth * part;
     if (first >= begin && first < begin + columns) {
 #pragma clang loop unroll(full)
@@ -98,18 +88,12 @@ struct LaneRuns<T, N, LANES, BEGIN, false> {
   static void load(const device T*, short, thread T*) {}
 
   template <int ROWS>
-  static void dot(
-      const device T*,
-      short,
-      thread const T (&)[ROWS][N / LANES],
-      thread float (&)[ROWS]) {}
+  static void dot(const device T*, short, thread const T (&)[ROWS][N / LANES],
+                  thread float (&)[ROWS]) {}
 
   template <bool EDGE, int ROWS>
-  static void add(
-      const device T*,
-      short,
-      thread const float (&)[ROWS],
-      thread float (&)[ROWS][N / LANES]) {}
+  static void add(const device T*, short, thread const float (&)[ROWS],
+                  thread float (&)[ROWS][N / LANES]) {}
 
   static void put(thread const float*, short, int, int, threadgroup float*) {}
 };
@@ -132,12 +116,8 @@ struct VectorAttention {
   T q[ROWS][D / kLanes];
   float out[ROWS][DV / kLanes];
 
-  VectorAttention(
-      thread const PageWalk& walk_,
-      thread const Scoring& scoring_,
-      const device T* k_pages_,
-      const device T* v_pages_,
-      short lane)
+  VectorAttention(thread const PageWalk& walk_, thread const Scoring& scoring_,
+                  const device T* k_pages_, const device T* v_pages_, short lane)
       : walk(walk_),
         scoring(scoring_),
         k_pages(k_pages_),
@@ -261,8 +241,7 @@ struct VectorAttention {
 using namespace paged_mlx;
 
 [[kernel, max_total_threads_per_threadgroup(32 * PAGED_MLX_SIMDGROUPS)]] void attend_vector(
-    PAGED_MLX_ATTEND_PARAMETERS,
-    ushort num_simdgroups [[simdgroups_per_threadgroup]]) {
+    PAGED_MLX_ATTEND_PARAMETERS, ushort num_simdgroups [[simdgroups_per_threadgroup]]) {
   constexpr int D = PAGED_MLX_D, DV = PAGED_MLX_DV, kRows = PAGED_MLX_ROWS;
   typedef PAGED_MLX_T T;
   typedef VectorAttention<T, D, DV, kRows> Vector;
@@ -312,8 +291,8 @@ using namespace paged_mlx;
     for (int r = 0; r < kRows; r++) {
       if (vector.key == 0) {
         threadgroup float* window = merge.value(simdgroup, r, 0);
-        LaneRuns<T, DV, Vector::kLanes>::put(
-            vector.out[r], vector.part, begin, Merge::kColumns, window);
+        LaneRuns<T, DV, Vector::kLanes>::put(vector.out[r], vector.part, begin, Merge::kColumns,
+                                             window);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

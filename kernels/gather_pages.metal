@@ -23,13 +23,9 @@ struct Slot {
   int offset;
 };
 
-inline Slot find_slot(
-    int position,
-    int context_len,
-    const device int* table,
-    const device int* starts,
-    const device int* lens,
-    constant GatherPagesArguments& arguments) {
+inline Slot find_slot(int position, int context_len, const device int* table,
+                      const device int* starts, const device int* lens,
+                      constant GatherPagesArguments& arguments) {
   Slot slot = {PAGED_MLX_NO_PAGE, 0};
   if (position >= context_len) {
     return slot;
@@ -57,19 +53,20 @@ inline Slot find_slot(
 
 using namespace paged_mlx;
 
-[[kernel]] void gather_pages(
-    constant GatherPagesArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
-    const device int* tables [[buffer(PAGED_MLX_BUFFER_TABLES)]],
-    const device int* context_lens [[buffer(PAGED_MLX_BUFFER_CONTEXT_LENS)]],
-    const device Unit* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
-    const device Unit* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
-    device Unit* k_out [[buffer(PAGED_MLX_BUFFER_K_OUT)]],
-    device Unit* v_out [[buffer(PAGED_MLX_BUFFER_V_OUT)]],
-    const device int* page_starts
-    [[buffer(PAGED_MLX_BUFFER_PAGE_STARTS), function_constant(kRagged)]],
-    const device int* page_lens
-    [[buffer(PAGED_MLX_BUFFER_PAGE_LENS), function_constant(kRagged)]],
-    uint3 at [[thread_position_in_grid]]) {
+[[kernel]] void gather_pages(constant GatherPagesArguments& arguments
+                             [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
+                             const device int* tables [[buffer(PAGED_MLX_BUFFER_TABLES)]],
+                             const device int* context_lens
+                             [[buffer(PAGED_MLX_BUFFER_CONTEXT_LENS)]],
+                             const device Unit* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
+                             const device Unit* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
+                             device Unit* k_out [[buffer(PAGED_MLX_BUFFER_K_OUT)]],
+                             device Unit* v_out [[buffer(PAGED_MLX_BUFFER_V_OUT)]],
+                             const device int* page_starts
+                             [[buffer(PAGED_MLX_BUFFER_PAGE_STARTS), function_constant(kRagged)]],
+                             const device int* page_lens
+                             [[buffer(PAGED_MLX_BUFFER_PAGE_LENS), function_constant(kRagged)]],
+                             uint3 at [[thread_position_in_grid]]) {
   const int position = at.y, num_kv_heads = arguments.num_kv_heads;
   const bool is_key = int(at.x) < arguments.k_row;
   const int row_units = is_key ? arguments.k_row : arguments.v_row;
@@ -79,15 +76,10 @@ using namespace paged_mlx;
   }
   const int sequence = at.z / num_kv_heads, kv_head = at.z % num_kv_heads;
   const long table = long(sequence) * arguments.max_pages;
-  const Slot slot = find_slot(
-      position,
-      context_lens[sequence],
-      tables + table,
-      kRagged ? page_starts + table : tables,
-      kRagged ? page_lens + table : tables,
-      arguments);
-  const long row =
-      page_row(slot.page, kv_head, slot.offset, num_kv_heads, arguments.page_size);
+  const Slot slot = find_slot(position, context_lens[sequence], tables + table,
+                              kRagged ? page_starts + table : tables,
+                              kRagged ? page_lens + table : tables, arguments);
+  const long row = page_row(slot.page, kv_head, slot.offset, num_kv_heads, arguments.page_size);
   const long from = row * row_units + unit;
   const long to = (long(at.z) * arguments.length + position) * row_units + unit;
   if (is_key) {

@@ -98,11 +98,8 @@ struct DimRuns {
   // scores[m][g] += Q[m] . K[g]^T for GROUPS groups of eight keys; the lane reads the
   // dims of its row for the two keys of its columns.
   template <int ROW_TILES, int GROUPS>
-  static void multiply(
-      const threadgroup T* q,
-      thread const KeyPair<T> (&pairs)[GROUPS],
-      LanePlace at,
-      thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+  static void multiply(const threadgroup T* q, thread const KeyPair<T> (&pairs)[GROUPS],
+                       LanePlace at, thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
     Run<T, kWidth> first[GROUPS], second[GROUPS];
 #pragma clang loop unroll(full)
     for (int g = 0; g < GROUPS; g++) {
@@ -134,21 +131,18 @@ struct DimRuns<T, D, BEGIN, false> {
   static void stage(const device T*, LanePlace, threadgroup T*) {}
 
   template <int ROW_TILES, int GROUPS>
-  static void multiply(
-      const threadgroup T*,
-      thread const KeyPair<T> (&)[GROUPS],
-      LanePlace,
-      thread Matrix<float> (&)[ROW_TILES][GROUPS]) {}
+  static void multiply(const threadgroup T*, thread const KeyPair<T> (&)[GROUPS], LanePlace,
+                       thread Matrix<float> (&)[ROW_TILES][GROUPS]) {}
 };
 
 // Values of a key that are infinite or NaN, apart from those that are finite: 0 times
 // them is NaN, so a matrix product would bring them to rows that do not see the key. What
 // each is, as a number: 1 infinity, 64 minus infinity, 65 NaN; sums over 8 keys are exact.
 inline float code_of(float x) {
-  return !is_not_finite(x)              ? 0.0f
-      : x == -minus_infinity()          ? 1.0f
-      : is_minus_infinity(x)            ? 64.0f
-                                        : 65.0f;
+  return !is_not_finite(x)     ? 0.0f
+      : x == -minus_infinity() ? 1.0f
+      : is_minus_infinity(x)   ? 64.0f
+                               : 65.0f;
 }
 
 // What a sum of codes of keys that a row sees adds to its sum of values.
@@ -167,12 +161,8 @@ struct ColumnRuns {
   // out[m * STRIDE, columns] += weights[m] . V for 8 keys; the lane reads the row of
   // its key. EDGE as in Scoring.
   template <bool EDGE, int ROW_TILES, int STRIDE>
-  static void multiply(
-      thread Matrix<float> (&weights)[ROW_TILES],
-      const device T* key,
-      bool live,
-      LanePlace at,
-      thread Matrix<float>* out) {
+  static void multiply(thread Matrix<float> (&weights)[ROW_TILES], const device T* key, bool live,
+                       LanePlace at, thread Matrix<float>* out) {
     Run<T, kWidth> run;
     run.load_if(live, key + BEGIN + kWidth * (at.column / 2));
     if (EDGE) {
@@ -193,10 +183,8 @@ struct ColumnRuns {
 
   // Values that are not finite go to the rows that see their key, and are 0 from now on.
   template <int ROW_TILES, int STRIDE>
-  static void split_off(
-      thread Matrix<float> (&weights)[ROW_TILES],
-      thread Run<T, kWidth>& run,
-      thread Matrix<float>* out) {
+  static void split_off(thread Matrix<float> (&weights)[ROW_TILES], thread Run<T, kWidth>& run,
+                        thread Matrix<float>* out) {
     bool found = false;
 #pragma clang loop unroll(full)
     for (int i = 0; i < kWidth; i++) {
@@ -242,12 +230,8 @@ struct ColumnRuns {
 template <typename T, int DV, int BEGIN>
 struct ColumnRuns<T, DV, BEGIN, false> {
   template <bool EDGE, int ROW_TILES, int STRIDE>
-  static void multiply(
-      thread Matrix<float> (&)[ROW_TILES],
-      const device T*,
-      bool,
-      LanePlace,
-      thread Matrix<float>*) {}
+  static void multiply(thread Matrix<float> (&)[ROW_TILES], const device T*, bool, LanePlace,
+                       thread Matrix<float>*) {}
 
   template <typename Take>
   static void each(thread Matrix<float>*, LanePlace, thread const Take&) {}

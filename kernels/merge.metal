@@ -29,8 +29,8 @@ using namespace paged_mlx;
       reinterpret_cast<const device PlanMerge*>(plan + arguments.merges)[group.x / num_q_heads];
   const device int* parts = plan + arguments.parts + merge.part_begin;
   const device float2* states = reinterpret_cast<const device float2*>(partial_state);
-  const ResultWriter<PAGED_MLX_T, DV> writer{
-      out, lse, partial_out, partial_state, sinks, num_q_heads, -1};
+  const ResultWriter<PAGED_MLX_T, DV> writer{out,   lse,         partial_out, partial_state,
+                                             sinks, num_q_heads, -1};
 
   // Each simdgroup joins the maxima and sums of all parts.
   SoftmaxState all;

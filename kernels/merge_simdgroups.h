@@ -53,12 +53,9 @@ struct SimdgroupMerge {
   // Thread `thread_index` of `num_threads` writes its share of the columns
   // [begin, begin + kColumns) of all rows, four at a time.
   template <typename T>
-  void write_window(
-      int begin,
-      thread const RowReader& rows,
-      thread const ResultWriter<T, DV>& writer,
-      int thread_index,
-      int num_threads) const {
+  void write_window(int begin, thread const RowReader& rows,
+                    thread const ResultWriter<T, DV>& writer, int thread_index,
+                    int num_threads) const {
     const int quads = min(int(kColumns), DV - begin) / 4;
     for (int i = thread_index; i < rows.num_rows * quads; i += num_threads) {
       const int row = i / quads, column = i % quads * 4;

@@ -25,24 +25,23 @@ inline float part_weight(float lse, float most) {
 
 using namespace paged_mlx;
 
-#define PAGED_MLX_EACH_PART(X) \
-  X(0, 3, 16) X(1, 4, 17) X(2, 5, 18) X(3, 6, 19) X(4, 7, 20) \
-  X(5, 8, 21) X(6, 9, 22) X(7, 10, 23) X(8, 11, 24) X(9, 12, 25) \
-  X(10, 13, 26) X(11, 14, 27) X(12, 15, 28)
-#define PAGED_MLX_PART_PARAMETERS(i, o, l)          \
-  const device PAGED_MLX_T* out##i [[buffer(o)]], \
-      const device float* lse##i [[buffer(l)]],
+#define PAGED_MLX_EACH_PART(X)                                                         \
+  X(0, 3, 16)                                                                          \
+  X(1, 4, 17) X(2, 5, 18) X(3, 6, 19) X(4, 7, 20) X(5, 8, 21) X(6, 9, 22) X(7, 10, 23) \
+      X(8, 11, 24) X(9, 12, 25) X(10, 13, 26) X(11, 14, 27) X(12, 15, 28)
+#define PAGED_MLX_PART_PARAMETERS(i, o, l) \
+  const device PAGED_MLX_T *out##i [[buffer(o)]], const device float *lse##i [[buffer(l)]],
 
-[[kernel]] void merge_states(
-    constant MergeStatesArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
-    device PAGED_MLX_T* out [[buffer(PAGED_MLX_BUFFER_MERGED_OUT)]],
-    device float* lse [[buffer(PAGED_MLX_BUFFER_MERGED_LSE)]],
-    PAGED_MLX_EACH_PART(PAGED_MLX_PART_PARAMETERS)
-    device float* carried [[buffer(PAGED_MLX_BUFFER_CARRIED)]],
-    uint3 group [[threadgroup_position_in_grid]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort num_simdgroups [[simdgroups_per_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void merge_states(constant MergeStatesArguments& arguments
+                             [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
+                             device PAGED_MLX_T* out [[buffer(PAGED_MLX_BUFFER_MERGED_OUT)]],
+                             device float* lse [[buffer(PAGED_MLX_BUFFER_MERGED_LSE)]],
+                             PAGED_MLX_EACH_PART(PAGED_MLX_PART_PARAMETERS) device float* carried
+                             [[buffer(PAGED_MLX_BUFFER_CARRIED)]],
+                             uint3 group [[threadgroup_position_in_grid]],
+                             ushort simdgroup [[simdgroup_index_in_threadgroup]],
+                             ushort num_simdgroups [[simdgroups_per_threadgroup]],
+                             ushort lane [[thread_index_in_simdgroup]]) {
   const long row = long(group.x) * num_simdgroups + simdgroup;
   if (row >= arguments.rows) {
     return;
@@ -75,8 +74,8 @@ using namespace paged_mlx;
   for (int column = lane; column < dim; column += 32) {
     const long at = row * dim + column;
     float value = is_no_weight(carried_weight) ? 0 : carried_weight * carry[column];
-#define PAGED_MLX_ADD_PART(i, o, l)                      \
-  if (!is_no_weight(weights[i])) {                       \
+#define PAGED_MLX_ADD_PART(i, o, l)                       \
+  if (!is_no_weight(weights[i])) {                        \
     value += weights[i] * static_cast<float>(out##i[at]); \
   }
     PAGED_MLX_EACH_PART(PAGED_MLX_ADD_PART)

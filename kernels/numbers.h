@@ -80,7 +80,7 @@ struct Pair<T, 4> {
 // W elements by one load of at most 16 bytes.
 template <typename T, int W>
 struct Run {
-  typedef Words<W * int(sizeof(T))> words;
+  typedef Words<W* int(sizeof(T))> words;
   T v[W];
 
   void load(const device T* from) {

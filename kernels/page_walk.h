@@ -23,11 +23,8 @@ struct PageWalk {
   int key_begin, key_end;
   int kv_head, num_kv_heads;
 
-  PageWalk(
-      const device int* plan,
-      const device PlanItem& item,
-      constant AttendArguments& arguments,
-      int kv_head_)
+  PageWalk(const device int* plan, const device PlanItem& item, constant AttendArguments& arguments,
+           int kv_head_)
       : pages(plan + arguments.pages + item.page_begin),
         page_starts(plan + arguments.page_starts + item.page_begin),
         page_lens(plan + arguments.page_lens + item.page_begin),
@@ -44,8 +41,7 @@ struct PageWalk {
     if (low >= high) {
       return int2(0);
     }
-    const int2 all =
-        kRagged ? int2(0, page_count * kPageSize) : int2(low, high) - first_position;
+    const int2 all = kRagged ? int2(0, page_count * kPageSize) : int2(low, high) - first_position;
     return int2(all.x / size, (all.y + size - 1) / size) * size;
   }
 

@@ -47,12 +47,8 @@ struct RowReader {
   int key_begin, key_end;
   int kv_head;
 
-  RowReader(
-      const device int* plan_,
-      const device PlanItem& item,
-      constant AttendArguments& arguments_,
-      const device float* alibi_slopes_,
-      int kv_head_)
+  RowReader(const device int* plan_, const device PlanItem& item,
+            constant AttendArguments& arguments_, const device float* alibi_slopes_, int kv_head_)
       : plan(plan_),
         arguments(arguments_),
         alibi_slopes(alibi_slopes_),

@@ -104,13 +104,8 @@ struct ResultWriter {
 
   // N values from `column` on.
   template <int N>
-  void write_values(
-      int token,
-      int head,
-      int slot,
-      int column,
-      float factor,
-      thread const float (&values)[N]) const {
+  void write_values(int token, int head, int slot, int column, float factor,
+                    thread const float (&values)[N]) const {
     if (partial < 0) {
       store(out + element(token, head) * DV + column, values, factor);
     } else {

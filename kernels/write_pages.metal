@@ -11,16 +11,16 @@
 
 using namespace paged_mlx;
 
-[[kernel]] void write_pages(
-    constant WritePagesArguments& arguments [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
-    const device int* slots [[buffer(PAGED_MLX_BUFFER_SLOTS)]],
-    const device Unit* k_tokens [[buffer(PAGED_MLX_BUFFER_K_TOKENS)]],
-    device Unit* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
-    device Unit* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
-    const device Unit* v_tokens [[buffer(PAGED_MLX_BUFFER_V_TOKENS)]],
-    uint3 group [[threadgroup_position_in_grid]],
-    uint3 size [[threads_per_threadgroup]],
-    uint thread_index [[thread_index_in_threadgroup]]) {
+[[kernel]] void write_pages(constant WritePagesArguments& arguments
+                            [[buffer(PAGED_MLX_BUFFER_ARGUMENTS)]],
+                            const device int* slots [[buffer(PAGED_MLX_BUFFER_SLOTS)]],
+                            const device Unit* k_tokens [[buffer(PAGED_MLX_BUFFER_K_TOKENS)]],
+                            device Unit* k_pages [[buffer(PAGED_MLX_BUFFER_K_PAGES)]],
+                            device Unit* v_pages [[buffer(PAGED_MLX_BUFFER_V_PAGES)]],
+                            const device Unit* v_tokens [[buffer(PAGED_MLX_BUFFER_V_TOKENS)]],
+                            uint3 group [[threadgroup_position_in_grid]],
+                            uint3 size [[threads_per_threadgroup]],
+                            uint thread_index [[thread_index_in_threadgroup]]) {
   const int k_units = arguments.num_kv_heads * arguments.k_row;
   const int v_units = arguments.num_kv_heads * arguments.v_row;
   const int token = group.y, slot = slots[token];
@@ -31,12 +31,9 @@ using namespace paged_mlx;
   const bool is_key = at < k_units;
   const int unit = is_key ? at : at - k_units;
   const int row_units = is_key ? arguments.k_row : arguments.v_row;
-  const long row = page_row(
-      slot / arguments.page_size,
-      unit / row_units,
-      slot % arguments.page_size,
-      arguments.num_kv_heads,
-      arguments.page_size);
+  const long row =
+      page_row(slot / arguments.page_size, unit / row_units, slot % arguments.page_size,
+               arguments.num_kv_heads, arguments.page_size);
   const long to = row * row_units + unit % row_units;
   if (is_key) {
     k_pages[to] = k_tokens[long(token) * k_units + unit];

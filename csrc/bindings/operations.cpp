@@ -65,141 +65,76 @@ WriteMode write_mode(bool alias) {
 } // namespace
 
 void bind_operations(nb::module_& m) {
-  m.def(
-      "paged_attention",
-      &paged_attention,
-      "q"_a,
-      "k_pages"_a,
-      "v_pages"_a,
-      "plan"_a,
-      "scale"_a = nb::none(),
-      "cap"_a = nb::none(),
-      "alibi_slopes"_a = nb::none(),
-      "sinks"_a = nb::none(),
-      "mask"_a = nb::none(),
-      nb::kw_only(),
-      "stream"_a = nb::none(),
-      "(out, lse, k_pages', v_pages') of one step.");
+  m.def("paged_attention", &paged_attention, "q"_a, "k_pages"_a, "v_pages"_a, "plan"_a,
+        "scale"_a = nb::none(), "cap"_a = nb::none(), "alibi_slopes"_a = nb::none(),
+        "sinks"_a = nb::none(), "mask"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none(),
+        "(out, lse, k_pages', v_pages') of one step.");
   m.def(
       "write_pages",
-      [](const mx::array& k,
-         const mx::array& v,
-         const mx::array& k_pages,
-         const mx::array& v_pages,
-         const mx::array& slots,
-         bool alias,
-         mx::StreamOrDevice s) {
+      [](const mx::array& k, const mx::array& v, const mx::array& k_pages, const mx::array& v_pages,
+         const mx::array& slots, bool alias, mx::StreamOrDevice s) {
         return write_pages(k, v, k_pages, v_pages, slots, write_mode(alias), s);
       },
-      "k"_a,
-      "v"_a,
-      "k_pages"_a,
-      "v_pages"_a,
-      "slot_mapping"_a,
-      nb::kw_only(),
-      "alias"_a = false,
-      "stream"_a = nb::none(),
-      "(k_pages', v_pages') with new tokens in their slots.");
+      "k"_a, "v"_a, "k_pages"_a, "v_pages"_a, "slot_mapping"_a, nb::kw_only(), "alias"_a = false,
+      "stream"_a = nb::none(), "(k_pages', v_pages') with new tokens in their slots.");
   m.def(
       "copy_pages",
-      [](const std::vector<mx::array>& pools,
-         const mx::array& pairs,
-         bool alias,
+      [](const std::vector<mx::array>& pools, const mx::array& pairs, bool alias,
          mx::StreamOrDevice s) { return copy_pages(pools, pairs, write_mode(alias), s); },
-      "pools"_a,
-      "pairs"_a,
-      nb::kw_only(),
-      "alias"_a = false,
-      "stream"_a = nb::none(),
+      "pools"_a, "pairs"_a, nb::kw_only(), "alias"_a = false, "stream"_a = nb::none(),
       "The pools with page pairs[i, 0] copied to page pairs[i, 1].");
   m.def(
       "pool_memory",
-      [](const std::optional<mx::array>& kept,
-         const std::vector<int>& shape,
-         float fill,
-         mx::Dtype dtype,
-         mx::StreamOrDevice s) {
+      [](const std::optional<mx::array>& kept, const std::vector<int>& shape, float fill,
+         mx::Dtype dtype, mx::StreamOrDevice s) {
         return pool_memory(kept, mx::Shape(shape.begin(), shape.end()), fill, dtype, s);
       },
-      "kept"_a.none(),
-      "shape"_a,
-      "fill"_a,
-      "dtype"_a,
-      nb::kw_only(),
-      "stream"_a = nb::none(),
+      "kept"_a.none(), "shape"_a, "fill"_a, "dtype"_a, nb::kw_only(), "stream"_a = nb::none(),
       "New memory for pages: those kept, and pages full of `fill`.");
-  m.def(
-      "gather_pages",
-      &gather_pages,
-      "k_pages"_a,
-      "v_pages"_a,
-      "block_tables"_a,
-      "context_lens"_a,
-      "length"_a,
-      nb::kw_only(),
-      "page_starts"_a = nb::none(),
-      "page_lens"_a = nb::none(),
-      "stream"_a = nb::none(),
-      "(k, v, k_pages', v_pages'), K and V of each sequence made contiguous.");
-  m.def(
-      "merge_states",
-      &merge_states,
-      "outs"_a,
-      "lses"_a,
-      nb::kw_only(),
-      "stream"_a = nb::none(),
-      "(out, lse) of the union of parts of a context.");
+  m.def("gather_pages", &gather_pages, "k_pages"_a, "v_pages"_a, "block_tables"_a, "context_lens"_a,
+        "length"_a, nb::kw_only(), "page_starts"_a = nb::none(), "page_lens"_a = nb::none(),
+        "stream"_a = nb::none(),
+        "(k, v, k_pages', v_pages'), K and V of each sequence made contiguous.");
+  m.def("merge_states", &merge_states, "outs"_a, "lses"_a, nb::kw_only(), "stream"_a = nb::none(),
+        "(out, lse) of the union of parts of a context.");
 }
 
 void bind_diagnostics(nb::module_& m) {
-  m.def(
-      "buffer_copies",
-      &buffer_copies,
-      "Whole buffers copied so far because a write could not be done in place.");
+  m.def("buffer_copies", &buffer_copies,
+        "Whole buffers copied so far because a write could not be done in place.");
   m.def(
       "data_address",
-      [](const mx::array& a) { return reinterpret_cast<uintptr_t>(a.data<char>()); },
-      "a"_a,
+      [](const mx::array& a) { return reinterpret_cast<uintptr_t>(a.data<char>()); }, "a"_a,
       "Address of an evaluated array's memory.");
   m.def(
-      "is_tracer",
-      [](const mx::array& a) { return a.is_tracer(); },
-      "a"_a,
+      "is_tracer", [](const mx::array& a) { return a.is_tracer(); }, "a"_a,
       "Whether the array stands for an input while mx.compile traces.");
   m.def(
       "is_stale",
       [](const mx::array& a) {
         return !a.is_tracer() && !a.has_primitive() && a.status() == mx::array::Status::unscheduled;
       },
-      "a"_a,
-      "Whether the array stood for an input of a trace that is over.");
+      "a"_a, "Whether the array stood for an input of a trace that is over.");
   m.def(
       "is_pending",
       [](const mx::array& a) {
         return a.has_primitive() && a.status() == mx::array::Status::unscheduled;
       },
-      "a"_a,
-      "Whether nobody has asked for the array's values yet.");
+      "a"_a, "Whether nobody has asked for the array's values yet.");
   m.def(
       "set_host_launch",
       [](std::optional<nb::callable> launch, std::optional<mx::Stream> spared) {
-        set_host_launch(
-            launch ? python_launch(*launch) : metal::HostLaunch(), spared ? spared->index : -1);
+        set_host_launch(launch ? python_launch(*launch) : metal::HostLaunch(),
+                        spared ? spared->index : -1);
       },
-      "launch"_a.none(),
-      "spared"_a = nb::none(),
+      "launch"_a.none(), "spared"_a = nb::none(),
       "Send every operation on the CPU through the Metal launch code: `launch` gets the "
       "dispatches, one dict each. None: back to the CPU code. The CPU stream `spared` stays "
       "with the CPU code.");
-  m.def(
-      "has_host_launch",
-      &has_host_launch,
-      "Whether operations on the CPU go through the Metal launch code.");
-  m.def(
-      "set_node_work",
-      &metal::set_node_work,
-      "multiply_adds"_a,
-      "Multiply-adds after which attention on kernels becomes another node; 0: as usual.");
+  m.def("has_host_launch", &has_host_launch,
+        "Whether operations on the CPU go through the Metal launch code.");
+  m.def("set_node_work", &metal::set_node_work, "multiply_adds"_a,
+        "Multiply-adds after which attention on kernels becomes another node; 0: as usual.");
   m.def(
       "pipeline_limits",
       [] {
@@ -211,11 +146,8 @@ void bind_diagnostics(nb::module_& m) {
       },
       "Most threads of a threadgroup, by pipeline made on the GPU so far.");
   m.def("gpu_cores", &metal::gpu_cores, "Cores of the GPU; 0: there is none.");
-  m.def(
-      "cores_of_architecture",
-      &metal::cores_of_architecture,
-      "architecture"_a,
-      "Cores of a GPU of this architecture, about.");
+  m.def("cores_of_architecture", &metal::cores_of_architecture, "architecture"_a,
+        "Cores of a GPU of this architecture, about.");
   m.def(
       "attention_body",
       [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype) {
@@ -224,21 +156,15 @@ void bind_diagnostics(nb::module_& m) {
         const metal::Body body = metal::choose_body(kind, rows, head_dim, v_head_dim, type);
         return nb::make_tuple(body.kernel, body.rows);
       },
-      "rows"_a,
-      "head_dim"_a,
-      "v_head_dim"_a,
-      "dtype"_a,
+      "rows"_a, "head_dim"_a, "v_head_dim"_a, "dtype"_a,
       "(kernel, rows) of the Metal body that attends a GPU's items of at most `rows` rows per KV "
       "head.");
   m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU backend.");
   m.def("isa_names", &cpu::isa_names, "Instruction sets that this machine runs, the best last.");
   m.def("isa", &cpu::isa, "The instruction set in use.");
-  m.def(
-      "set_isa",
-      &cpu::set_isa,
-      "name"_a,
-      "Use the kernels of one of isa_names(), or of the best (\"\"). False: there are none.");
+  m.def("set_isa", &cpu::set_isa, "name"_a,
+        "Use the kernels of one of isa_names(), or of the best (\"\"). False: there are none.");
 }
 
 } // namespace paged_mlx

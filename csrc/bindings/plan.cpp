@@ -37,27 +37,18 @@ std::optional<HostInts> host_ints(const std::optional<Ints>& ints) {
   return ints ? std::optional(host_ints(*ints)) : std::nullopt;
 }
 
-StepArrays step_of(
-    std::string op,
-    const Ints& block_tables,
-    const Ints& context_lens,
-    const std::optional<Ints>& cu_seqlens_q = std::nullopt,
-    const std::optional<Ints>& page_starts = std::nullopt,
-    const std::optional<Ints>& page_lens = std::nullopt) {
-  return {
-      std::move(op),
-      host_ints(block_tables),
-      host_ints(context_lens),
-      host_ints(cu_seqlens_q),
-      host_ints(page_starts),
-      host_ints(page_lens)};
+StepArrays step_of(std::string op, const Ints& block_tables, const Ints& context_lens,
+                   const std::optional<Ints>& cu_seqlens_q = std::nullopt,
+                   const std::optional<Ints>& page_starts = std::nullopt,
+                   const std::optional<Ints>& page_lens = std::nullopt) {
+  return {std::move(op),           host_ints(block_tables), host_ints(context_lens),
+          host_ints(cu_seqlens_q), host_ints(page_starts),  host_ints(page_lens)};
 }
 
 nb::dict header_dict(const PlanHeader& h) {
 #define PAGED_MLX_COUNT(name) +1
-  static_assert(
-      sizeof(PlanHeader) ==
-      sizeof(int) * (1 + kNumPlanKinds PAGED_MLX_PLAN_FIELDS(PAGED_MLX_COUNT)));
+  static_assert(sizeof(PlanHeader) ==
+                sizeof(int) * (1 + kNumPlanKinds PAGED_MLX_PLAN_FIELDS(PAGED_MLX_COUNT)));
 #undef PAGED_MLX_COUNT
   nb::dict d;
   d["num_items"] = nb::make_tuple(h.num_items[0], h.num_items[1], h.num_items[2]);
@@ -72,8 +63,8 @@ using Decision = std::tuple<int, int, int, double, double, bool>;
 std::vector<Decision> decision_rows(const PlanNotes& notes) {
   std::vector<Decision> rows;
   for (const SharingDecision& d : notes.decisions) {
-    rows.emplace_back(
-        d.num_sequences, d.first_page, d.num_pages, d.cost_shared, d.cost_alone, d.shared);
+    rows.emplace_back(d.num_sequences, d.first_page, d.num_pages, d.cost_shared, d.cost_alone,
+                      d.shared);
   }
   return rows;
 }
@@ -84,26 +75,11 @@ void bind_plan(nb::module_& m) {
   nb::class_<StepPlan>(m, "NativePlan", "One step's work items. Use paged_mlx.fast.plan.")
       .def(
           "__init__",
-          [](StepPlan* self,
-             std::string op,
-             const Ints& block_tables,
-             const Ints& context_lens,
-             const std::optional<Ints>& cu_seqlens_q,
-             const std::optional<Ints>& page_starts,
-             const std::optional<Ints>& page_lens,
-             int num_pages,
-             int num_q_heads,
-             int num_kv_heads,
-             int page_size,
-             bool causal,
-             int sliding_window,
-             mx::Dtype dtype,
-             int head_dim,
-             int v_head_dim,
-             bool share_prefixes,
-             int fixed_partition,
-             int workers,
-             int cores,
+          [](StepPlan* self, std::string op, const Ints& block_tables, const Ints& context_lens,
+             const std::optional<Ints>& cu_seqlens_q, const std::optional<Ints>& page_starts,
+             const std::optional<Ints>& page_lens, int num_pages, int num_q_heads, int num_kv_heads,
+             int page_size, bool causal, int sliding_window, mx::Dtype dtype, int head_dim,
+             int v_head_dim, bool share_prefixes, int fixed_partition, int workers, int cores,
              bool kernels) {
             PlanInput geometry;
             geometry.num_pages = num_pages;
@@ -118,41 +94,18 @@ void bind_plan(nb::module_& m) {
                 target_of({kernels, workers, cores, cpu_dtype(dtype), head_dim, v_head_dim}),
                 {share_prefixes, fixed_partition});
           },
-          nb::kw_only(),
-          "op"_a,
-          "block_tables"_a,
-          "context_lens"_a,
-          "cu_seqlens_q"_a.none(),
-          "page_starts"_a.none(),
-          "page_lens"_a.none(),
-          "num_pages"_a,
-          "num_q_heads"_a,
-          "num_kv_heads"_a,
-          "page_size"_a,
-          "causal"_a,
-          "sliding_window"_a,
-          "dtype"_a,
-          "head_dim"_a,
-          "v_head_dim"_a,
-          "share_prefixes"_a,
-          "fixed_partition"_a,
-          "workers"_a,
-          "cores"_a = 0,
+          nb::kw_only(), "op"_a, "block_tables"_a, "context_lens"_a, "cu_seqlens_q"_a.none(),
+          "page_starts"_a.none(), "page_lens"_a.none(), "num_pages"_a, "num_q_heads"_a,
+          "num_kv_heads"_a, "page_size"_a, "causal"_a, "sliding_window"_a, "dtype"_a, "head_dim"_a,
+          "v_head_dim"_a, "share_prefixes"_a, "fixed_partition"_a, "workers"_a, "cores"_a = 0,
           "kernels"_a)
       .def(
           "advance",
-          [](const StepPlan& self,
-             std::string op,
-             const Ints& block_tables,
-             const Ints& context_lens,
-             const std::optional<Ints>& cu_seqlens_q) {
+          [](const StepPlan& self, std::string op, const Ints& block_tables,
+             const Ints& context_lens, const std::optional<Ints>& cu_seqlens_q) {
             return self.advance(step_of(op, block_tables, context_lens, cu_seqlens_q));
           },
-          nb::kw_only(),
-          "op"_a,
-          "block_tables"_a,
-          "context_lens"_a,
-          "cu_seqlens_q"_a.none())
+          nb::kw_only(), "op"_a, "block_tables"_a, "context_lens"_a, "cu_seqlens_q"_a.none())
       .def("array", &StepPlan::array, "The words of plan_format.h, int32 [words].")
       .def("measured", [](const StepPlan& self) { return self.notes().measured; })
       .def("cu_seqlens_q", [](const StepPlan& self) { return self.notes().cu_seqlens_q; })
@@ -174,8 +127,7 @@ void bind_plan(nb::module_& m) {
 #undef PAGED_MLX_FIELD
         return nb::make_tuple(d, thresholds_are_measured(device, itemsize));
       },
-      "kernels"_a,
-      "itemsize"_a,
+      "kernels"_a, "itemsize"_a,
       "The planner's thresholds for a device, and whether they were measured here.");
   m.def(
       "set_plan_thresholds",
@@ -189,31 +141,19 @@ void bind_plan(nb::module_& m) {
         }
         set_thresholds(kernels ? PlanDevice::gpu : PlanDevice::cpu, itemsize, t);
       },
-      "kernels"_a,
-      "itemsize"_a,
-      "measured"_a.none(),
+      "kernels"_a, "itemsize"_a, "measured"_a.none(),
       "Plan with thresholds measured here; None: with the table's again.");
   m.def(
       "check_tables",
-      [](std::string op,
-         const Ints& block_tables,
-         const Ints& context_lens,
-         const std::optional<Ints>& page_starts,
-         const std::optional<Ints>& page_lens,
-         int num_pages,
-         int page_size) {
+      [](std::string op, const Ints& block_tables, const Ints& context_lens,
+         const std::optional<Ints>& page_starts, const std::optional<Ints>& page_lens,
+         int num_pages, int page_size) {
         check_whole_contexts(
             step_of(op, block_tables, context_lens, std::nullopt, page_starts, page_lens),
-            num_pages,
-            page_size);
+            num_pages, page_size);
       },
-      "op"_a,
-      "block_tables"_a,
-      "context_lens"_a,
-      "page_starts"_a.none(),
-      "page_lens"_a.none(),
-      "num_pages"_a,
-      "page_size"_a,
+      "op"_a, "block_tables"_a, "context_lens"_a, "page_starts"_a.none(), "page_lens"_a.none(),
+      "num_pages"_a, "page_size"_a,
       "Raise ValueError unless the tables cover the whole contexts; NO_PAGE is allowed.");
   m.def(
       "attention_geometry",
@@ -227,9 +167,7 @@ void bind_plan(nb::module_& m) {
         d["num_pages"] = g.num_pages;
         return d;
       },
-      "q"_a,
-      "k_pages"_a,
-      "v_pages"_a,
+      "q"_a, "k_pages"_a, "v_pages"_a,
       "Heads, page size and counts, after checking shapes and dtypes.");
 }
 

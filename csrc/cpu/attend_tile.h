@@ -122,8 +122,8 @@ void locate(const Walk& walk, const Span& span, int first, Block& block) {
 }
 
 // The same for a block that comes later, a row per quad of keys.
-void locate_ahead(
-    const Walk& walk, const Span& span, int index, int first, int64_t (&rows)[kBlockQuads]) {
+void locate_ahead(const Walk& walk, const Span& span, int index, int first,
+                  int64_t (&rows)[kBlockQuads]) {
   const int64_t row = walk.row_ahead(index, first);
   for (int i = 0; i < kBlockQuads; i++) {
     rows[i] = walk.one_page() ? row + i * kQuad
@@ -133,13 +133,8 @@ void locate_ahead(
 
 // All row groups of one KV head against one block.
 template <typename X>
-void attend_rows(
-    const TilePass& pass,
-    const GroupRange* groups,
-    const Block& whole,
-    const State& state,
-    int kv_head,
-    const Ahead& ahead) {
+void attend_rows(const TilePass& pass, const GroupRange* groups, const Block& whole,
+                 const State& state, int kv_head, const Ahead& ahead) {
   Block block = whole;
   const int64_t head_row = int64_t(kv_head) * pass.job.page_size;
   bool first = true;
@@ -163,13 +158,8 @@ void attend_rows(
 }
 
 template <typename X>
-void attend_span(
-    const TilePass& pass,
-    const Walk& walk,
-    int index,
-    const GroupRange& all,
-    const GroupRange* groups,
-    const State* states) {
+void attend_span(const TilePass& pass, const Walk& walk, int index, const GroupRange& all,
+                 const GroupRange* groups, const State* states) {
   const Job& job = pass.job;
   const Span span = walk.span(index);
   const int begin = max_int(all.begin - span.position, 0);
@@ -212,10 +202,8 @@ void start_states(const TilePass& pass, Scratch& scratch, State* states) {
     for (int r = 0; r < pass.num_rows; r++) {
       const Row& row = pass.rows[r];
       const int64_t at = int64_t(row.token) * job.num_q_heads + row.head + h * job.gqa_factor;
-      DotProduct<X>::pack_row(
-          static_cast<const T*>(job.q) + at * job.head_dim,
-          job.head_dim,
-          q + int64_t(r) * pass.q_stride);
+      DotProduct<X>::pack_row(static_cast<const T*>(job.q) + at * job.head_dim, job.head_dim,
+                              q + int64_t(r) * pass.q_stride);
       state.most[r] = kNegInf;
     }
   }
@@ -227,12 +215,8 @@ void finish_states(const TilePass& pass, const State* states) {
     for (int r = 0; r < pass.num_rows; r++) {
       Row row = pass.rows[r];
       row.head += h * pass.job.gqa_factor;
-      finish_row<X>(
-          pass.job,
-          row,
-          states[h].acc + int64_t(r) * pass.acc_stride,
-          states[h].most[r],
-          sum(load(states[h].sums + r * kLanes)));
+      finish_row<X>(pass.job, row, states[h].acc + int64_t(r) * pass.acc_stride, states[h].most[r],
+                    sum(load(states[h].sums + r * kLanes)));
     }
   }
 }

@@ -65,8 +65,8 @@ void pack_queries(const Pass& pass, float* wide_rows) {
       }
     }
     const size_t panel = r / Pass::kPanel;
-    transpose_in<Pass::kPanel>(
-        rows, pass.words, pass.q + panel * pass.words * Pass::kPanel + r % Pass::kPanel);
+    transpose_in<Pass::kPanel>(rows, pass.words,
+                               pass.q + panel * pass.words * Pass::kPanel + r % Pass::kPanel);
   }
 }
 
@@ -94,8 +94,8 @@ void finish_pass(const Pass& pass) {
   }
   for (int r = 0; r < pass.num_rows; r += 4) {
     const size_t panel = r / Pass::kPanel;
-    transpose_out<Pass::kPanel>(
-        pass.acc + panel * pass.v_dim * Pass::kPanel + r % Pass::kPanel, pass.v_dim, rows);
+    transpose_out<Pass::kPanel>(pass.acc + panel * pass.v_dim * Pass::kPanel + r % Pass::kPanel,
+                                pass.v_dim, rows);
     for (int i = 0; i < 4 && r + i < pass.num_rows; i++) {
       finish_row<X>(pass.job, pass.rows[r + i], rows[i], pass.most[r + i], pass.sums[r + i]);
     }
@@ -136,32 +136,31 @@ size_t wide_scratch_bytes(const Job& job) {
 }
 
 template <typename X, int kVecs>
-WidePass<kVecs> make_pass(
-    const Job& job, const PlanItem& item, int kv_head, int first_row, int num_rows, char* memory) {
+WidePass<kVecs> make_pass(const Job& job, const PlanItem& item, int kv_head, int first_row,
+                          int num_rows, char* memory) {
   constexpr int kPanel = WidePass<kVecs>::kPanel;
   const int panels = (num_rows + kPanel - 1) / kPanel;
   const int words = padded(job.head_dim) / DotProduct<X>::kPerWord;
   const int v_dim = padded(job.v_head_dim);
   const size_t lanes = size_t(panels) * kPanel;
   Scratch scratch{memory};
-  return {
-      job,
-      item,
-      kv_head,
-      first_row,
-      num_rows,
-      words,
-      v_dim,
-      panels,
-      scratch.take<Row>(lanes),
-      scratch.take<float>(lanes * words),
-      scratch.take<float>(lanes * v_dim),
-      scratch.take<float>(lanes),
-      scratch.take<float>(lanes),
-      {take_tile(scratch, words, v_dim), take_tile(scratch, words, v_dim)},
-      scratch.take<float>(size_t(kTileKeys) * kPanel),
-      scratch.take<int32_t>(lanes),
-      scratch.take<int32_t>(lanes)};
+  return {job,
+          item,
+          kv_head,
+          first_row,
+          num_rows,
+          words,
+          v_dim,
+          panels,
+          scratch.take<Row>(lanes),
+          scratch.take<float>(lanes * words),
+          scratch.take<float>(lanes * v_dim),
+          scratch.take<float>(lanes),
+          scratch.take<float>(lanes),
+          {take_tile(scratch, words, v_dim), take_tile(scratch, words, v_dim)},
+          scratch.take<float>(size_t(kTileKeys) * kPanel),
+          scratch.take<int32_t>(lanes),
+          scratch.take<int32_t>(lanes)};
 }
 
 // Vectors of a panel that leave the fewest lanes without a row, as many as possible.

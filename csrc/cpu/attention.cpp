@@ -179,12 +179,11 @@ void attend(const AttentionArgs& args) {
   const int threads =
       std::clamp(int(std::min(time / kMicrosecondsPerThread, 1e6)), 1, num_threads());
   call.job.prefetch_next_item = threads == 1;
-  call.run(call.wide_units + call.other_items, threads, [](void* context, int i) {
-    static_cast<Call*>(context)->attend(i);
-  });
+  call.run(call.wide_units + call.other_items, threads,
+           [](void* context, int i) { static_cast<Call*>(context)->attend(i); });
   const int merge_units = (plan.num_merges + kMergesPerUnit - 1) / kMergesPerUnit;
-  call.run(
-      merge_units, threads, [](void* context, int i) { static_cast<Call*>(context)->merge(i); });
+  call.run(merge_units, threads,
+           [](void* context, int i) { static_cast<Call*>(context)->merge(i); });
 }
 
 void set_num_threads(int n) {

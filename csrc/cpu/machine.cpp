@@ -33,8 +33,8 @@ int cores_in_affinity_mask() {
     if (!CPU_ISSET(cpu, &mask)) {
       continue;
     }
-    std::ifstream file(
-        "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
+                       "/topology/thread_siblings_list");
     std::string siblings;
     cores.insert(std::getline(file, siblings) ? siblings : std::to_string(cpu));
   }

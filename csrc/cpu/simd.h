@@ -276,16 +276,16 @@ struct Float16 {
     return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static PAGED_MLX_INLINE void store1(T* p, Vec v) {
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__F16C__)
   static PAGED_MLX_INLINE Vec load1(const T* p) {
     return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static PAGED_MLX_INLINE void store1(T* p, Vec v) {
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__aarch64__)
   static PAGED_MLX_INLINE Vec load1(const T* p) {

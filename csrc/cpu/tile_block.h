@@ -26,14 +26,8 @@ struct State {
 };
 
 // New maxima, where there are: what was added up so far shrinks.
-__attribute__((noinline)) void raise_maxima(
-    float unit,
-    int rows,
-    const float* scores,
-    float* most,
-    float* sums,
-    float* acc,
-    int acc_stride) {
+__attribute__((noinline)) void raise_maxima(float unit, int rows, const float* scores, float* most,
+                                            float* sums, float* acc, int acc_stride) {
   for (int r = 0; r < rows; r++) {
     Vec top = load(scores + r * kBlockKeys);
     for (int j = kLanes; j < kBlockKeys; j += kLanes) {
@@ -55,14 +49,8 @@ __attribute__((noinline)) void raise_maxima(
 
 // Phase 2: scores of the block become weights.
 template <int kRows, typename PrefetchRow>
-PAGED_MLX_INLINE void soften(
-    float unit,
-    float* scores,
-    float* most,
-    float* sums,
-    float* acc,
-    int acc_stride,
-    PrefetchRow prefetch_row) {
+PAGED_MLX_INLINE void soften(float unit, float* scores, float* most, float* sums, float* acc,
+                             int acc_stride, PrefetchRow prefetch_row) {
   bool higher = false;
   for (int r = 0; r < kRows; r++) {
     Vec top = load(scores + r * kBlockKeys);
@@ -93,14 +81,9 @@ PAGED_MLX_INLINE void soften(
 // Phase 3 where some row does not see some key: of its values nothing reaches the row,
 // were they NaN. `seen`: per row, a bit a key.
 template <typename X, int kRows>
-__attribute__((noinline)) void add_seen_values(
-    Values<typename X::T> values,
-    const Block& block,
-    int dim,
-    const uint32_t* seen,
-    const float* weights,
-    float* acc,
-    int acc_stride) {
+__attribute__((noinline)) void add_seen_values(Values<typename X::T> values, const Block& block,
+                                               int dim, const uint32_t* seen, const float* weights,
+                                               float* acc, int acc_stride) {
   using T = typename X::T;
   alignas(64) static const T zeros[kMaxHeadDim] = {};
   bool apart = false;
@@ -123,21 +106,16 @@ __attribute__((noinline)) void add_seen_values(
     for (int j = block.low; j < block.high; j++) {
       own.keys[j] = seen[r] >> j & 1 ? own.keys[j] : zeros;
     }
-    add_values<X, 1, false>(
-        own, block, dim, weights + r * kBlockKeys, acc + r * acc_stride, acc_stride);
+    add_values<X, 1, false>(own, block, dim, weights + r * kBlockKeys, acc + r * acc_stride,
+                            acc_stride);
   }
 }
 
 // A block of keys against kRows rows of one KV head.
 template <typename X, int kRows, bool kAhead>
-__attribute__((noinline)) void attend_block(
-    const TilePass& pass,
-    const Block& block,
-    const State& state,
-    int first_row,
-    int kv_head,
-    int64_t head_row,
-    const Ahead& ahead) {
+__attribute__((noinline)) void attend_block(const TilePass& pass, const Block& block,
+                                            const State& state, int first_row, int kv_head,
+                                            int64_t head_row, const Ahead& ahead) {
   using T = typename X::T;
   const Job& job = pass.job;
   const T* const k_pages = static_cast<const T*>(job.k_pages);
@@ -170,19 +148,13 @@ __attribute__((noinline)) void attend_block(
     }
   }
   const Values<T> values = find_values<T>(job, block, head_row, ahead);
-  soften<kRows>(
-      exponent_unit(job),
-      scores,
-      state.most + first_row,
-      state.sums + first_row * kLanes,
-      acc,
-      pass.acc_stride,
-      [&](int i) __attribute__((always_inline)) {
-        if constexpr (kAhead) {
-          const int bytes = job.v_head_dim * sizeof(T);
-          prefetch_range(values.lines[0], i * bytes, (i + 1) * bytes);
-        }
-      });
+  soften<kRows>(exponent_unit(job), scores, state.most + first_row, state.sums + first_row * kLanes,
+                acc, pass.acc_stride, [&](int i) __attribute__((always_inline)) {
+                  if constexpr (kAhead) {
+                    const int bytes = job.v_head_dim * sizeof(T);
+                    prefetch_range(values.lines[0], i * bytes, (i + 1) * bytes);
+                  }
+                });
   if (hides) {
     add_seen_values<X, kRows>(values, block, job.v_head_dim, seen, scores, acc, pass.acc_stride);
   } else {
@@ -191,14 +163,8 @@ __attribute__((noinline)) void attend_block(
 }
 
 template <typename X, bool kAhead>
-void attend_group(
-    const TilePass& pass,
-    const Block& block,
-    const State& state,
-    int first_row,
-    int kv_head,
-    int64_t head_row,
-    const Ahead& ahead) {
+void attend_group(const TilePass& pass, const Block& block, const State& state, int first_row,
+                  int kv_head, int64_t head_row, const Ahead& ahead) {
   switch (min_int(kRowGroup, pass.num_rows - first_row)) {
     case 1:
       return attend_block<X, 1, kAhead>(pass, block, state, first_row, kv_head, head_row, ahead);

@@ -15,14 +15,9 @@ PAGED_MLX_INLINE int ahead_in_step(int dim) {
 
 // Dot products of kKeys keys with kRows rows.
 template <typename X, int kRows, int kKeys, bool kAhead>
-PAGED_MLX_INLINE void dot_products(
-    const typename DotProduct<X>::Query* q,
-    int q_stride,
-    const typename X::T* const* keys,
-    Lines lines,
-    int offset,
-    int dim,
-    Vec (&dots)[kRows][kKeys]) {
+PAGED_MLX_INLINE void dot_products(const typename DotProduct<X>::Query* q, int q_stride,
+                                   const typename X::T* const* keys, Lines lines, int offset,
+                                   int dim, Vec (&dots)[kRows][kKeys]) {
   using Dot = DotProduct<X>;
   for (int r = 0; r < kRows; r++) {
     for (int j = 0; j < kKeys; j++) {
@@ -63,12 +58,8 @@ PAGED_MLX_INLINE void dot_products(
 // registers allow, but wide elements two by two: fewer lines are asked for in one
 // go, so fewer wait. The sums are the same.
 template <typename X, int kRows, bool kAhead>
-PAGED_MLX_INLINE void score_quad(
-    const TilePass& pass,
-    const typename DotProduct<X>::Query* q,
-    const typename X::T* const* keys,
-    Lines lines,
-    float* scores) {
+PAGED_MLX_INLINE void score_quad(const TilePass& pass, const typename DotProduct<X>::Query* q,
+                                 const typename X::T* const* keys, Lines lines, float* scores) {
   const int dim = pass.job.head_dim;
   constexpr int kBytes = kQuad * sizeof(typename X::T); // of an element of four keys
   if constexpr (kManyRegisters && sizeof(typename X::T) == 2) {
@@ -83,14 +74,8 @@ PAGED_MLX_INLINE void score_quad(
     Vec4 halves[2][kRows];
     for (int half = 0; half < 2; half++) {
       Vec dots[kRows][2];
-      dot_products<X, kRows, 2, kAhead>(
-          q,
-          pass.q_stride,
-          keys + 2 * half,
-          lines,
-          half * ahead_in_step(dim) * kBytes / 2,
-          dim,
-          dots);
+      dot_products<X, kRows, 2, kAhead>(q, pass.q_stride, keys + 2 * half, lines,
+                                        half * ahead_in_step(dim) * kBytes / 2, dim, dots);
       for (int r = 0; r < kRows; r++) {
         halves[half][r] = fold_two(fold(dots[r][0]), fold(dots[r][1]));
       }

@@ -23,8 +23,8 @@ struct Values {
 };
 
 template <typename T>
-PAGED_MLX_INLINE Values<T> find_values(
-    const Job& job, const Block& block, int64_t head_row, const Ahead& ahead) {
+PAGED_MLX_INLINE Values<T> find_values(const Job& job, const Block& block, int64_t head_row,
+                                       const Ahead& ahead) {
   const int64_t dim = job.v_head_dim;
   const T* const pages = static_cast<const T*>(job.v_pages) + head_row * dim;
   Values<T> values;
@@ -32,24 +32,17 @@ PAGED_MLX_INLINE Values<T> find_values(
     values.keys[j] = pages + block.rows[j] * dim;
   }
   for (int i = 0; i < kBlockQuads; i++) {
-    values.lines[i] = {
-        pool_row<T>(ahead.pool[1], block.far[i] + ahead.head_row[1], job.v_head_dim),
-        pool_row<T>(job.k_pages, block.next[i] + ahead.next_head_row, job.head_dim)};
+    values.lines[i] = {pool_row<T>(ahead.pool[1], block.far[i] + ahead.head_row[1], job.v_head_dim),
+                       pool_row<T>(job.k_pages, block.next[i] + ahead.next_head_row, job.head_dim)};
   }
   return values;
 }
 
 // Phase 3 for kPairs vector pairs of V, from element d on.
 template <typename X, int kRows, int kPairs, bool kAhead, typename Load>
-PAGED_MLX_INLINE void add_columns(
-    const Values<typename X::T>& values,
-    int low,
-    int high,
-    const float* weights,
-    float* acc,
-    int acc_stride,
-    int d,
-    Load load_value) {
+PAGED_MLX_INLINE void add_columns(const Values<typename X::T>& values, int low, int high,
+                                  const float* weights, float* acc, int acc_stride, int d,
+                                  Load load_value) {
   using T = typename X::T;
   Vec sum[kRows][2 * kPairs];
   for (int r = 0; r < kRows; r++) {
@@ -73,8 +66,8 @@ PAGED_MLX_INLINE void add_columns(
   };
   auto prefetch_beside = [&](int quad, int i) __attribute__((always_inline)) {
     if (kAhead && quad > 0) {
-      prefetch_part<kPairs * kPair * sizeof(T)>(
-          values.lines[quad], (d * kQuad + i * kPairs * kPair) * sizeof(T));
+      prefetch_part<kPairs * kPair * sizeof(T)>(values.lines[quad],
+                                                (d * kQuad + i * kPairs * kPair) * sizeof(T));
     }
   };
   if (low == 0 && high == kBlockKeys) {
@@ -99,17 +92,12 @@ PAGED_MLX_INLINE void add_columns(
 }
 
 template <typename X, int kRows, bool kAhead>
-PAGED_MLX_INLINE void add_values(
-    const Values<typename X::T>& values,
-    const Block& block,
-    int dim,
-    const float* weights,
-    float* acc,
-    int acc_stride) {
+PAGED_MLX_INLINE void add_values(const Values<typename X::T>& values, const Block& block, int dim,
+                                 const float* weights, float* acc, int acc_stride) {
   using T = typename X::T;
   auto columns = [&](int d, auto pairs, auto load_value) __attribute__((always_inline)) {
-    add_columns<X, kRows, decltype(pairs)::count, kAhead>(
-        values, block.low, block.high, weights, acc, acc_stride, d, load_value);
+    add_columns<X, kRows, decltype(pairs)::count, kAhead>(values, block.low, block.high, weights,
+                                                          acc, acc_stride, d, load_value);
   };
   auto whole = [](const T* p) __attribute__((always_inline)) { return X::load2(p); };
   int d = 0;
@@ -121,9 +109,8 @@ PAGED_MLX_INLINE void add_values(
   }
   if (d < dim) {
     const int left = dim - d;
-    columns(d, Count<1>{}, [left](const T* p) __attribute__((always_inline)) {
-      return load2_part<X>(p, left);
-    });
+    columns(d, Count<1>{},
+            [left](const T* p) __attribute__((always_inline)) { return load2_part<X>(p, left); });
   }
 }
 

@@ -63,8 +63,8 @@ KeyRange seen_by(const Pass& pass, int first, int count) {
 // Phase 1: scores of kMicroKeys keys with the rows of a panel, added up
 // kChainWords words at a time: a shorter chain of roundings.
 template <typename X, int kPanelVecs>
-__attribute__((noinline)) void score_keys(
-    const float* q, const float* keys, int words, float* scores) {
+__attribute__((noinline)) void score_keys(const float* q, const float* keys, int words,
+                                          float* scores) {
   constexpr int kPanel = kPanelVecs * kLanes, kMicroKeys = micro_step(kPanelVecs);
   for (int first = 0; first < words; first += kChainWords) {
     const int end = min_int(first + kChainWords, words);
@@ -131,14 +131,8 @@ void finish_scores(const Pass& pass, int panel, int position, KeyRange keys) {
 // Phase 2: scores of keys [low, high) of the tile become weights; `shrink` is
 // what the sums so far shrink by. Even and odd keys are added up apart.
 template <int kPanelVecs>
-__attribute__((noinline)) void soften(
-    float unit,
-    float* scores,
-    int low,
-    int high,
-    float* most,
-    float* sums,
-    Vec (&shrink)[kPanelVecs]) {
+__attribute__((noinline)) void soften(float unit, float* scores, int low, int high, float* most,
+                                      float* sums, Vec (&shrink)[kPanelVecs]) {
   constexpr int kPanel = kPanelVecs * kLanes;
   for (int x = 0; x < kPanelVecs; x++) {
     float* const column = scores + x * kLanes;
@@ -171,13 +165,9 @@ __attribute__((noinline)) void soften(
 
 // Phase 3: kDims elements of the accumulators of a panel.
 template <int kPanelVecs, int kDims>
-__attribute__((noinline)) void add_values(
-    const float* weights,
-    const float* values,
-    int count,
-    int v_stride,
-    const Vec (&shrink)[kPanelVecs],
-    float* acc) {
+__attribute__((noinline)) void add_values(const float* weights, const float* values, int count,
+                                          int v_stride, const Vec (&shrink)[kPanelVecs],
+                                          float* acc) {
   constexpr int kPanel = kPanelVecs * kLanes;
   Vec sum[kDims][kPanelVecs];
   for (int d = 0; d < kDims; d++) {
@@ -221,14 +211,10 @@ struct SeenKeys {
 
 // Phase 3 where a row does not see a key whose values are not finite: 0 times them is NaN.
 template <int kPanelVecs>
-__attribute__((noinline)) void add_seen_values(
-    const float* weights,
-    const SeenKeys<kPanelVecs>& seen,
-    const float* values,
-    int count,
-    int v_dim,
-    const Vec (&shrink)[kPanelVecs],
-    float* acc) {
+__attribute__((noinline)) void add_seen_values(const float* weights,
+                                               const SeenKeys<kPanelVecs>& seen,
+                                               const float* values, int count, int v_dim,
+                                               const Vec (&shrink)[kPanelVecs], float* acc) {
   constexpr int kPanel = kPanelVecs * kLanes;
   for (int d = 0; d < v_dim; d++) {
     for (int x = 0; x < kPanelVecs; x++) {
@@ -262,13 +248,8 @@ struct Dims {
 
 // A tile of keys against the rows of one panel; the loader fills the next tile meanwhile.
 template <typename X, typename Pass>
-void attend_panel(
-    const Pass& pass,
-    int panel,
-    int position,
-    KeyRange held,
-    const Tile& tile,
-    TileLoader<X>& next) {
+void attend_panel(const Pass& pass, int panel, int position, KeyRange held, const Tile& tile,
+                  TileLoader<X>& next) {
   const KeyRange seen = seen_by(pass, panel * Pass::kPanel, Pass::kPanel);
   const KeyRange keys = {max_int(held.begin, seen.begin), min_int(held.end, seen.end)};
   if (keys.begin >= keys.end) {
@@ -284,8 +265,8 @@ void attend_panel(
   const int steps = k_steps + v_steps;
   int done = panel * steps;
   for (int j = first; j < high; j += kMicroKeys) {
-    score_keys<X, Pass::kPanelVecs>(
-        q, tile.k + j * pass.words, pass.words, pass.scores + j * Pass::kPanel);
+    score_keys<X, Pass::kPanelVecs>(q, tile.k + j * pass.words, pass.words,
+                                    pass.scores + j * Pass::kPanel);
     next.advance(++done, pass.num_panels * steps);
   }
   bool seen_by_all = !job.mask;
@@ -304,23 +285,18 @@ void attend_panel(
     seen_keys.find(weights, high - low);
   }
   Vec shrink[Pass::kPanelVecs];
-  soften<Pass::kPanelVecs>(
-      exponent_unit(job),
-      pass.scores,
-      low,
-      high,
-      pass.most + panel * Pass::kPanel,
-      pass.sums + panel * Pass::kPanel,
-      shrink);
+  soften<Pass::kPanelVecs>(exponent_unit(job), pass.scores, low, high,
+                           pass.most + panel * Pass::kPanel, pass.sums + panel * Pass::kPanel,
+                           shrink);
   float* const acc = pass.acc + size_t(panel) * pass.v_dim * Pass::kPanel;
   auto add_dims = [&](int d, auto dims) __attribute__((always_inline)) {
-    add_values<Pass::kPanelVecs, decltype(dims)::count>(
-        weights, values + d, high - low, v_stride, shrink, acc + size_t(d) * Pass::kPanel);
+    add_values<Pass::kPanelVecs, decltype(dims)::count>(weights, values + d, high - low, v_stride,
+                                                        shrink, acc + size_t(d) * Pass::kPanel);
     next.advance(++done, pass.num_panels * steps);
   };
   if (apart) {
-    add_seen_values<Pass::kPanelVecs>(
-        weights, seen_keys, values, high - low, pass.v_dim, shrink, acc);
+    add_seen_values<Pass::kPanelVecs>(weights, seen_keys, values, high - low, pass.v_dim, shrink,
+                                      acc);
     next.advance(done + v_steps, pass.num_panels * steps);
     return;
   }

@@ -19,11 +19,10 @@ struct SizeOfChip {
 
 // The smaller variants: too few work items cost less than too many.
 constexpr SizeOfChip kSizes[] = {
-    {'p', 5}, // phones
-    {'g', 8}, // plain chips; a Pro has some 16
-    {'s', 30}, // Max
-    {'c', 30},
-    {'d', 60}, // Ultra
+    {'p', 5},             // phones
+    {'g', 8},             // plain chips; a Pro has some 16
+    {'s', 30},            // Max
+    {'c', 30}, {'d', 60}, // Ultra
 };
 constexpr int kUnknownCores = 8;
 
@@ -35,8 +34,8 @@ int registry_cores() {
     return 0;
   }
   int cores = 0;
-  const CFTypeRef value = IORegistryEntryCreateCFProperty(
-      gpu, CFSTR("gpu-core-count"), kCFAllocatorDefault, 0);
+  const CFTypeRef value =
+      IORegistryEntryCreateCFProperty(gpu, CFSTR("gpu-core-count"), kCFAllocatorDefault, 0);
   if (value) {
     if (CFGetTypeID(value) == CFNumberGetTypeID()) {
       CFNumberGetValue(static_cast<CFNumberRef>(value), kCFNumberIntType, &cores);

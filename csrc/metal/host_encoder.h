@@ -20,8 +20,8 @@ struct HostBuffer {
 
 struct HostDispatch {
   Variant variant;
-  std::map<int, HostBuffer> buffers;       // by index
-  std::map<int, std::vector<char>> bytes;  // by index
+  std::map<int, HostBuffer> buffers;      // by index
+  std::map<int, std::vector<char>> bytes; // by index
   Size groups, group;
 };
 

@@ -79,11 +79,8 @@ Variant body_variant(const AttendCall& call, const Body& body, int simdgroups) {
 
 // The widest threadgroup that the pipeline takes; a kernel may be compiled for
 // fewer simdgroups only.
-Variant fitting_variant(
-    Encoder& encoder,
-    const AttendCall& call,
-    const Body& body,
-    int& simdgroups) {
+Variant fitting_variant(Encoder& encoder, const AttendCall& call, const Body& body,
+                        int& simdgroups) {
   for (simdgroups = body.simdgroups;; simdgroups /= 2) {
     const Variant variant = body_variant(call, body, simdgroups);
     if (simdgroups == 1 || encoder.max_threads(variant) >= 32 * simdgroups) {
@@ -105,9 +102,8 @@ Partials make_partials(Encoder& encoder, const AttendCall& call) {
     return {call.lse, call.lse}; // bound, never touched
   }
   const size_t rows = size_t(plan.num_partials) * plan.num_q_heads;
-  return {
-      encoder.temporary(rows * call.v_head_dim * sizeof(float)),
-      encoder.temporary(rows * 2 * sizeof(float))};
+  return {encoder.temporary(rows * call.v_head_dim * sizeof(float)),
+          encoder.temporary(rows * 2 * sizeof(float))};
 }
 
 void bind(Encoder& encoder, const AttendCall& call, const Partials& partials) {
@@ -132,13 +128,8 @@ void bind(Encoder& encoder, const AttendCall& call, const Partials& partials) {
 
 // The call's part of the items [begin, end), which are of `kind`. The body is that of
 // all of them, so that no bit depends on where the plan is cut.
-void attend_items(
-    Encoder& encoder,
-    const AttendCall& call,
-    const Partials& partials,
-    PlanKind kind,
-    int begin,
-    int end) {
+void attend_items(Encoder& encoder, const AttendCall& call, const Partials& partials, PlanKind kind,
+                  int begin, int end) {
   const int first = std::max(begin, call.items.begin);
   const int count = std::min(end, call.items.end) - first;
   if (count <= 0) {
@@ -157,8 +148,8 @@ void attend_items(
   encoder.set_variant(variant);
   bind(encoder, call, partials);
   encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
-  encoder.dispatch(
-      {size_t(arguments.num_kv_heads), size_t(count), row_tiles}, {size_t(32 * simdgroups)});
+  encoder.dispatch({size_t(arguments.num_kv_heads), size_t(count), row_tiles},
+                   {size_t(32 * simdgroups)});
 }
 
 void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& partials) {

@@ -47,8 +47,8 @@ void write_pages(Encoder& encoder, const WritePagesCall& call) {
     return;
   }
   const int unit = unit_of({call.row.k, v_row});
-  const WritePagesArguments arguments{
-      call.num_kv_heads, call.page_size, call.row.k / unit, v_row / unit};
+  const WritePagesArguments arguments{call.num_kv_heads, call.page_size, call.row.k / unit,
+                                      v_row / unit};
   const Variant variant = mover("write_pages", unit);
   encoder.set_variant(variant);
   encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS, arguments);
@@ -91,13 +91,8 @@ void copy_pages(Encoder& encoder, const CopyPagesCall& call) {
 
 void gather_pages(Encoder& encoder, const GatherPagesCall& call) {
   const int unit = unit_of({call.row.k, call.row.v});
-  const GatherPagesArguments arguments{
-      call.max_pages,
-      call.length,
-      call.num_kv_heads,
-      call.page_size,
-      call.row.k / unit,
-      call.row.v / unit};
+  const GatherPagesArguments arguments{call.max_pages, call.length,       call.num_kv_heads,
+                                       call.page_size, call.row.k / unit, call.row.v / unit};
   const size_t units = arguments.k_row + arguments.v_row;
   if (units == 0 || call.length == 0 || call.batch == 0 || call.num_kv_heads == 0) {
     return;
@@ -118,11 +113,9 @@ void gather_pages(Encoder& encoder, const GatherPagesCall& call) {
   }
   const size_t most = std::min(kThreads, encoder.max_threads(variant));
   const size_t wide = std::min(units, most), high = most / wide;
-  encoder.dispatch(
-      {(units + wide - 1) / wide,
-       (size_t(call.length) + high - 1) / high,
-       size_t(call.batch) * call.num_kv_heads},
-      {wide, high});
+  encoder.dispatch({(units + wide - 1) / wide, (size_t(call.length) + high - 1) / high,
+                    size_t(call.batch) * call.num_kv_heads},
+                   {wide, high});
 }
 
 void copy_buffer(Encoder& encoder, Buffer from, Buffer to, int64_t bytes) {
@@ -138,8 +131,8 @@ void copy_buffer(Encoder& encoder, Buffer from, Buffer to, int64_t bytes) {
   encoder.set_bytes(PAGED_MLX_BUFFER_ARGUMENTS, &units, sizeof(units));
   encoder.set_pages(PAGED_MLX_BUFFER_K_PAGES, from);
   encoder.set_written_pages(PAGED_MLX_BUFFER_V_PAGES, to);
-  encoder.dispatch(
-      {std::min(groups, kMaxGroups), (groups + kMaxGroups - 1) / kMaxGroups, 1}, {threads});
+  encoder.dispatch({std::min(groups, kMaxGroups), (groups + kMaxGroups - 1) / kMaxGroups, 1},
+                   {threads});
 }
 
 void merge_states(Encoder& encoder, const MergeStatesCall& call) {
@@ -155,17 +148,16 @@ void merge_states(Encoder& encoder, const MergeStatesCall& call) {
     const size_t count = std::min<size_t>(PAGED_MLX_MERGE_PARTS, parts - first);
     Variant variant;
     variant.kernel = "merge_states";
-    variant.define(
-        "T",
-        call.dtype == DType::float32       ? "float"
-            : call.dtype == DType::float16 ? "half"
-                                           : "bfloat");
+    variant.define("T",
+                   call.dtype == DType::float32       ? "float"
+                       : call.dtype == DType::float16 ? "half"
+                                                      : "bfloat");
     variant.set(PAGED_MLX_CONSTANT_HAS_CARRIED, first > 0)
         .set(PAGED_MLX_CONSTANT_IS_LAST, first + count == parts);
     const int simdgroups = std::clamp(encoder.max_threads(variant) / 32, 1, 4);
     encoder.set_variant(variant);
-    encoder.set_arguments(
-        PAGED_MLX_BUFFER_ARGUMENTS, MergeStatesArguments{call.rows, call.dim, int(count)});
+    encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS,
+                          MergeStatesArguments{call.rows, call.dim, int(count)});
     for (size_t i = 0; i < PAGED_MLX_MERGE_PARTS; i++) {
       const size_t part = first + std::min(i, count - 1);
       encoder.set_input(PAGED_MLX_BUFFER_PART_OUTS + int(i), call.outs[part]);

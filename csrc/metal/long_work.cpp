@@ -27,7 +27,8 @@ double most_work(const int32_t* plan, int dims) {
 
 double work_of(const int32_t* plan, int item, int dims) {
   const auto& at = reinterpret_cast<const PlanItem*>(plan + header(plan).items)[item];
-  return double(std::max(0, at.key_end - at.key_begin)) * at.row_count * header(plan).num_q_heads * dims;
+  return double(std::max(0, at.key_end - at.key_begin)) * at.row_count * header(plan).num_q_heads *
+      dims;
 }
 
 int num_items(const int32_t* plan) {

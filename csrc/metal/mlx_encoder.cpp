@@ -35,8 +35,7 @@ struct MlxEncoder::Concurrent {
 };
 
 MlxEncoder::MlxEncoder(mx::Stream stream)
-    : device_(mx::metal::device(stream.device)),
-      encoder_(mx::metal::get_command_encoder(stream)) {}
+    : device_(mx::metal::device(stream.device)), encoder_(mx::metal::get_command_encoder(stream)) {}
 
 MlxEncoder::~MlxEncoder() = default;
 
@@ -104,15 +103,15 @@ void MlxEncoder::set_bytes(int index, const void* bytes, size_t size) {
 
 Buffer MlxEncoder::temporary(size_t bytes) {
   const int elements = int((bytes + 3) / 4);
-  temporaries_.emplace_back(
-      mx::allocator::malloc(size_t(elements) * 4), mx::Shape{elements}, mx::float32);
+  temporaries_.emplace_back(mx::allocator::malloc(size_t(elements) * 4), mx::Shape{elements},
+                            mx::float32);
   encoder_.add_temporary(temporaries_.back());
   return &temporaries_.back();
 }
 
 void MlxEncoder::dispatch(Size groups, Size group) {
-  encoder_.dispatch_threadgroups(
-      MTL::Size(groups.x, groups.y, groups.z), MTL::Size(group.x, group.y, group.z));
+  encoder_.dispatch_threadgroups(MTL::Size(groups.x, groups.y, groups.z),
+                                 MTL::Size(group.x, group.y, group.z));
 }
 
 void MlxEncoder::begin_concurrent() {

@@ -54,13 +54,9 @@ int64_t head_stride(const mx::array& mask) {
 }
 
 PlanGeometry geometry_of(const ShapeCheck& shape, const std::optional<mx::array>& mask) {
-  return {
-      shape.at("tokens"),
-      shape.at("num_q_heads"),
-      shape.at("num_kv_heads"),
-      shape.at("page_size"),
-      shape.at("num_pages"),
-      mask && mask->ndim() > 0 ? mask->shape(-1) : -1};
+  return {shape.at("tokens"),       shape.at("num_q_heads"),
+          shape.at("num_kv_heads"), shape.at("page_size"),
+          shape.at("num_pages"),    mask && mask->ndim() > 0 ? mask->shape(-1) : -1};
 }
 
 // One node; attention whose work is long is a chain of them.
@@ -71,11 +67,10 @@ class PagedAttention : public PagesPrimitive {
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     const auto &q = inputs[kQ], &v_pages = inputs[kVPages];
-    std::vector<mx::Shape> shapes = {
-        {q.shape(0), q.shape(1), v_pages.shape(3)},
-        {q.shape(0), q.shape(1)},
-        inputs[kKPages].shape(),
-        v_pages.shape()};
+    std::vector<mx::Shape> shapes = {{q.shape(0), q.shape(1), v_pages.shape(3)},
+                                     {q.shape(0), q.shape(1)},
+                                     inputs[kKPages].shape(),
+                                     v_pages.shape()};
     for (auto& partial : partial_shapes(part_, q.shape(1), v_pages.shape(3))) {
       shapes.push_back(std::move(partial));
     }
@@ -175,9 +170,8 @@ cpu::AttentionArgs PagedAttention::cpu_args(const Arrays& inputs, Arrays& output
 }
 
 void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
-  take_memory(part_, inputs, outputs, kKNext, [](mx::array& output) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
-  });
+  take_memory(part_, inputs, outputs, kKNext,
+              [](mx::array& output) { output.set_data(mx::allocator::malloc(output.nbytes())); });
   if (runs_kernels(stream())) {
     return run_kernels(inputs, outputs, launch(inputs));
   }
@@ -185,35 +179,28 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
     return;
   }
   // mx.compile may have put another plan in the place of the one that was checked.
-  run_on_cpu(
-      inputs,
-      outputs,
-      [args = cpu_args(inputs, outputs),
-       geometry = geometry(inputs),
-       words = inputs[kPlan].size()]() {
-        check_plan(kOp, args.plan, words, geometry);
-        cpu::attend(args);
-      });
+  run_on_cpu(inputs, outputs,
+             [args = cpu_args(inputs, outputs), geometry = geometry(inputs),
+              words = inputs[kPlan].size()]() {
+               check_plan(kOp, args.plan, words, geometry);
+               cpu::attend(args);
+             });
 }
 
 } // namespace
 
-PlanGeometry attention_geometry(
-    const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
+PlanGeometry attention_geometry(const mx::array& q, const mx::array& k_pages,
+                                const mx::array& v_pages) {
   return geometry_of(check_arrays(q, k_pages, v_pages), std::nullopt);
 }
 
-std::vector<mx::array> paged_attention(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& plan,
-    std::optional<float> scale,
-    std::optional<float> cap,
-    const std::optional<mx::array>& alibi_slopes,
-    const std::optional<mx::array>& sinks,
-    const std::optional<mx::array>& mask,
-    mx::StreamOrDevice s_) {
+std::vector<mx::array> paged_attention(const mx::array& q, const mx::array& k_pages,
+                                       const mx::array& v_pages, const mx::array& plan,
+                                       std::optional<float> scale, std::optional<float> cap,
+                                       const std::optional<mx::array>& alibi_slopes,
+                                       const std::optional<mx::array>& sinks,
+                                       const std::optional<mx::array>& mask,
+                                       mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape = check_arrays(q, k_pages, v_pages);
   check_plan(kOp, plan, geometry_of(shape, mask));
@@ -224,8 +211,8 @@ std::vector<mx::array> paged_attention(
     check_number(kOp, "softcap", *cap, true);
     options.softcap = *cap;
   }
-  std::vector<mx::array> inputs = {
-      mx::contiguous(q, false, s), row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};
+  std::vector<mx::array> inputs = {mx::contiguous(q, false, s), row_contiguous(k_pages, s),
+                                   row_contiguous(v_pages, s), plan};
   if (alibi_slopes) {
     options.alibi = true;
     inputs.push_back(per_head(kOp, "alibi_slopes", *alibi_slopes, shape, s));

@@ -14,8 +14,8 @@ namespace paged_mlx {
 namespace mx = mlx::core;
 
 // Checks shapes and dtypes. Throws std::invalid_argument in the one message form.
-PlanGeometry attention_geometry(
-    const mx::array& q, const mx::array& k_pages, const mx::array& v_pages);
+PlanGeometry attention_geometry(const mx::array& q, const mx::array& k_pages,
+                                const mx::array& v_pages);
 
 // Inputs: q [tokens, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads,
 // page_size, head_dim], v_pages [num_pages, num_kv_heads, page_size,
@@ -26,16 +26,12 @@ PlanGeometry attention_geometry(
 // Returns {out [tokens, num_q_heads, v_head_dim], lse float32 [tokens,
 // num_q_heads], k_pages', v_pages'}: the primed pages share the buffers of the
 // inputs and exist so that a later write can depend on this read.
-std::vector<mx::array> paged_attention(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& plan,
-    std::optional<float> scale,
-    std::optional<float> cap,
-    const std::optional<mx::array>& alibi_slopes,
-    const std::optional<mx::array>& sinks,
-    const std::optional<mx::array>& mask,
-    mx::StreamOrDevice s = {});
+std::vector<mx::array> paged_attention(const mx::array& q, const mx::array& k_pages,
+                                       const mx::array& v_pages, const mx::array& plan,
+                                       std::optional<float> scale, std::optional<float> cap,
+                                       const std::optional<mx::array>& alibi_slopes,
+                                       const std::optional<mx::array>& sinks,
+                                       const std::optional<mx::array>& mask,
+                                       mx::StreamOrDevice s = {});
 
 } // namespace paged_mlx

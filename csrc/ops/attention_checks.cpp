@@ -10,21 +10,15 @@ namespace {
 
 void check_head_dim(const char* op, const char* name, int head_dim) {
   if (head_dim % 8 != 0 || head_dim < 8 || (head_dim > 256 && head_dim != 512)) {
-    fail(
-        op,
-        std::string(name) + " must have a head_dim that is a multiple of 8 up to 256, or 512",
-        std::to_string(head_dim));
+    fail(op, std::string(name) + " must have a head_dim that is a multiple of 8 up to 256, or 512",
+         std::to_string(head_dim));
   }
 }
 
 } // namespace
 
-void check_pages(
-    const char* op,
-    ShapeCheck& shape,
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages) {
+void check_pages(const char* op, ShapeCheck& shape, const mx::array& q, const mx::array& k_pages,
+                 const mx::array& v_pages) {
   shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
   shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
   check_float(op, "q", q);
@@ -33,11 +27,10 @@ void check_pages(
   check_head_dim(op, "q", shape.at("head_dim"));
   check_head_dim(op, "v_pages", shape.at("v_head_dim"));
   if (shape.at("num_kv_heads") == 0 || shape.at("num_q_heads") % shape.at("num_kv_heads") != 0) {
-    fail(
-        op,
-        "num_q_heads of q must be a multiple of num_kv_heads = " +
-            std::to_string(shape.at("num_kv_heads")) + " from k_pages",
-        std::to_string(shape.at("num_q_heads")));
+    fail(op,
+         "num_q_heads of q must be a multiple of num_kv_heads = " +
+             std::to_string(shape.at("num_kv_heads")) + " from k_pages",
+         std::to_string(shape.at("num_q_heads")));
   }
   if (shape.at("page_size") == 0) {
     fail(op, "k_pages must have a page_size of at least 1", shape_string(k_pages));
@@ -48,10 +41,8 @@ void check_plan(const char* op, const int32_t* words, size_t num_words, const Pl
   const PlanHeader& plan = *reinterpret_cast<const PlanHeader*>(words);
   auto same = [op](const char* name, int planned, int actual, const char* from) {
     if (planned != actual) {
-      fail(
-          op,
-          std::string("plan must be made for ") + name + " = " + std::to_string(actual) + from,
-          std::to_string(planned));
+      fail(op, std::string("plan must be made for ") + name + " = " + std::to_string(actual) + from,
+           std::to_string(planned));
     }
   };
   if (num_words < sizeof(PlanHeader) / sizeof(int32_t) || plan.magic != PAGED_MLX_PLAN_MAGIC ||
@@ -63,18 +54,16 @@ void check_plan(const char* op, const int32_t* words, size_t num_words, const Pl
   same("num_kv_heads", plan.num_kv_heads, g.num_kv_heads, " of k_pages");
   same("page_size", plan.page_size, g.page_size, " of k_pages");
   if (plan.max_page_id >= g.num_pages) {
-    fail(
-        op,
-        "block_tables must hold page ids in [0, " + std::to_string(g.num_pages) +
-            "), the pages of the pool",
-        std::to_string(plan.max_page_id));
+    fail(op,
+         "block_tables must hold page ids in [0, " + std::to_string(g.num_pages) +
+             "), the pages of the pool",
+         std::to_string(plan.max_page_id));
   }
   if (g.mask_keys >= 0 && plan.max_row_end > g.mask_keys) {
-    fail(
-        op,
-        "mask must have a column for each key of the longest context (" +
-            std::to_string(plan.max_row_end) + ")",
-        std::to_string(g.mask_keys));
+    fail(op,
+         "mask must have a column for each key of the longest context (" +
+             std::to_string(plan.max_row_end) + ")",
+         std::to_string(g.mask_keys));
   }
 }
 
@@ -94,15 +83,14 @@ void check_plan(const char* op, const mx::array& plan, const PlanGeometry& geome
 
 void check_number(const char* op, const char* name, float value, bool positive) {
   if (!std::isfinite(value) || (positive && value <= 0)) {
-    fail(
-        op,
-        std::string(name) + (positive ? " must be finite and greater than 0" : " must be finite"),
-        std::to_string(value));
+    fail(op,
+         std::string(name) + (positive ? " must be finite and greater than 0" : " must be finite"),
+         std::to_string(value));
   }
 }
 
-mx::array per_head(
-    const char* op, const char* name, const mx::array& a, ShapeCheck& shape, mx::Stream s) {
+mx::array per_head(const char* op, const char* name, const mx::array& a, ShapeCheck& shape,
+                   mx::Stream s) {
   shape(name, a, {"num_q_heads"});
   check_float(op, name, a);
   return mx::contiguous(mx::astype(a, mx::float32, s), false, s);

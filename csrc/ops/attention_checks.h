@@ -17,16 +17,12 @@ struct PlanGeometry {
 };
 
 // Pages of K and V, for a q whose num_q_heads and head_dim `shape` knows.
-void check_pages(
-    const char* op,
-    ShapeCheck& shape,
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages);
+void check_pages(const char* op, ShapeCheck& shape, const mx::array& q, const mx::array& k_pages,
+                 const mx::array& v_pages);
 
 // The words of a plan.
-void check_plan(
-    const char* op, const int32_t* words, size_t num_words, const PlanGeometry& geometry);
+void check_plan(const char* op, const int32_t* words, size_t num_words,
+                const PlanGeometry& geometry);
 
 // A plan's array: its words too, unless they are known only when it is evaluated.
 void check_plan(const char* op, const mx::array& plan, const PlanGeometry& geometry);
@@ -34,7 +30,7 @@ void check_plan(const char* op, const mx::array& plan, const PlanGeometry& geome
 void check_number(const char* op, const char* name, float value, bool positive);
 
 // One value per query head, as float32.
-mx::array per_head(
-    const char* op, const char* name, const mx::array& a, ShapeCheck& shape, mx::Stream s);
+mx::array per_head(const char* op, const char* name, const mx::array& a, ShapeCheck& shape,
+                   mx::Stream s);
 
 } // namespace paged_mlx

@@ -33,24 +33,19 @@ bool runs_kernels(mx::Stream stream);
 
 #ifdef _METAL_
 template <typename Launch>
-void dispatch_on_gpu(
-    const char*,
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
-    Launch launch) {
+void dispatch_on_gpu(const char*, mx::Stream stream, const std::vector<mx::array>& inputs,
+                     std::vector<mx::array>& outputs, Launch launch) {
   metal::MlxEncoder encoder(stream);
   launch(
-      encoder,
-      [&](int i) -> metal::Buffer { return &inputs[i]; },
+      encoder, [&](int i) -> metal::Buffer { return &inputs[i]; },
       [&](int i) -> metal::Buffer { return &outputs[i]; });
 }
 #else
 template <typename Launch>
-void dispatch_on_gpu(
-    const char* op, mx::Stream, const std::vector<mx::array>&, std::vector<mx::array>&, Launch) {
-  throw std::runtime_error(
-      std::string("[") + op + "] this build has no GPU backend: use stream=mx.cpu.");
+void dispatch_on_gpu(const char* op, mx::Stream, const std::vector<mx::array>&,
+                     std::vector<mx::array>&, Launch) {
+  throw std::runtime_error(std::string("[") + op +
+                           "] this build has no GPU backend: use stream=mx.cpu.");
 }
 #endif
 

@@ -7,11 +7,8 @@
 namespace paged_mlx {
 
 template <typename Launch>
-void dispatch_on_host(
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
-    Launch launch) {
+void dispatch_on_host(mx::Stream stream, const std::vector<mx::array>& inputs,
+                      std::vector<mx::array>& outputs, Launch launch) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
   auto memory = [](const mx::array& a) {
     return metal::HostBuffer{const_cast<char*>(a.data<char>()), a.nbytes()};

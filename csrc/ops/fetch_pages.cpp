@@ -58,13 +58,9 @@ class After : public PagesPrimitive {
 
 } // namespace
 
-FetchedPages fetch_pages(
-    const std::shared_ptr<const FetchTables>& tables,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const std::optional<mx::array>& k,
-    const std::optional<mx::array>& v,
-    mx::StreamOrDevice s_) {
+FetchedPages fetch_pages(const std::shared_ptr<const FetchTables>& tables, const mx::array& k_pages,
+                         const mx::array& v_pages, const std::optional<mx::array>& k,
+                         const std::optional<mx::array>& v, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape(kOp);
   shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
@@ -85,14 +81,13 @@ FetchedPages fetch_pages(
     if (tokens) {
       stored = for_kernels(mx::astype(*tokens, pages.dtype(), s), s);
     }
-    return std::make_shared<GatherHandle>(
-        s, tables, has_read, row_contiguous(pages, s), std::move(stored));
+    return std::make_shared<GatherHandle>(s, tables, has_read, row_contiguous(pages, s),
+                                          std::move(stored));
   };
   const auto k_node = node(k_pages, k), v_node = node(v_pages, v);
-  return {
-      mx::astype(GatherHandle::make(k_node), k ? k->dtype() : k_pages.dtype(), s),
-      mx::astype(GatherHandle::make(v_node), v ? v->dtype() : v_pages.dtype(), s),
-      {k_node, v_node, has_read, s}};
+  return {mx::astype(GatherHandle::make(k_node), k ? k->dtype() : k_pages.dtype(), s),
+          mx::astype(GatherHandle::make(v_node), v ? v->dtype() : v_pages.dtype(), s),
+          {k_node, v_node, has_read, s}};
 }
 
 mx::array GatherHandle::make(const std::shared_ptr<GatherHandle>& node) {
@@ -105,11 +100,8 @@ mx::array GatherHandle::make(const std::shared_ptr<GatherHandle>& node) {
   if (node->tokens_) {
     inputs.push_back(*node->tokens_);
   }
-  return mx::array(
-      {t.batch, pages.shape(1), t.length - t.skip, pages.shape(3)},
-      pages.dtype(),
-      node,
-      std::move(inputs));
+  return mx::array({t.batch, pages.shape(1), t.length - t.skip, pages.shape(3)}, pages.dtype(),
+                   node, std::move(inputs));
 }
 
 const mx::array& GatherHandle::replace() {
@@ -140,11 +132,9 @@ mx::array GatherHandle::allocate(mx::array& out) const {
   const bool one_run = shape[0] * shape[1] == 1;
   const int64_t skipped = int64_t(tables_->skip) * shape[3];
   out.copy_shared_buffer(
-      whole,
-      whole.strides(),
+      whole, whole.strides(),
       {/*contiguous=*/one_run, /*row_contiguous=*/one_run, /*col_contiguous=*/false},
-      whole.size() - skipped,
-      skipped);
+      whole.size() - skipped, skipped);
   return whole;
 }
 
@@ -163,8 +153,8 @@ auto GatherHandle::launch(const Arrays& inputs) const {
   write.page_size = tables_->length;
   write.row = gather.row;
   const int parts = int(inputs.size());
-  return [gather, write, parts, ragged = tables_->ragged](
-             metal::Encoder& encoder, auto in, auto out) mutable {
+  return [gather, write, parts, ragged = tables_->ragged](metal::Encoder& encoder, auto in,
+                                                          auto out) mutable {
     gather.k_pages = gather.v_pages = in(kPages);
     gather.tables = in(parts + kTables);
     gather.context_lens = in(parts + kLens);
@@ -196,32 +186,25 @@ void GatherHandle::eval(const Arrays& inputs, Arrays& outputs) {
   const FetchTables& t = *tables_;
   const mx::array& pages = inputs[kPages];
   const int32_t* const words = inputs[kWords].data<int32_t>();
-  const PageGather gather{
-      words,
-      words + t.context_lens(),
-      t.ragged ? words + t.page_starts() : nullptr,
-      t.ragged ? words + t.page_lens() : nullptr,
-      t.batch,
-      t.max_pages,
-      t.length,
-      pages.shape(1),
-      pages.shape(2)};
+  const PageGather gather{words,
+                          words + t.context_lens(),
+                          t.ragged ? words + t.page_starts() : nullptr,
+                          t.ragged ? words + t.page_lens() : nullptr,
+                          t.batch,
+                          t.max_pages,
+                          t.length,
+                          pages.shape(1),
+                          pages.shape(2)};
   std::vector<SlotWriter> writers; // the gather is seen as `batch` pages of `length` slots
   if (tokens_) {
     writers.emplace_back(inputs[kTokens], whole[0]);
   }
-  run_on_cpu(
-      inputs,
-      outputs,
-      [gather,
-       writers,
-       from = pages.data<char>(),
-       to = whole[0].data<char>(),
-       row = row_bytes(pages),
-       slots = words + t.slots()]() {
-        gather.run(from, to, row);
-        write_slots(kOp, "slots", writers, slots);
-      });
+  run_on_cpu(inputs, outputs,
+             [gather, writers, from = pages.data<char>(), to = whole[0].data<char>(),
+              row = row_bytes(pages), slots = words + t.slots()]() {
+               gather.run(from, to, row);
+               write_slots(kOp, "slots", writers, slots);
+             });
 }
 
 std::vector<mx::array> Fetch::settle(const mx::array& k_pages, const mx::array& v_pages) {
@@ -231,11 +214,9 @@ std::vector<mx::array> Fetch::settle(const mx::array& k_pages, const mx::array& 
       inputs.push_back(node->replace());
     }
   }
-  return mx::array::make_arrays(
-      {k_pages.shape(), v_pages.shape()},
-      {k_pages.dtype(), v_pages.dtype()},
-      std::make_shared<After>(stream),
-      std::move(inputs));
+  return mx::array::make_arrays({k_pages.shape(), v_pages.shape()},
+                                {k_pages.dtype(), v_pages.dtype()}, std::make_shared<After>(stream),
+                                std::move(inputs));
 }
 
 void Fetches::add(int layer, Fetch fetch) {
@@ -247,14 +228,13 @@ void Fetches::add(int layer, Fetch fetch) {
 }
 
 bool Fetches::read_pages() const {
-  return std::any_of(fetches_.begin(), fetches_.end(), [](const auto& entry) {
-    return entry.second.reads_pages();
-  });
+  return std::any_of(fetches_.begin(), fetches_.end(),
+                     [](const auto& entry) { return entry.second.reads_pages(); });
 }
 
 bool Fetches::are_alive() const {
-  return std::any_of(
-      fetches_.begin(), fetches_.end(), [](const auto& entry) { return entry.second.is_alive(); });
+  return std::any_of(fetches_.begin(), fetches_.end(),
+                     [](const auto& entry) { return entry.second.is_alive(); });
 }
 
 } // namespace paged_mlx

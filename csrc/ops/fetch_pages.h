@@ -26,12 +26,9 @@ namespace paged_mlx {
 // Python, or as an input of another node.
 class GatherHandle : public PagesPrimitive {
  public:
-  GatherHandle(
-      mx::Stream stream,
-      std::shared_ptr<const FetchTables> tables,
-      std::shared_ptr<std::atomic<bool>> has_read,
-      mx::array pages,
-      std::optional<mx::array> tokens)
+  GatherHandle(mx::Stream stream, std::shared_ptr<const FetchTables> tables,
+               std::shared_ptr<std::atomic<bool>> has_read, mx::array pages,
+               std::optional<mx::array> tokens)
       : PagesPrimitive(stream),
         tables_(std::move(tables)),
         has_read_(std::move(has_read)),
@@ -131,12 +128,8 @@ struct FetchedPages {
 
 // k and v [batch, num_kv_heads, num_tokens, dim], any strides; none if num_tokens
 // is 0.
-FetchedPages fetch_pages(
-    const std::shared_ptr<const FetchTables>& tables,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const std::optional<mx::array>& k,
-    const std::optional<mx::array>& v,
-    mx::StreamOrDevice s = {});
+FetchedPages fetch_pages(const std::shared_ptr<const FetchTables>& tables, const mx::array& k_pages,
+                         const mx::array& v_pages, const std::optional<mx::array>& k,
+                         const std::optional<mx::array>& v, mx::StreamOrDevice s = {});
 
 } // namespace paged_mlx

@@ -13,11 +13,10 @@ namespace {
 void check(const FetchStep& step) {
   if (step.num_starts != step.batch || step.num_freed > step.width || step.skip < 0 ||
       step.skip > step.length) {
-    fail(
-        "FetchTables",
-        "starts must have " + std::to_string(step.batch) +
-            " lengths, as block_tables, and skip be at most " + std::to_string(step.length),
-        std::to_string(step.num_starts) + " lengths, and skip " + std::to_string(step.skip));
+    fail("FetchTables",
+         "starts must have " + std::to_string(step.batch) +
+             " lengths, as block_tables, and skip be at most " + std::to_string(step.length),
+         std::to_string(step.num_starts) + " lengths, and skip " + std::to_string(step.skip));
   }
 }
 
@@ -61,14 +60,13 @@ void write_tokens_of(const FetchStep& step, const FetchTables& t, int b, int32_t
 
 std::shared_ptr<const FetchTables> make_fetch_tables(const FetchStep& step) {
   check(step);
-  FetchTables t{
-      step.batch,
-      step.width - step.num_freed,
-      step.written ? 0 : step.num_tokens,
-      step.length,
-      step.skip,
-      is_ragged(step),
-      mx::array({0}, mx::int32)};
+  FetchTables t{step.batch,
+                step.width - step.num_freed,
+                step.written ? 0 : step.num_tokens,
+                step.length,
+                step.skip,
+                is_ragged(step),
+                mx::array({0}, mx::int32)};
   const int size = t.num_words();
   t.words = mx::array(mx::allocator::malloc(size * sizeof(int32_t)), mx::Shape{size}, mx::int32);
   for (int b = 0; b < t.batch; b++) {

@@ -39,11 +39,10 @@ class GatherPages : public PagesPrimitive {
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     const auto &k = inputs[0], &v = inputs[1];
     const int batch = inputs[2].shape(0);
-    return {
-        {batch, k.shape(1), length_, k.shape(3)},
-        {batch, v.shape(1), length_, v.shape(3)},
-        k.shape(),
-        v.shape()};
+    return {{batch, k.shape(1), length_, k.shape(3)},
+            {batch, v.shape(1), length_, v.shape(3)},
+            k.shape(),
+            v.shape()};
   }
   bool is_equivalent(const mx::Primitive& other) const override {
     return length_ == static_cast<const GatherPages&>(other).length_;
@@ -62,29 +61,22 @@ class GatherPages : public PagesPrimitive {
       return run_kernels(inputs, outputs, gather_launch(inputs, length_));
     }
     const bool ragged = inputs.size() > 4;
-    const PageGather gather{
-        inputs[2].data<int32_t>(),
-        inputs[3].data<int32_t>(),
-        ragged ? inputs[4].data<int32_t>() : nullptr,
-        ragged ? inputs[5].data<int32_t>() : nullptr,
-        inputs[2].shape(0),
-        inputs[2].shape(1),
-        length_,
-        inputs[0].shape(1),
-        inputs[0].shape(2)};
-    run_on_cpu(
-        inputs,
-        outputs,
-        [gather,
-         k = inputs[0].data<char>(),
-         v = inputs[1].data<char>(),
-         k_out = outputs[0].data<char>(),
-         v_out = outputs[1].data<char>(),
-         k_row = row_bytes(inputs[0]),
-         v_row = row_bytes(inputs[1])]() {
-          gather.run(k, k_out, k_row);
-          gather.run(v, v_out, v_row);
-        });
+    const PageGather gather{inputs[2].data<int32_t>(),
+                            inputs[3].data<int32_t>(),
+                            ragged ? inputs[4].data<int32_t>() : nullptr,
+                            ragged ? inputs[5].data<int32_t>() : nullptr,
+                            inputs[2].shape(0),
+                            inputs[2].shape(1),
+                            length_,
+                            inputs[0].shape(1),
+                            inputs[0].shape(2)};
+    run_on_cpu(inputs, outputs,
+               [gather, k = inputs[0].data<char>(), v = inputs[1].data<char>(),
+                k_out = outputs[0].data<char>(), v_out = outputs[1].data<char>(),
+                k_row = row_bytes(inputs[0]), v_row = row_bytes(inputs[1])]() {
+                 gather.run(k, k_out, k_row);
+                 gather.run(v, v_out, v_row);
+               });
   }
 
  private:
@@ -93,15 +85,11 @@ class GatherPages : public PagesPrimitive {
 
 } // namespace
 
-std::vector<mx::array> gather_pages(
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& block_tables,
-    const mx::array& context_lens,
-    int length,
-    const std::optional<mx::array>& page_starts,
-    const std::optional<mx::array>& page_lens,
-    mx::StreamOrDevice s_) {
+std::vector<mx::array> gather_pages(const mx::array& k_pages, const mx::array& v_pages,
+                                    const mx::array& block_tables, const mx::array& context_lens,
+                                    int length, const std::optional<mx::array>& page_starts,
+                                    const std::optional<mx::array>& page_lens,
+                                    mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape("gather_pages");
   shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
@@ -112,8 +100,8 @@ std::vector<mx::array> gather_pages(
   check_dtype("gather_pages", "v_pages", v_pages, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("gather_pages", "block_tables", block_tables, mx::int32, "page ids");
   check_dtype("gather_pages", "context_lens", context_lens, mx::int32, "lengths");
-  std::vector<mx::array> inputs = {
-      row_contiguous(k_pages, s), row_contiguous(v_pages, s), block_tables, context_lens};
+  std::vector<mx::array> inputs = {row_contiguous(k_pages, s), row_contiguous(v_pages, s),
+                                   block_tables, context_lens};
   if (page_starts && page_lens) {
     shape("page_starts", *page_starts, {"batch", "max_pages"});
     shape("page_lens", *page_lens, {"batch", "max_pages"});
@@ -122,8 +110,8 @@ std::vector<mx::array> gather_pages(
   }
   auto primitive = std::make_shared<GatherPages>(s, length);
   auto shapes = primitive->output_shapes(inputs);
-  return mx::array::make_arrays(
-      std::move(shapes), std::vector<mx::Dtype>(4, k_pages.dtype()), primitive, std::move(inputs));
+  return mx::array::make_arrays(std::move(shapes), std::vector<mx::Dtype>(4, k_pages.dtype()),
+                                primitive, std::move(inputs));
 }
 
 } // namespace paged_mlx

@@ -105,31 +105,24 @@ class MergeStates : public PagesPrimitive {
     for (size_t i = 0; i < count; i++) {
       parts.push_back({inputs[i].data<char>(), inputs[count + i].data<float>()});
     }
-    run_on_cpu(
-        inputs,
-        outputs,
-        [parts,
-         out = outputs[0].data<T>(),
-         lse = outputs[1].data<float>(),
-         rows = int64_t(outputs[1].size()),
-         dim = int64_t(outputs[0].shape(2))]() {
-          for (int64_t row = 0; row < rows; row++) {
-            merge_row<T>(parts, row, dim, out, lse);
-          }
-        });
+    run_on_cpu(inputs, outputs,
+               [parts, out = outputs[0].data<T>(), lse = outputs[1].data<float>(),
+                rows = int64_t(outputs[1].size()), dim = int64_t(outputs[0].shape(2))]() {
+                 for (int64_t row = 0; row < rows; row++) {
+                   merge_row<T>(parts, row, dim, out, lse);
+                 }
+               });
   }
 };
 
 } // namespace
 
-std::vector<mx::array> merge_states(
-    const std::vector<mx::array>& outs, const std::vector<mx::array>& lses, mx::StreamOrDevice s_) {
+std::vector<mx::array> merge_states(const std::vector<mx::array>& outs,
+                                    const std::vector<mx::array>& lses, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   if (outs.empty() || outs.size() != lses.size()) {
-    fail(
-        "merge_states",
-        "outs and lses must hold one array for each part, at least one",
-        std::to_string(outs.size()) + " outs and " + std::to_string(lses.size()) + " lses");
+    fail("merge_states", "outs and lses must hold one array for each part, at least one",
+         std::to_string(outs.size()) + " outs and " + std::to_string(lses.size()) + " lses");
   }
   ShapeCheck shape("merge_states");
   std::vector<mx::array> inputs;
@@ -144,11 +137,8 @@ std::vector<mx::array> merge_states(
     check_dtype("merge_states", "lses", lse, mx::float32, "log-sum-exp");
     inputs.push_back(mx::contiguous(lse, false, s));
   }
-  return mx::array::make_arrays(
-      {outs[0].shape(), lses[0].shape()},
-      {outs[0].dtype(), mx::float32},
-      std::make_shared<MergeStates>(s),
-      std::move(inputs));
+  return mx::array::make_arrays({outs[0].shape(), lses[0].shape()}, {outs[0].dtype(), mx::float32},
+                                std::make_shared<MergeStates>(s), std::move(inputs));
 }
 
 } // namespace paged_mlx

@@ -44,18 +44,14 @@ void SlotWriter::write(int64_t token, int32_t slot) const {
   }
 }
 
-void write_slots(
-    const char* op,
-    const char* name,
-    const std::vector<SlotWriter>& writers,
-    const int32_t* slots) {
+void write_slots(const char* op, const char* name, const std::vector<SlotWriter>& writers,
+                 const int32_t* slots) {
   for (int64_t t = 0; !writers.empty() && t < writers[0].num_tokens(); t++) {
     if (slots[t] >= writers[0].num_slots()) {
-      fail(
-          op,
-          std::string(name) + " must be less than num_pages * page_size = " +
-              std::to_string(writers[0].num_slots()),
-          std::to_string(slots[t]));
+      fail(op,
+           std::string(name) + " must be less than num_pages * page_size = " +
+               std::to_string(writers[0].num_slots()),
+           std::to_string(slots[t]));
     }
     for (const SlotWriter& writer : writers) {
       if (slots[t] >= 0) {
@@ -75,10 +71,9 @@ void PageGather::run(const char* pages, char* out, int64_t row_bytes) const {
       start = page_starts ? page_starts[at] : int(i * page_size);
       const int count = std::min(page_lens ? page_lens[at] : page_size, end - start);
       for (int h = 0; h < num_kv_heads && count > 0 && tables[at] >= 0; h++) {
-        std::memcpy(
-            out + page_row(b, h, start, num_kv_heads, length) * row_bytes,
-            pages + page_row(tables[at], h, 0, num_kv_heads, page_size) * row_bytes,
-            count * row_bytes);
+        std::memcpy(out + page_row(b, h, start, num_kv_heads, length) * row_bytes,
+                    pages + page_row(tables[at], h, 0, num_kv_heads, page_size) * row_bytes,
+                    count * row_bytes);
       }
       start += std::max(0, count);
     }

@@ -48,8 +48,8 @@ class SlotWriter {
 
 // Writes all tokens of every writer to slots[token]; below 0 skips a token. A slot that the
 // pages do not have is refused: `op` and `name` say whose argument it is.
-void write_slots(
-    const char* op, const char* name, const std::vector<SlotWriter>& writers, const int32_t* slots);
+void write_slots(const char* op, const char* name, const std::vector<SlotWriter>& writers,
+                 const int32_t* slots);
 
 // Sequences made contiguous: what lies in pages is copied, the rest is 0.
 struct PageGather {

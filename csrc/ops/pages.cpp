@@ -62,12 +62,8 @@ std::vector<bool> reuse(const Arrays& inputs, size_t first, Arrays& outputs, Wri
 
 // Buffer copies as a launch does them, before it writes.
 template <typename In, typename Out>
-void copy_buffers(
-    metal::Encoder& encoder,
-    const std::vector<bool>& copies,
-    const std::vector<int64_t>& bytes,
-    In in,
-    Out out) {
+void copy_buffers(metal::Encoder& encoder, const std::vector<bool>& copies,
+                  const std::vector<int64_t>& bytes, In in, Out out) {
   for (size_t i = 0; i < copies.size(); i++) {
     if (copies[i]) {
       metal::copy_buffer(encoder, in(int(i)), out(int(i)), bytes[i]);
@@ -91,8 +87,8 @@ auto write_launch(const Arrays& inputs, const Arrays& outputs, std::vector<bool>
   call.num_kv_heads = pages.shape(1);
   call.page_size = pages.shape(2);
   call.row = {row_bytes(pages), n > 1 ? row_bytes(inputs[n + 1]) : 0};
-  return [call, n, copies, bytes = sizes_of(outputs)](
-             metal::Encoder& encoder, auto in, auto out) mutable {
+  return [call, n, copies, bytes = sizes_of(outputs)](metal::Encoder& encoder, auto in,
+                                                      auto out) mutable {
     copy_buffers(encoder, copies, bytes, [&](int i) { return in(n + i); }, out);
     call.k = in(0);
     call.k_pages = out(0);
@@ -157,8 +153,8 @@ auto copy_launch(const Arrays& inputs, const Arrays& outputs, std::vector<bool> 
     call.page_bytes.push_back(page_bytes(pool));
   }
   call.num_pairs = inputs.back().shape(0);
-  return [call, copies, bytes = sizes_of(outputs)](
-             metal::Encoder& encoder, auto in, auto out) mutable {
+  return [call, copies, bytes = sizes_of(outputs)](metal::Encoder& encoder, auto in,
+                                                   auto out) mutable {
     copy_buffers(encoder, copies, bytes, in, out);
     for (size_t i = 0; i < bytes.size(); i++) {
       call.pools.push_back(out(int(i)));
@@ -199,17 +195,13 @@ class CopyPages : public PagesPrimitive {
       pools.push_back({old, outputs[i].data<char>(), page_bytes(outputs[i])});
     }
     const auto& pairs = inputs.back();
-    run_on_cpu(
-        inputs,
-        outputs,
-        [pools,
-         pairs = pairs.data<int32_t>(),
-         count = pairs.shape(0),
-         num_pages = outputs[0].shape(0)]() {
-          for (const Pool& pool : pools) {
-            pool.copy(pairs, count, num_pages);
-          }
-        });
+    run_on_cpu(inputs, outputs,
+               [pools, pairs = pairs.data<int32_t>(), count = pairs.shape(0),
+                num_pages = outputs[0].shape(0)]() {
+                 for (const Pool& pool : pools) {
+                   pool.copy(pairs, count, num_pages);
+                 }
+               });
   }
 
  private:
@@ -223,10 +215,8 @@ class CopyPages : public PagesPrimitive {
       for (int i = 0; i < count; i++) {
         const int64_t from = pairs[2 * i], to = pairs[2 * i + 1];
         if (from < 0 || to < 0 || from >= num_pages || to >= num_pages) {
-          fail(
-              "copy_pages",
-              "pairs must hold page ids in [0, " + std::to_string(num_pages) + ")",
-              std::to_string(from) + " -> " + std::to_string(to));
+          fail("copy_pages", "pairs must hold page ids in [0, " + std::to_string(num_pages) + ")",
+               std::to_string(from) + " -> " + std::to_string(to));
         }
         if (from != to) {
           std::memcpy(pages + to * page_bytes, pages + from * page_bytes, page_bytes);
@@ -244,14 +234,9 @@ int64_t buffer_copies() {
   return g_buffer_copies;
 }
 
-std::vector<mx::array> write_pages(
-    const mx::array& k,
-    const mx::array& v,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& slots,
-    WriteMode mode,
-    mx::StreamOrDevice s_) {
+std::vector<mx::array> write_pages(const mx::array& k, const mx::array& v, const mx::array& k_pages,
+                                   const mx::array& v_pages, const mx::array& slots, WriteMode mode,
+                                   mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape("write_pages");
   shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
@@ -268,22 +253,16 @@ std::vector<mx::array> write_pages(
   const auto k_rows = mx::contiguous(k, false, s), v_rows = mx::contiguous(v, false, s);
   const auto k_old = row_contiguous(k_pages, s), v_old = row_contiguous(v_pages, s);
   if (mode == WriteMode::donate) { // outputs of one node hold its inputs: nothing could be donated
-    return {
-        mx::array(k_pages.shape(), k_pages.dtype(), write, {k_rows, k_old, slots}),
-        mx::array(v_pages.shape(), v_pages.dtype(), write, {v_rows, v_old, slots})};
+    return {mx::array(k_pages.shape(), k_pages.dtype(), write, {k_rows, k_old, slots}),
+            mx::array(v_pages.shape(), v_pages.dtype(), write, {v_rows, v_old, slots})};
   }
-  return mx::array::make_arrays(
-      {k_pages.shape(), v_pages.shape()},
-      {k_pages.dtype(), v_pages.dtype()},
-      write,
-      {k_rows, v_rows, k_old, v_old, slots});
+  return mx::array::make_arrays({k_pages.shape(), v_pages.shape()},
+                                {k_pages.dtype(), v_pages.dtype()}, write,
+                                {k_rows, v_rows, k_old, v_old, slots});
 }
 
-std::vector<mx::array> copy_pages(
-    const std::vector<mx::array>& pools,
-    const mx::array& pairs,
-    WriteMode mode,
-    mx::StreamOrDevice s_) {
+std::vector<mx::array> copy_pages(const std::vector<mx::array>& pools, const mx::array& pairs,
+                                  WriteMode mode, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   if (pools.empty()) {
     fail("copy_pages", "pools must hold at least one array", "none");
@@ -296,11 +275,10 @@ std::vector<mx::array> copy_pages(
   std::vector<mx::Dtype> dtypes;
   for (const auto& pool : pools) {
     if (pool.ndim() != 4 || pool.shape(0) != pools[0].shape(0)) {
-      fail(
-          "copy_pages",
-          "every array of pools must have shape [num_pages, num_kv_heads, page_size, head_dim], "
-          "num_pages alike",
-          shape_string(pool));
+      fail("copy_pages",
+           "every array of pools must have shape [num_pages, num_kv_heads, page_size, head_dim], "
+           "num_pages alike",
+           shape_string(pool));
     }
     shapes.push_back(pool.shape());
     dtypes.push_back(pool.dtype());
@@ -309,8 +287,8 @@ std::vector<mx::array> copy_pages(
   if (mode == WriteMode::donate) { // as in write_pages
     std::vector<mx::array> copied;
     for (const auto& pool : pools) {
-      copied.emplace_back(
-          pool.shape(), pool.dtype(), copy, std::vector<mx::array>{row_contiguous(pool, s), pairs});
+      copied.emplace_back(pool.shape(), pool.dtype(), copy,
+                          std::vector<mx::array>{row_contiguous(pool, s), pairs});
     }
     return copied;
   }

@@ -38,8 +38,8 @@ std::vector<mx::Shape> partial_shapes(const Part& part, int num_q_heads, int v_h
 // their next versions. The other outputs of a node are the last inputs of the one after it.
 // make(part, inputs) makes a node's outputs.
 template <typename Make>
-std::vector<mx::array> chain(
-    const std::vector<Part>& parts, const std::vector<mx::array>& inputs, size_t next, Make make) {
+std::vector<mx::array> chain(const std::vector<Part>& parts, const std::vector<mx::array>& inputs,
+                             size_t next, Make make) {
   std::vector<mx::array> made = make(parts.front(), inputs);
   for (size_t p = 1; p < parts.size(); p++) {
     std::vector<mx::array> handed_on = inputs;
@@ -58,12 +58,8 @@ std::vector<mx::array> chain(
 // Gives a node's outputs their memory, but for the pages: that of its last inputs, or the
 // memory that allocate(output) gives its outputs where it is the first.
 template <typename Allocate>
-void take_memory(
-    const Part& part,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
-    size_t next,
-    Allocate allocate) {
+void take_memory(const Part& part, const std::vector<mx::array>& inputs,
+                 std::vector<mx::array>& outputs, size_t next, Allocate allocate) {
   size_t from = inputs.size() - (outputs.size() - 2);
   for (size_t i = 0; i < outputs.size(); i++) {
     if (i == next || i == next + 1) {

@@ -14,10 +14,9 @@ constexpr int kHostCores = 8;
 
 PlanTarget kernels_target(const TargetOptions& options, int itemsize) {
   const int cores = options.cores > 0 ? options.cores : metal::gpu_cores();
-  PlanTarget target = gpu_target(
-      cores > 0 ? cores : kHostCores,
-      itemsize,
-      metal::kind_rows(options.head_dim, options.v_head_dim, options.dtype));
+  PlanTarget target =
+      gpu_target(cores > 0 ? cores : kHostCores, itemsize,
+                 metal::kind_rows(options.head_dim, options.v_head_dim, options.dtype));
   if (!has_fused_sdpa(options.head_dim, options.v_head_dim)) {
     target.thresholds.sdpa_prompt = 0;
   }

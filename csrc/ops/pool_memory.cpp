@@ -25,8 +25,8 @@ void allocate(mx::array& out) {
   whole.set_data(mx::allocator::malloc(out.nbytes() + kMemoryPage));
   const auto at = reinterpret_cast<uintptr_t>(whole.data<char>());
   const int64_t bytes = (kMemoryPage - at % kMemoryPage) % kMemoryPage;
-  out.copy_shared_buffer(
-      whole, whole.strides(), whole.flags(), whole.data_size(), bytes / out.itemsize());
+  out.copy_shared_buffer(whole, whole.strides(), whole.flags(), whole.data_size(),
+                         bytes / out.itemsize());
   cpu::use_huge_pages(out.data<char>(), out.nbytes());
 }
 
@@ -53,32 +53,22 @@ class PoolMemory : public PagesPrimitive {
     allocate(out);
     const char* const kept = inputs.size() > 1 ? inputs[1].data<char>() : nullptr;
     const size_t copied = kept ? std::min(inputs[1].nbytes(), out.nbytes()) : 0;
-    run_on_cpu(
-        inputs,
-        outputs,
-        [element = inputs[0].data<char>(),
-         kept,
-         copied,
-         to = out.data<char>(),
-         rest = out.nbytes() - copied,
-         wide = out.itemsize() == 4]() {
-          if (copied) {
-            std::memcpy(to, kept, copied);
-          }
-          wide ? fill_with<uint32_t>(to + copied, rest, element)
-               : fill_with<uint16_t>(to + copied, rest, element);
-        });
+    run_on_cpu(inputs, outputs,
+               [element = inputs[0].data<char>(), kept, copied, to = out.data<char>(),
+                rest = out.nbytes() - copied, wide = out.itemsize() == 4]() {
+                 if (copied) {
+                   std::memcpy(to, kept, copied);
+                 }
+                 wide ? fill_with<uint32_t>(to + copied, rest, element)
+                      : fill_with<uint16_t>(to + copied, rest, element);
+               });
   }
 };
 
 } // namespace
 
-mx::array pool_memory(
-    const std::optional<mx::array>& kept,
-    const mx::Shape& shape,
-    float fill,
-    mx::Dtype dtype,
-    mx::StreamOrDevice s_) {
+mx::array pool_memory(const std::optional<mx::array>& kept, const mx::Shape& shape, float fill,
+                      mx::Dtype dtype, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   const auto element = mx::array(fill, dtype);
   if (s.device == mx::Device::gpu) { // unified memory is Metal's own affair

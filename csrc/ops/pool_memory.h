@@ -16,11 +16,7 @@ namespace mx = mlx::core;
 //
 // On the CPU it begins at a page of the machine's memory, and lies in huge ones where the
 // system has them: kernels that read pages all over a pool spend less on finding them.
-mx::array pool_memory(
-    const std::optional<mx::array>& kept,
-    const mx::Shape& shape,
-    float fill,
-    mx::Dtype dtype,
-    mx::StreamOrDevice s = {});
+mx::array pool_memory(const std::optional<mx::array>& kept, const mx::Shape& shape, float fill,
+                      mx::Dtype dtype, mx::StreamOrDevice s = {});
 
 } // namespace paged_mlx

@@ -21,20 +21,17 @@ void check(const std::string& op, const char* name, const HostInts& ints, Dims d
     for (const auto& [dim, size] : dims) {
       list += (list.empty() ? "" : ", ") + std::string(dim);
     }
-    fail(
-        op,
-        std::string(name) + " must have shape [" + list + "]",
-        std::to_string(ints.ndim) + " dimensions");
+    fail(op, std::string(name) + " must have shape [" + list + "]",
+         std::to_string(ints.ndim) + " dimensions");
   }
   size_t axis = 0;
   for (const auto& [dim, size] : dims) {
     const int found = ints.shape[axis++];
     if (size >= 0 && found != size) {
-      fail(
-          op,
-          std::string(name) + " must match " + dim + " = " + std::to_string(size) +
-              " of block_tables",
-          std::to_string(found));
+      fail(op,
+           std::string(name) + " must match " + dim + " = " + std::to_string(size) +
+               " of block_tables",
+           std::to_string(found));
     }
   }
 }
@@ -103,11 +100,8 @@ void check_whole_contexts(const StepArrays& step, int num_pages, int page_size) 
   validate(input);
 }
 
-StepPlan::StepPlan(
-    const StepArrays& step,
-    const PlanInput& geometry,
-    const PlanTarget& target,
-    const PlanOptions& options)
+StepPlan::StepPlan(const StepArrays& step, const PlanInput& geometry, const PlanTarget& target,
+                   const PlanOptions& options)
     : geometry_(geometry), words_(mx::array({0}, mx::int32)) {
   const PlanInput input = input_of(step, geometry_);
   validate(input);

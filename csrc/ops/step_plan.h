@@ -34,11 +34,8 @@ void check_whole_contexts(const StepArrays& step, int num_pages, int page_size);
 class StepPlan {
  public:
   // Of `geometry` the step's own arrays are not read.
-  StepPlan(
-      const StepArrays& step,
-      const PlanInput& geometry,
-      const PlanTarget& target,
-      const PlanOptions& options);
+  StepPlan(const StepArrays& step, const PlanInput& geometry, const PlanTarget& target,
+           const PlanOptions& options);
 
   // The plan of the next step, or none when it needs one of its own.
   std::optional<StepPlan> advance(const StepArrays& step) const;

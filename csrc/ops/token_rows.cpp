@@ -10,33 +10,26 @@
 
 namespace paged_mlx {
 
-void check_tokens(
-    const char* op,
-    ShapeCheck& shape,
-    const mx::array& k,
-    const mx::array& v,
-    int batch,
-    int tokens) {
+void check_tokens(const char* op, ShapeCheck& shape, const mx::array& k, const mx::array& v,
+                  int batch, int tokens) {
   shape("k", k, {"batch", "num_kv_heads", "tokens", "head_dim"});
   shape("v", v, {"batch", "num_kv_heads", "tokens", "v_head_dim"});
   check_float(op, "k", k);
   check_float(op, "v", v);
   if (k.shape(0) != batch || k.shape(2) != tokens) {
-    fail(
-        op,
-        "k must have " + std::to_string(tokens) + " tokens of " + std::to_string(batch) +
-            " sequences",
-        shape_string(k));
+    fail(op,
+         "k must have " + std::to_string(tokens) + " tokens of " + std::to_string(batch) +
+             " sequences",
+         shape_string(k));
   }
 }
 
-void check_not_traced(
-    const char* op, const char* name, const mx::array& x, const mx::array& pages) {
+void check_not_traced(const char* op, const char* name, const mx::array& x,
+                      const mx::array& pages) {
   if (x.is_tracer() && !pages.is_tracer()) {
-    fail(
-        op,
-        std::string(name) + " must not be traced by mx.compile, which does not know of the pages",
-        "a traced array");
+    fail(op,
+         std::string(name) + " must not be traced by mx.compile, which does not know of the pages",
+         "a traced array");
   }
 }
 

@@ -11,13 +11,8 @@
 namespace paged_mlx {
 
 // Checks the K and V of batch * tokens new tokens against pages that `shape` knows.
-void check_tokens(
-    const char* op,
-    ShapeCheck& shape,
-    const mx::array& k,
-    const mx::array& v,
-    int batch,
-    int tokens);
+void check_tokens(const char* op, ShapeCheck& shape, const mx::array& k, const mx::array& v,
+                  int batch, int tokens);
 
 // Refuses an array of a function that mx.compile traces, for pages that the
 // trace does not know of: what it captures stays in them.

@@ -25,13 +25,8 @@ int num_tokens(const mx::array& q) {
 }
 
 PlanGeometry geometry_of(const mx::array& q, const mx::array& k_pages) {
-  return {
-      num_tokens(q),
-      q.shape(1),
-      k_pages.shape(1),
-      k_pages.shape(2),
-      k_pages.shape(0),
-      /*mask_keys=*/-1};
+  return {num_tokens(q),   q.shape(1), k_pages.shape(1), k_pages.shape(2), k_pages.shape(0),
+          /*mask_keys=*/-1};
 }
 
 // One node; attention whose work is long is a chain of them, and the first one writes.
@@ -42,10 +37,9 @@ class WriteAttend : public PagesPrimitive {
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     const auto &q = inputs[kQ], &v_pages = inputs[kVPages];
-    std::vector<mx::Shape> shapes = {
-        {q.shape(0), q.shape(1), q.shape(2), v_pages.shape(3)},
-        inputs[kKPages].shape(),
-        v_pages.shape()};
+    std::vector<mx::Shape> shapes = {{q.shape(0), q.shape(1), q.shape(2), v_pages.shape(3)},
+                                     inputs[kKPages].shape(),
+                                     v_pages.shape()};
     for (auto& partial : partial_shapes(part_, q.shape(1), v_pages.shape(3))) {
       shapes.push_back(std::move(partial));
     }
@@ -86,8 +80,8 @@ void allocate_output(mx::array& out) {
   if (out.ndim() != 4 || out.shape(1) == 1 || out.shape(2) == 1) {
     out.set_data(std::move(memory));
   } else {
-    const mx::array::Flags gapless{
-        /*contiguous=*/true, /*row_contiguous=*/false, /*col_contiguous=*/false};
+    const mx::array::Flags gapless{/*contiguous=*/true, /*row_contiguous=*/false,
+                                   /*col_contiguous=*/false};
     out.set_data(std::move(memory), out.size(), token_major_strides(out.shape()), gapless);
   }
 }
@@ -107,11 +101,7 @@ auto WriteAttend::launch(const Arrays& inputs) const {
   attend.options = options_;
   attend.items = part_.items;
   const size_t lse_bytes = size_t(num_tokens(q)) * q.shape(1) * sizeof(float);
-  return [write,
-          attend,
-          lse_bytes,
-          part = part_,
-          sinks = sinks_at(),
+  return [write, attend, lse_bytes, part = part_, sinks = sinks_at(),
           geometry = geometry_of(q, k_pages),
           words = inputs[kPlan].size()](metal::Encoder& encoder, auto in, auto out) mutable {
     check_plan(kOp, attend.words, words, geometry);
@@ -167,33 +157,23 @@ void WriteAttend::eval(const Arrays& inputs, Arrays& outputs) {
     writers = {{inputs[kK], outputs[kKNext]}, {inputs[kV], outputs[kVNext]}};
     slots = inputs[kSlots].data<int32_t>();
   }
-  run_on_cpu(
-      inputs,
-      outputs,
-      [args,
-       writers,
-       slots,
-       geometry = geometry_of(inputs[kQ], inputs[kKPages]),
-       words = inputs[kPlan].size()]() {
-        check_plan(kOp, args.plan, words, geometry);
-        write_slots(kOp, "slots", writers, slots);
-        cpu::attend(args);
-      });
+  run_on_cpu(inputs, outputs,
+             [args, writers, slots, geometry = geometry_of(inputs[kQ], inputs[kKPages]),
+              words = inputs[kPlan].size()]() {
+               check_plan(kOp, args.plan, words, geometry);
+               write_slots(kOp, "slots", writers, slots);
+               cpu::attend(args);
+             });
 }
 
 } // namespace
 
-std::vector<mx::array> write_attend(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& plan,
-    const std::optional<mx::array>& k,
-    const std::optional<mx::array>& v,
-    const std::optional<mx::array>& slots,
-    float scale,
-    const std::optional<mx::array>& sinks,
-    mx::StreamOrDevice s_) {
+std::vector<mx::array> write_attend(const mx::array& q, const mx::array& k_pages,
+                                    const mx::array& v_pages, const mx::array& plan,
+                                    const std::optional<mx::array>& k,
+                                    const std::optional<mx::array>& v,
+                                    const std::optional<mx::array>& slots, float scale,
+                                    const std::optional<mx::array>& sinks, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape(kOp);
   shape("q", q, {"q_batch", "num_q_heads", "q_tokens", "head_dim"});
@@ -215,10 +195,8 @@ std::vector<mx::array> write_attend(
     check_not_traced(kOp, "k", *k, k_pages);
     check_dtype(kOp, "slots", *slots, mx::int32, "slot numbers");
     if (slots->ndim() != 1 || slots->shape(0) != k->shape(0) * k->shape(2)) {
-      fail(
-          kOp,
-          "slots must have one number for each token of k, " + shape_string(*k),
-          shape_string(*slots));
+      fail(kOp, "slots must have one number for each token of k, " + shape_string(*k),
+           shape_string(*slots));
     }
     inputs.push_back(for_kernels(mx::astype(*k, k_pages.dtype(), s), s));
     inputs.push_back(for_kernels(mx::astype(*v, k_pages.dtype(), s), s));

@@ -19,16 +19,12 @@ namespace mx = mlx::core;
 //
 // Returns {out [q_batch, num_q_heads, q_tokens, v_head_dim], k_pages', v_pages'}.
 // The pages are written in place: for the linear versions of a pool.
-std::vector<mx::array> write_attend(
-    const mx::array& q,
-    const mx::array& k_pages,
-    const mx::array& v_pages,
-    const mx::array& plan,
-    const std::optional<mx::array>& k,
-    const std::optional<mx::array>& v,
-    const std::optional<mx::array>& slots,
-    float scale,
-    const std::optional<mx::array>& sinks,
-    mx::StreamOrDevice s = {});
+std::vector<mx::array> write_attend(const mx::array& q, const mx::array& k_pages,
+                                    const mx::array& v_pages, const mx::array& plan,
+                                    const std::optional<mx::array>& k,
+                                    const std::optional<mx::array>& v,
+                                    const std::optional<mx::array>& slots, float scale,
+                                    const std::optional<mx::array>& sinks,
+                                    mx::StreamOrDevice s = {});
 
 } // namespace paged_mlx

@@ -67,8 +67,8 @@ bool same_item_pages(const int32_t* words, const PlanItem& item, int entry, cons
       return false;
     }
     const int32_t* row = next.block_tables + int64_t(s) * next.max_pages + entry;
-    if (std::memcmp(
-            row, words + h.pages + item.page_begin, item.page_count * sizeof(int32_t)) != 0) {
+    if (std::memcmp(row, words + h.pages + item.page_begin, item.page_count * sizeof(int32_t)) !=
+        0) {
       return false;
     }
   }

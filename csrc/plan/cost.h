@@ -48,8 +48,8 @@ struct PlanTarget {
   int least_workers = 0;          // so many get an item, however short
   bool heads_in_parallel = false; // KV heads of one item run on workers of their own
   Thresholds thresholds{1, 0, 4, 256, 4096, 0};
-  bool measured = false; // the thresholds were measured on this machine
-  double key_cost[kNumPlanKinds] = {0, 0, 0};          // one key, whatever the rows, by body
+  bool measured = false;                      // the thresholds were measured on this machine
+  double key_cost[kNumPlanKinds] = {0, 0, 0}; // one key, whatever the rows, by body
   double row_cost[kNumPlanKinds] = {0.05, 0.05, 0.05}; // one key for one row, by body
   double item_cost[kNumPlanKinds] = {64, 64, 64};      // start an item, by body
   double partial_cost[kNumPlanKinds] = {8, 8, 8}; // one row's partial result, by body: made, merged

@@ -42,10 +42,8 @@ std::vector<PageRange> cut_fixed(const PlanInput& input, const PageRange& range,
 
 } // namespace
 
-double total_cost(
-    const PlanInput& input,
-    const std::vector<Segment>& segments,
-    const PlanTarget& target) {
+double total_cost(const PlanInput& input, const std::vector<Segment>& segments,
+                  const PlanTarget& target) {
   double total = 0;
   for (const Segment& segment : segments) {
     total += unit_cost(input, segment, target);
@@ -53,12 +51,8 @@ double total_cost(
   return total;
 }
 
-std::vector<PageRange> cut(
-    const PlanInput& input,
-    const Segment& segment,
-    double budget,
-    const PlanTarget& target,
-    const PlanOptions& options) {
+std::vector<PageRange> cut(const PlanInput& input, const Segment& segment, double budget,
+                           const PlanTarget& target, const PlanOptions& options) {
   const PageRange& range = segment.range;
   if (range.num_keys() == 0) {
     return {range};
@@ -67,8 +61,8 @@ std::vector<PageRange> cut(
     return cut_fixed(input, range, options.fixed_partition);
   }
   const int entries = range.entry_end - range.entry_begin;
-  const int count = piece_count(
-      unit_cost(input, segment, target), budget, range.num_keys(), entries, target);
+  const int count =
+      piece_count(unit_cost(input, segment, target), budget, range.num_keys(), entries, target);
   std::vector<PageRange> pieces;
   for (int i = 0; i < count; i++) {
     const int begin = range.entry_begin + int(int64_t(entries) * i / count);

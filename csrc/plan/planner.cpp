@@ -25,11 +25,8 @@ struct Draft {
 
 class Writer {
  public:
-  Writer(
-      const PlanInput& input,
-      const std::vector<Segment>& segments,
-      std::vector<Draft>& drafts,
-      const TakeWords& take)
+  Writer(const PlanInput& input, const std::vector<Segment>& segments, std::vector<Draft>& drafts,
+         const TakeWords& take)
       : in_(input), segments_(segments), drafts_(drafts), take_(take) {}
 
   void write() {
@@ -265,11 +262,8 @@ bool is_fresh_prompt(const PlanInput& input, int least_tokens) {
 
 } // namespace
 
-PlanNotes make_plan(
-    const PlanInput& input,
-    const PlanTarget& target,
-    const PlanOptions& options,
-    const TakeWords& take) {
+PlanNotes make_plan(const PlanInput& input, const PlanTarget& target, const PlanOptions& options,
+                    const TakeWords& take) {
   PlanNotes notes;
   const std::vector<Segment> segments = make_segments(input, target, options, notes.decisions);
   const double budget =

@@ -23,18 +23,18 @@ namespace paged_mlx {
 struct PlanInput {
   const char* op = "plan"; // the function that errors name
   int batch = 0;
-  int max_pages = 0;                       // columns of block_tables
-  const int32_t* block_tables = nullptr;   // [batch, max_pages], padded with NO_PAGE
-  const int32_t* context_lens = nullptr;   // [batch], this step's tokens included
-  const int32_t* cu_seqlens_q = nullptr;   // [batch + 1]; null: one query token each
-  const int32_t* page_starts = nullptr;    // [batch, max_pages]; null: pages are full but the last
-  const int32_t* page_lens = nullptr;      // [batch, max_pages]; with page_starts
-  int num_pages = -1;                      // pages of the pool; -1: not known here
+  int max_pages = 0;                     // columns of block_tables
+  const int32_t* block_tables = nullptr; // [batch, max_pages], padded with NO_PAGE
+  const int32_t* context_lens = nullptr; // [batch], this step's tokens included
+  const int32_t* cu_seqlens_q = nullptr; // [batch + 1]; null: one query token each
+  const int32_t* page_starts = nullptr;  // [batch, max_pages]; null: pages are full but the last
+  const int32_t* page_lens = nullptr;    // [batch, max_pages]; with page_starts
+  int num_pages = -1;                    // pages of the pool; -1: not known here
   int num_q_heads = 1;
   int num_kv_heads = 1;
   int page_size = 16;
   bool causal = true;
-  int sliding_window = 0; // 0: none
+  int sliding_window = 0;     // 0: none
   bool allow_no_page = false; // a visible entry may be NO_PAGE
 
   int query_begin(int sequence) const {
@@ -88,11 +88,8 @@ void validate(const PlanInput& input);
 using TakeWords = std::function<int32_t*(int words)>;
 
 // Writes the plan of a valid step to the words that it takes, once.
-PlanNotes make_plan(
-    const PlanInput& input,
-    const PlanTarget& target,
-    const PlanOptions& options,
-    const TakeWords& take);
+PlanNotes make_plan(const PlanInput& input, const PlanTarget& target, const PlanOptions& options,
+                    const TakeWords& take);
 
 // Whether the valid step `next` sees the same entries of the same pages as the
 // step that `words` and `notes` were made for: then only positions differ.

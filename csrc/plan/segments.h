@@ -94,24 +94,16 @@ int entry_end(const PlanInput& input, int sequence, int entry);
 int entry_of(const PlanInput& input, int sequence, int position);
 
 // sharing.cpp: every query token against every key it may see, exactly once.
-std::vector<Segment> make_segments(
-    const PlanInput& input,
-    const PlanTarget& target,
-    const PlanOptions& options,
-    std::vector<SharingDecision>& decisions);
+std::vector<Segment> make_segments(const PlanInput& input, const PlanTarget& target,
+                                   const PlanOptions& options,
+                                   std::vector<SharingDecision>& decisions);
 
 // partition.cpp: pieces of one segment's range, in order.
-std::vector<PageRange> cut(
-    const PlanInput& input,
-    const Segment& segment,
-    double budget,
-    const PlanTarget& target,
-    const PlanOptions& options);
+std::vector<PageRange> cut(const PlanInput& input, const Segment& segment, double budget,
+                           const PlanTarget& target, const PlanOptions& options);
 
 // Cost of the segments in units that run one at a time: whole items, or KV heads of them.
-double total_cost(
-    const PlanInput& input,
-    const std::vector<Segment>& segments,
-    const PlanTarget& target);
+double total_cost(const PlanInput& input, const std::vector<Segment>& segments,
+                  const PlanTarget& target);
 
 } // namespace paged_mlx

@@ -16,10 +16,7 @@ constexpr double kWorthwhile = 0.9; // shared must cost less than this part of a
 
 class Sharing {
  public:
-  Sharing(
-      const PlanInput& input,
-      const PlanTarget& target,
-      std::vector<SharingDecision>& decisions)
+  Sharing(const PlanInput& input, const PlanTarget& target, std::vector<SharingDecision>& decisions)
       : in_(input), target_(target), decisions_(decisions) {}
 
   int item_tokens() const {
@@ -124,9 +121,8 @@ class Sharing {
     int end = end_entry(group[0]);
     for (size_t i = 1; i < group.size(); i++) {
       const bool alike = in_.context_lens[group[i]] == in_.context_lens[group[0]];
-      const int limit = alike
-          ? std::min(end, end_entry(group[i]))
-          : std::min({end, whole_end(group[0]), whole_end(group[i])});
+      const int limit = alike ? std::min(end, end_entry(group[i]))
+                              : std::min({end, whole_end(group[0]), whole_end(group[i])});
       int e = entry;
       while (e < limit && same_entry(group[0], group[i], e)) {
         e++;
@@ -222,10 +218,9 @@ int entry_start(const PlanInput& input, int sequence, int entry) {
 }
 
 int entry_end(const PlanInput& input, int sequence, int entry) {
-  return input.ragged()
-      ? entry_start(input, sequence, entry) +
+  return input.ragged() ? entry_start(input, sequence, entry) +
           input.page_lens[int64_t(sequence) * input.max_pages + entry]
-      : (entry + 1) * input.page_size;
+                        : (entry + 1) * input.page_size;
 }
 
 int entry_of(const PlanInput& input, int sequence, int position) {
@@ -239,11 +234,9 @@ int entry_of(const PlanInput& input, int sequence, int position) {
   return entry;
 }
 
-std::vector<Segment> make_segments(
-    const PlanInput& input,
-    const PlanTarget& target,
-    const PlanOptions& options,
-    std::vector<SharingDecision>& decisions) {
+std::vector<Segment> make_segments(const PlanInput& input, const PlanTarget& target,
+                                   const PlanOptions& options,
+                                   std::vector<SharingDecision>& decisions) {
   Sharing sharing(input, target, decisions);
   const bool may_share = options.share_prefixes && options.fixed_partition == 0;
   std::vector<int> candidates;

@@ -67,8 +67,7 @@ bool has_fused_sdpa(int head_dim, int v_head_dim) {
 Thresholds thresholds(PlanDevice device, int itemsize) {
   Measured& all = measured();
   const std::lock_guard lock(all.mutex);
-  return all.of[int(device)][column(itemsize)].value_or(
-      kThresholds[int(device)][column(itemsize)]);
+  return all.of[int(device)][column(itemsize)].value_or(kThresholds[int(device)][column(itemsize)]);
 }
 
 bool thresholds_are_measured(PlanDevice device, int itemsize) {

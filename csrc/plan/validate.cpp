@@ -8,8 +8,7 @@ namespace paged_mlx {
 
 namespace {
 
-[[noreturn]] void
-fail(const PlanInput& input, const std::string& must, const std::string& found) {
+[[noreturn]] void fail(const PlanInput& input, const std::string& must, const std::string& found) {
   throw std::invalid_argument("[" + std::string(input.op) + "] " + must + "; got " + found + ".");
 }
 
@@ -25,10 +24,8 @@ void check_numbers(const PlanInput& in) {
     fail(in, "page_size must be at least 1", str(in.page_size));
   }
   if (in.num_kv_heads < 1 || in.num_q_heads < 1 || in.num_q_heads % in.num_kv_heads != 0) {
-    fail(
-        in,
-        "num_q_heads must be a multiple of num_kv_heads = " + str(in.num_kv_heads),
-        str(in.num_q_heads));
+    fail(in, "num_q_heads must be a multiple of num_kv_heads = " + str(in.num_kv_heads),
+         str(in.num_q_heads));
   }
   if (in.sliding_window < 0) {
     fail(in, "sliding_window must be at least 1, or None", str(in.sliding_window));
@@ -44,11 +41,9 @@ void check_cu_seqlens(const PlanInput& in) {
   }
   for (int b = 0; b < in.batch; b++) {
     if (in.cu_seqlens_q[b + 1] < in.cu_seqlens_q[b]) { // their difference may overflow
-      fail(
-          in,
-          "cu_seqlens_q must not decrease",
-          str(in.cu_seqlens_q[b]) + " before " + str(in.cu_seqlens_q[b + 1]) + " at sequence " +
-              str(b));
+      fail(in, "cu_seqlens_q must not decrease",
+           str(in.cu_seqlens_q[b]) + " before " + str(in.cu_seqlens_q[b + 1]) + " at sequence " +
+               str(b));
     }
   }
 }
@@ -60,41 +55,33 @@ void check_length(const PlanInput& in, int b) {
   }
   // The end of its last page is an int32, too.
   if (in.query_len(b) > 0 && context_len > INT32_MAX - in.page_size) {
-    fail(
-        in,
-        "context_lens must be at most 2^31 - 1 - page_size",
-        str(context_len) + " for sequence " + str(b));
+    fail(in, "context_lens must be at most 2^31 - 1 - page_size",
+         str(context_len) + " for sequence " + str(b));
   }
   if (context_len > 0 && in.query_len(b) > context_len) {
-    fail(
-        in,
-        "the query must not be longer than its context, which includes it (context_lens[" +
-            str(b) + "] = " + str(context_len) + ")",
-        str(in.query_len(b)) + " query tokens");
+    fail(in,
+         "the query must not be longer than its context, which includes it (context_lens[" +
+             str(b) + "] = " + str(context_len) + ")",
+         str(in.query_len(b)) + " query tokens");
   }
 }
 
 [[noreturn]] void fail_coverage(const PlanInput& in, int b, int64_t covered) {
-  fail(
-      in,
-      "context_lens must be covered by the pages of block_tables (sequence " + str(b) + " has " +
-          str(covered) + " tokens' worth)",
-      str(in.context_lens[b]));
+  fail(in,
+       "context_lens must be covered by the pages of block_tables (sequence " + str(b) + " has " +
+           str(covered) + " tokens' worth)",
+       str(in.context_lens[b]));
 }
 
 void check_ragged_entry(const PlanInput& in, int b, int entry, int expected_start) {
   const int64_t i = int64_t(b) * in.max_pages + entry;
   if (in.page_lens[i] < 0 || in.page_lens[i] > in.page_size) {
-    fail(
-        in,
-        "page_lens must be in [0, page_size = " + str(in.page_size) + "]",
-        str(in.page_lens[i]) + " at [" + str(b) + ", " + str(entry) + "]");
+    fail(in, "page_lens must be in [0, page_size = " + str(in.page_size) + "]",
+         str(in.page_lens[i]) + " at [" + str(b) + ", " + str(entry) + "]");
   }
   if (expected_start >= 0 && in.page_starts[i] != expected_start) {
-    fail(
-        in,
-        "page_starts must continue where the entry before ends (" + str(expected_start) + ")",
-        str(in.page_starts[i]) + " at [" + str(b) + ", " + str(entry) + "]");
+    fail(in, "page_starts must continue where the entry before ends (" + str(expected_start) + ")",
+         str(in.page_starts[i]) + " at [" + str(b) + ", " + str(entry) + "]");
   }
 }
 
@@ -105,11 +92,10 @@ void check_ragged(const PlanInput& in, int b, int first_key) {
     const int64_t i = int64_t(b) * in.max_pages + entry;
     check_ragged_entry(in, b, entry, start);
     if (entry == 0 && (in.page_starts[i] < 0 || in.page_starts[i] > first_key)) {
-      fail(
-          in,
-          "page_starts must begin at or before the first key that a token sees (" +
-              str(first_key) + ")",
-          str(in.page_starts[i]) + " for sequence " + str(b));
+      fail(in,
+           "page_starts must begin at or before the first key that a token sees (" +
+               str(first_key) + ")",
+           str(in.page_starts[i]) + " for sequence " + str(b));
     }
     start = in.page_starts[i] + in.page_lens[i];
   }
@@ -119,12 +105,11 @@ void check_ragged(const PlanInput& in, int b, int first_key) {
 }
 
 [[noreturn]] void fail_page(const PlanInput& in, int b, int entry, int32_t page) {
-  fail(
-      in,
-      in.num_pages >= 0 ? "block_tables must hold page ids in [0, " + str(in.num_pages) +
-              "), the pages of the pool"
-                        : "block_tables must hold page ids that are not negative",
-      str(page) + " at [" + str(b) + ", " + str(entry) + "]");
+  fail(in,
+       in.num_pages >= 0 ? "block_tables must hold page ids in [0, " + str(in.num_pages) +
+               "), the pages of the pool"
+                         : "block_tables must hold page ids that are not negative",
+       str(page) + " at [" + str(b) + ", " + str(entry) + "]");
 }
 
 void check_ids(const PlanInput& in, int b, int first, int last) {

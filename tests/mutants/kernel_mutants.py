@@ -134,8 +134,8 @@ _FAULTS = {
     "write_pages.metal": [
         (
             "a token goes to slot 0 of its page",
-            "      slot % arguments.page_size,\n",
-            "      0,\n",
+            "slot % arguments.page_size,\n",
+            "0,\n",
             "write",
         ),
         ("slot -1 is written", "if (slot < 0 || at >=", "if (at >=", "write"),

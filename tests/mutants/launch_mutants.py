@@ -97,8 +97,8 @@ _FAULTS = {
         ),
         (
             "half the threads of a threadgroup",
-            "row_tiles}, {size_t(32 * simdgroups)});",
-            "row_tiles}, {size_t(16 * simdgroups)});",
+            "                   {size_t(32 * simdgroups)});",
+            "                   {size_t(16 * simdgroups)});",
             "wide",
         ),
         (
@@ -135,8 +135,8 @@ _FAULTS = {
         ),
         (
             "V's rows are as long as K's",
-            "call.row.k / unit, v_row / unit};",
-            "call.row.k / unit, call.row.k / unit};",
+            "                v_row / unit};",
+            "                call.row.k / unit};",
             "pool",
         ),
         (

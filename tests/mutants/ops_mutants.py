@@ -78,8 +78,8 @@ _FAULTS = {
         ),
         (
             "pages that are sliced are read as they lie",
-            "row_contiguous(k_pages, s), row_contiguous(v_pages, s), plan};",
-            "k_pages, row_contiguous(v_pages, s), plan};",
+            "mx::contiguous(q, false, s), row_contiguous(k_pages, s),",
+            "mx::contiguous(q, false, s), k_pages,",
             "fast.arrays_need_not_be_contiguous",
         ),
         (
@@ -208,8 +208,8 @@ _FAULTS = {
         ),
         (
             "starts and lengths of pages change places",
-            "        ragged ? inputs[4].data<int32_t>() : nullptr,\n        ragged ? inputs[5]",
-            "        ragged ? inputs[5].data<int32_t>() : nullptr,\n        ragged ? inputs[4]",
+            "                            ragged ? inputs[4].data<int32_t>() : nullptr,\n                            ragged ? inputs[5]",
+            "                            ragged ? inputs[5].data<int32_t>() : nullptr,\n                            ragged ? inputs[4]",
             "fast.gather_follows_ragged_pages",
         ),
         (
