@@ -269,7 +269,7 @@ class PagedModel:
         The cache may go on from here. What it was begun under in ``begin`` it is found under.
 
         Raises:
-            ValueError: It is not of this model, or holds more tokens, or others.
+            ValueError: It is not of this model, or holds other tokens.
         """
         self._check_is_ours("remember", prompt_cache)
         held = next(layers_of(prompt_cache)).offset

@@ -137,9 +137,11 @@ class PromptPrefixes:
             self.notice_changes()
             layers = list(layers_of(prompt_cache))
             sequence = layers[0].rows[row]
-            if {int(layer.lens[row]) for layer in layers} != {len(tokens)}:
-                must = f"tokens must be those that prompt_cache holds, {layers[0].lens[row]}"
+            held = {int(layer.lens[row]) for layer in layers}
+            if len(held) > 1 or max(held) < len(tokens):
+                must = f"tokens must be those that prompt_cache holds, {sorted(held)}"
                 fail("remember", must, len(tokens))
+            is_all = held == {len(tokens)}
             history = sequence.history
             if history.generation != self.generation and len(history):
                 return self.decline("the model has changed since the prompt began")
@@ -148,11 +150,11 @@ class PromptPrefixes:
             length = min(len(history), len(tokens))
             if history.first(length) not in (None, tokens[:length]):
                 fail("remember", "tokens must be those that were read into prompt_cache", "others")
-            history.truncate(length)
-            history.add(len(history), tokens[len(history) :])
+            if length < len(tokens):
+                history.add(length, tokens[length:])
             history.generation = self.generation
-            self._insert(history, sequence.tables, len(tokens), finished)
-            if self.checkpoints is not None and tokens:
+            self._insert(history, sequence.tables, len(tokens), finished and is_all)
+            if self.checkpoints is not None and tokens and is_all:
                 self.checkpoints.take(tokens, history.keys, prompt_cache, row)
 
     def _insert(self, history, tables: dict, length: int, finished: bool) -> None:
