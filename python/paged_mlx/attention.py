@@ -86,7 +86,7 @@ def paged_attention(
             directly, or a dict page_id -> PageBlock, which is stacked first.
         query_lens: ``int32 [batch]``, query tokens of each sequence.
         scale, causal, sliding_window, softcap, alibi_slopes, sinks, mask, return_lse:
-            As in :func:`paged_mlx.fast.paged_attention`.
+            As in ``paged_mlx.fast.paged_attention``.
         plan: From ``pool.plan(page_tables, ...)``. None: the plan that the pool remembers
             of these tables as they are, made when there is none: layers share one.
 
@@ -98,12 +98,13 @@ def paged_attention(
         ValueError: A shape, length or page does not fit.
         CorruptPage: The pool has a canary, and a slot does not hold what its table says.
 
-    >>> pool = PagePool(1, 8, 16, 2, 64)
-    >>> table = PageTable(16)
-    >>> k = v = mx.ones((3, 2, 64), mx.float16)
-    >>> pool.write(0, k, v, table.append_tokens(3, pool.allocator).slots)
-    >>> paged_attention(mx.ones((1, 4, 64), mx.float16), [table], pool[0]).shape
-    (1, 4, 64)
+    Examples:
+        >>> pool = PagePool(1, 8, 16, 2, 64)
+        >>> table = PageTable(16)
+        >>> k = v = mx.ones((3, 2, 64), mx.float16)
+        >>> pool.write(0, k, v, table.append_tokens(3, pool.allocator).slots)
+        >>> paged_attention(mx.ones((1, 4, 64), mx.float16), [table], pool[0]).shape
+        (1, 4, 64)
     """
     if not isinstance(query, mx.array):
         check_array(_OP, "query", query)

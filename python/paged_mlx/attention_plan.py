@@ -86,7 +86,7 @@ class AttentionPlan:
     """One step of attention, cut into work items on the host.
 
     A work item is a set of query tokens against a run of pages. Made by
-    :func:`paged_mlx.fast.plan`, used by every layer with the same window.
+    ``paged_mlx.fast.plan``, used by every layer with the same window.
 
     Attributes:
         array: The plan as both backends read it, ``int32 [words]``

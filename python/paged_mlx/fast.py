@@ -91,8 +91,10 @@ def plan(
     Raises:
         ValueError: A table, length or id is not what it must be.
 
-    >>> plan([[0, 1], [2, NO_PAGE]], [20, 9], num_q_heads=8, num_kv_heads=2, page_size=16).num_tokens
-    2
+    Examples:
+        >>> sizes = dict(num_q_heads=8, num_kv_heads=2, page_size=16)
+        >>> plan([[0, 1], [2, NO_PAGE]], [20, 9], **sizes).num_tokens
+        2
     """
     tables = _packed("plan", block_tables, context_lens, cu_seqlens_q, page_starts, page_lens)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -204,7 +206,7 @@ def paged_attention(
         page_starts, page_lens: ``int32 [batch, max_pages]`` for ragged tables.
         return_lse: Also return the log-sum-exp of the scores, natural log, float32
             ``[tokens, num_q_heads]``, the sink included.
-        plan: From :func:`plan`, or its ``array``; then no table or length is read,
+        plan: From ``plan``, or its ``array``; then no table or length is read,
             and ``causal`` and ``sliding_window`` are the plan's.
         stream: Stream or device.
 
@@ -215,9 +217,10 @@ def paged_attention(
     Raises:
         ValueError: A shape, dtype, id or length is not what it must be.
 
-    >>> q, pages = mx.ones((1, 4, 64)), mx.ones((2, 2, 16, 64))
-    >>> paged_attention(q, pages, pages, [[1, 0]], [20]).shape
-    (1, 4, 64)
+    Examples:
+        >>> q, pages = mx.ones((1, 4, 64)), mx.ones((2, 2, 16, 64))
+        >>> paged_attention(q, pages, pages, [[1, 0]], [20]).shape
+        (1, 4, 64)
     """
     op = "paged_attention"
     options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
@@ -248,7 +251,7 @@ def write_pages(
     """Write new tokens' K and V into their slots.
 
     In place when nobody else holds the pages, else into a copy, as every MLX
-    operation; a :class:`~paged_mlx.PagePool` writes in place always.
+    operation; a ``paged_mlx.PagePool`` writes in place always.
 
     Args:
         k: ``[tokens, num_kv_heads, head_dim]``, the dtype of the pages.
@@ -264,10 +267,11 @@ def write_pages(
     Raises:
         ValueError: A shape, dtype or slot is not what it must be.
 
-    >>> pages, k = mx.zeros((2, 2, 16, 64)), mx.ones((1, 2, 64))
-    >>> written, _ = write_pages(k, k, pages, pages, [17])
-    >>> written[1, 0, 1, 0].item()
-    1.0
+    Examples:
+        >>> pages, k = mx.zeros((2, 2, 16, 64)), mx.ones((1, 2, 64))
+        >>> written, _ = write_pages(k, k, pages, pages, [17])
+        >>> written[1, 0, 1, 0].item()
+        1.0
     """
     check_array("write_pages", "k_pages", k_pages)
     slots = slot_array("write_pages", slot_mapping, k_pages)
@@ -290,9 +294,10 @@ def copy_pages(
     Raises:
         ValueError: A shape or page id is not what it must be.
 
-    >>> pages = mx.arange(2).reshape(2, 1, 1, 1) * mx.ones((2, 1, 16, 64))
-    >>> copy_pages([pages], [(1, 0)])[0][0].max().item()
-    1.0
+    Examples:
+        >>> pages = mx.arange(2).reshape(2, 1, 1, 1) * mx.ones((2, 1, 16, 64))
+        >>> copy_pages([pages], [(1, 0)])[0][0].max().item()
+        1.0
     """
     pools = _arrays("copy_pages", "pools", pools)
     num_pages = pools[0].shape[0] if pools and pools[0].ndim else 0
@@ -313,7 +318,7 @@ def gather_pages(
 
     Args:
         k_pages, v_pages, block_tables, context_lens, page_starts, page_lens: As in
-            :func:`paged_attention`.
+            ``paged_attention``.
 
     Returns:
         k ``[batch, num_kv_heads, longest context, head_dim]`` and v alike; 0 past a
@@ -322,9 +327,10 @@ def gather_pages(
     Raises:
         ValueError: A shape, id or length is not what it must be.
 
-    >>> pages = mx.ones((2, 2, 16, 64))
-    >>> gather_pages(pages, pages, [[1, 0]], [20])[0].shape
-    (1, 2, 20, 64)
+    Examples:
+        >>> pages = mx.ones((2, 2, 16, 64))
+        >>> gather_pages(pages, pages, [[1, 0]], [20])[0].shape
+        (1, 2, 20, 64)
     """
     arrays = gather_inputs(
         "gather_pages", k_pages, block_tables, context_lens, page_starts, page_lens
@@ -351,9 +357,10 @@ def merge_states(
     Raises:
         ValueError: The parts do not agree in number, shape or dtype.
 
-    >>> out, lse = merge_states([mx.ones((1, 4, 64))] * 2, [mx.zeros((1, 4))] * 2)
-    >>> round(lse[0, 0].item(), 4)
-    0.6931
+    Examples:
+        >>> out, lse = merge_states([mx.ones((1, 4, 64))] * 2, [mx.zeros((1, 4))] * 2)
+        >>> round(lse[0, 0].item(), 4)
+        0.6931
     """
     parts = _arrays("merge_states", "outs", outs), _arrays("merge_states", "lses", lses)
     return tuple(operations.merge_states(*parts, stream=stream))

@@ -53,7 +53,7 @@ def host_ints(op: str, name: str, values: object) -> np.ndarray:
 
 
 def optional_ints(op: str, name: str, values: object) -> np.ndarray | None:
-    """:func:`host_ints` of what may be left out."""
+    """``host_ints`` of what may be left out."""
     return None if values is None else host_ints(op, name, values)
 
 

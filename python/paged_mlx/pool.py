@@ -59,25 +59,26 @@ class PagePool:
         fill: Value of fresh pages; NaN shows reads of slots nobody wrote.
         wipe_freed: Value to write over pages when their last holder lets go; None leaves
             stale bytes, which nothing can read by right.
-        canary: Remember who wrote each slot and verify reads; see :class:`Canary`.
+        canary: Remember who wrote each slot and verify reads; see ``Canary``.
         memory_limit: Bytes that all arrays of MLX may take once the pool is made or has
-            grown; default :func:`paged_mlx.memory_limit`.
+            grown; default ``paged_mlx.memory_limit``.
         stream: Stream or device of every operation.
 
     Raises:
         ValueError: A size or dtype is not what it must be.
         OutOfPages: The pages would pass the memory limit, or there is no memory for them.
 
-    >>> pool = PagePool(2, 8, 16, 2, 64)
-    >>> table = PageTable(16)
-    >>> slots = table.append_tokens(3, pool.allocator).slots
-    >>> k = v = mx.ones((3, 2, 64), mx.float16)
-    >>> plan = pool.plan([table], num_q_heads=4)
-    >>> for layer in range(2):
-    ...     pool[layer].write(k, v, slots)
-    ...     out = pool[layer].attend(mx.ones((1, 4, 64), mx.float16), plan)
-    >>> out.shape
-    (1, 4, 64)
+    Examples:
+        >>> pool = PagePool(2, 8, 16, 2, 64)
+        >>> table = PageTable(16)
+        >>> slots = table.append_tokens(3, pool.allocator).slots
+        >>> k = v = mx.ones((3, 2, 64), mx.float16)
+        >>> plan = pool.plan([table], num_q_heads=4)
+        >>> for layer in range(2):
+        ...     pool[layer].write(k, v, slots)
+        ...     out = pool[layer].attend(mx.ones((1, 4, 64), mx.float16), plan)
+        >>> out.shape
+        (1, 4, 64)
     """
 
     def __init__(
@@ -501,7 +502,7 @@ class PagePool:
 class PoolLayer(Mapping[int, "PageBlock"]):
     """One layer of a pool: its arrays, and a mapping page_id -> PageBlock of its pages.
 
-    :func:`paged_mlx.paged_attention` reads the arrays directly.
+    ``paged_mlx.paged_attention`` reads the arrays directly.
 
     Attributes:
         pool: The pool.
@@ -524,7 +525,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
             v: Values, ``[tokens, num_kv_heads, v_head_dim]``.
             slot_mapping: ``int32 [tokens]``; destination slot of each token,
                 ``page_id * page_size + offset_in_page``; -1 skips the token. A
-                :class:`SlotMapping`, from ``pool.slots(...)``, is checked once for all layers.
+                ``SlotMapping``, from ``pool.slots(...)``, is checked once for all layers.
 
         Lazy: nothing moves until the pool is evaluated.
 

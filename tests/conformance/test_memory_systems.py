@@ -26,6 +26,8 @@ def test_each_scenario_is_printed_and_returned(capsys):
     tiny, alike = benchmark_memory_systems(scenarios, repeats=1, **SMALL)
     printed = capsys.readouterr().out
     assert "Tiny:\n  Traditional: " in printed and "Alike:\n" in printed
+    on_cpu = mx.default_device() == mx.cpu
+    assert ("these speed-ups are not those of a GPU" in printed) == on_cpu
     assert tiny.traditional_bytes == 2 * 9 * 2 * 2 * 16 * 4  # two rows padded to nine tokens
     assert tiny.paged_bytes == (1 + 3) * 4 * 2 * 2 * 16 * 4  # pages of four tokens
     assert alike.traditional_bytes == alike.paged_bytes

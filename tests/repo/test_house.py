@@ -121,6 +121,11 @@ def test_links_between_docs_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_page_of_the_docs_is_in_the_sites_menu():
+    menu = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(menu) == [page.name for page in DOCS]
+
+
 def test_files_that_docs_name_exist():
     for page in [*DOCS, ROOT / "README.md"]:
         for name in re.findall(

@@ -48,10 +48,11 @@ def test_a_mac_runs_everything_even_if_a_test_failed():
     assert steps["Records"]["if"] == "always()"
 
 
-def test_linux_runs_plans_for_a_gpu_and_the_backend_for_arm64():
+def test_linux_runs_plans_for_a_gpu_the_backend_for_arm64_and_the_docs():
     linux = jobs("linux.yml")
     assert "make test-gpu-plans" in commands(linux["gpu-plans"])
     assert "make test-arm64" in commands(linux["test"])
+    assert "make docs" in commands(linux["docs"])
 
 
 def test_a_scheduled_job_builds_against_the_newest_mlx():

@@ -37,14 +37,15 @@ class PageAllocator:
 
     Every operation is O(1) per page.
 
-    >>> import paged_mlx
-    >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=16)
-    >>> page_id = allocator.allocate_page()
-    >>> allocator.share_page(page_id)
-    >>> allocator.free_page(page_id), allocator.free_page(page_id)
-    (False, True)
-    >>> allocator
-    PageAllocator(64 pages of 16, 0 used)
+    Examples:
+        >>> import paged_mlx
+        >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=16)
+        >>> page_id = allocator.allocate_page()
+        >>> allocator.share_page(page_id)
+        >>> allocator.free_page(page_id), allocator.free_page(page_id)
+        (False, True)
+        >>> allocator
+        PageAllocator(64 pages of 16, 0 used)
 
     Args:
         total_pages: Pages in the pool; ids are ``[0, total_pages)``.

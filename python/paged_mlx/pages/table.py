@@ -24,15 +24,16 @@ class PageTable:
     A table belongs to one allocator from its first page until it is released, and no page
     stands in it twice.
 
-    >>> import paged_mlx
-    >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=16)
-    >>> table = paged_mlx.PageTable(page_size=16)
-    >>> table.append_tokens(20, allocator).slots[-4:].tolist()
-    [16, 17, 18, 19]
-    >>> table.logical_to_physical(17)
-    (1, 1)
-    >>> table
-    PageTable(20 tokens in pages [0, 1])
+    Examples:
+        >>> import paged_mlx
+        >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=16)
+        >>> table = paged_mlx.PageTable(page_size=16)
+        >>> table.append_tokens(20, allocator).slots[-4:].tolist()
+        [16, 17, 18, 19]
+        >>> table.logical_to_physical(17)
+        (1, 1)
+        >>> table
+        PageTable(20 tokens in pages [0, 1])
 
     Args:
         page_size: Tokens in a page.
@@ -329,13 +330,14 @@ def share_prefix(
 ) -> None:
     """Let an empty table begin with the first ``prefix_length`` tokens of another.
 
-    >>> import paged_mlx
-    >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=4)
-    >>> a, b = paged_mlx.PageTable(page_size=4), paged_mlx.PageTable(page_size=4)
-    >>> appended = a.append_tokens(6, allocator)
-    >>> paged_mlx.share_prefix(a, b, 6)
-    >>> b.append_tokens(1, allocator).copies  # the first write to the shared page 1
-    [(1, 2)]
+    Examples:
+        >>> import paged_mlx
+        >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=4)
+        >>> a, b = paged_mlx.PageTable(page_size=4), paged_mlx.PageTable(page_size=4)
+        >>> appended = a.append_tokens(6, allocator)
+        >>> paged_mlx.share_prefix(a, b, 6)
+        >>> b.append_tokens(1, allocator).copies  # the first write to the shared page 1
+        [(1, 2)]
 
     Args:
         source_table: Holds the tokens.

@@ -51,17 +51,18 @@ class PrefixMatch:
 class PrefixCache(Evictor):
     """Remembers which pages hold which tokens.
 
-    >>> import paged_mlx
-    >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=4)
-    >>> cache = paged_mlx.PrefixCache(allocator)
-    >>> first, second = paged_mlx.PageTable(page_size=4), paged_mlx.PageTable(page_size=4)
-    >>> appended = first.append_tokens(10, allocator)
-    >>> cache.insert(range(10), first)  # two full pages, once their K and V are written
-    2
-    >>> cache.reuse([0, 1, 2, 3, 4, 99], second)  # five tokens need no computing
-    5
-    >>> second.page_ids
-    [0, 1]
+    Examples:
+        >>> import paged_mlx
+        >>> allocator = paged_mlx.PageAllocator(total_pages=64, page_size=4)
+        >>> cache = paged_mlx.PrefixCache(allocator)
+        >>> first, second = paged_mlx.PageTable(page_size=4), paged_mlx.PageTable(page_size=4)
+        >>> appended = first.append_tokens(10, allocator)
+        >>> cache.insert(range(10), first)  # two full pages, once their K and V are written
+        2
+        >>> cache.reuse([0, 1, 2, 3, 4, 99], second)  # five tokens need no computing
+        5
+        >>> second.page_ids
+        [0, 1]
 
     Args:
         allocator: Whose pages; the cache becomes one of its evictors.
