@@ -1,19 +1,20 @@
 """The native operations, each proven where it runs before a GPU is trusted with it.
 
 Arguments and results are those of the native module's functions. On the CPU a call costs an
-attribute more; on a GPU, once a kind of call is known, a look-up in ``known``: a pool's kinds
-of calls, whose arrays have one geometry.
+attribute more; on a GPU, once a kind of call is known, a few flags and a look-up in ``known``: a
+pool's kinds of calls, whose arrays have one geometry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import product
 
 import mlx.core as mx
 
 from paged_mlx import first_use
 from paged_mlx._native import _ext
+from paged_mlx.attention_plan import AttentionPlan
 from paged_mlx.first_use import Known, Variant
 from paged_mlx.options import AttentionOptions, OptionKinds, check_array, check_stream
 
@@ -22,7 +23,7 @@ _ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last
 
 def proven(
     name: str,
-    kind: Callable[..., tuple],
+    kind: Callable[[tuple, dict, AttentionPlan | None], Hashable],
     geometry: Callable[..., tuple],
     variants: Callable[..., Iterable[Variant]],
     check: Callable[..., None],
@@ -31,7 +32,7 @@ def proven(
 
     Args:
         name: The operation.
-        kind: Of a call's arguments: what decides, beside the arrays, which kernels it launches.
+        kind: Of a call's arguments, options and plan, at every call: what decides beside the arrays.
         geometry: Of a call's arguments: what of the arrays decides it.
         variants: Of a call's arguments: the kernel variants that it may launch.
         check: Of a call's arguments: refuses values of wrong types, and says which.
@@ -42,7 +43,7 @@ def proven(
             guard = first_use.guard_of_this_machine
             try:
                 if guard is not None:
-                    key = kind(*arguments, plan=plan, **options)
+                    key = kind(arguments, options, plan)
                     if known is None or known.get((name, key)) is not guard:
                         shapes = geometry(*arguments)
                         stream = guard.stream(
@@ -88,8 +89,10 @@ def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Va
     ]  # fmt: skip
 
 
-def _attention_kind(q, k_pages, v_pages, words, *options, plan):
-    return q.shape[1], None if plan is None else plan.work, AttentionOptions(*options).kinds
+def _attention_kind(arguments, options, plan):
+    q, _, _, _, _, softcap, slopes, sinks, mask = arguments
+    without = softcap is None, slopes is None, sinks is None, mask is None or mask.dtype
+    return q.shape[1], None if plan is None else plan.work, without
 
 
 def _attention_geometry(q, k_pages, v_pages, *_):
@@ -102,8 +105,9 @@ def _attention_variants(q, k_pages, v_pages, words, *options, plan):
     return attention_variants(q, k_pages, v_pages, work, AttentionOptions(*options).kinds)
 
 
-def _write_attend_kind(q, k_pages, v_pages, words, k, v, slots, scale, sinks, *, plan):
-    return q.shape[1], plan.work, k is not None, sinks is not None
+def _write_attend_kind(arguments, options, plan):
+    q, _, _, _, k, _, _, _, sinks = arguments
+    return q.shape[1], plan.work, k is None, sinks is None
 
 
 def _write_attend_variants(q, k_pages, v_pages, words, k, v, slots, scale, sinks, *, plan):
@@ -113,8 +117,8 @@ def _write_attend_variants(q, k_pages, v_pages, words, k, v, slots, scale, sinks
     return [_mover("write_pages", k_pages, v_pages), *found]
 
 
-def _fetch_kind(fetches, layer, source, tables, *_, plan):
-    return (tables.ragged,)
+def _fetch_kind(arguments, options, plan):
+    return arguments[3].ragged
 
 
 def _fetch_variants(fetches, layer, source, tables, k_pages, v_pages, k, v, *, plan):
@@ -126,8 +130,8 @@ def _fetch_variants(fetches, layer, source, tables, k_pages, v_pages, k, v, *, p
     ]
 
 
-def _no_kind(*_, plan, **options):
-    return ()
+def _no_kind(arguments, options, plan):
+    return None
 
 
 def _write_variants(k, v, k_pages, v_pages, slots, *, plan, **options):
@@ -148,8 +152,8 @@ def _first_layer(pools):
     return pools[:2]  # a pool's arrays repeat those of its first layer
 
 
-def _gather_kind(*_, page_starts=None, plan, **options):
-    return (page_starts is not None,)
+def _gather_kind(arguments, options, plan):
+    return options.get("page_starts") is None
 
 
 def _gather_variants(k_pages, v_pages, *tables, plan, **options):

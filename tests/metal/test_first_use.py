@@ -15,8 +15,8 @@ from metal_host import Program
 from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast, first_use, operations
 from paged_mlx._native import _ext
-from paged_mlx.first_use import Variant
-from paged_mlx.options import OptionKinds
+from paged_mlx.first_use import Guard, Variant
+from paged_mlx.options import AttentionOptions, OptionKinds
 from paged_mlx.testing import Case, backends
 
 CASE = Case(
@@ -150,6 +150,29 @@ def test_a_pool_on_a_gpu_with_a_wrong_write_stays_right(tmp_path):
         (written[s // 8, :, s % 8] == np.array(k[i])).all() for i, s in enumerate([9, 2, 31])
     )
     assert (written != 0).sum() == k.size
+
+
+def test_a_pool_whose_kinds_of_calls_are_known_asks_the_guard_nothing(tmp_path, monkeypatch):
+    q, k = mx.zeros((1, 4, 16)), mx.zeros((1, 2, 16))
+    masks = mx.ones((1, 1), mx.bool_), mx.zeros((1, 1))
+    with gpu(tmp_path):
+        pool = PagePool(1, 4, 8, 2, 16, mx.float32)
+        plan = fast.plan([[0]], [1], num_q_heads=4, num_kv_heads=2, page_size=8, head_dim=16)
+
+        def step(**options):
+            pool.write(0, k, k, [0])
+            return pool[0].attend(q, plan, **options)
+
+        def asked(*arguments):
+            raise RuntimeError("asked")
+
+        mx.eval(step(), step(mask=masks[0]))
+        monkeypatch.setattr(Guard, "stream", asked)
+        monkeypatch.setattr(AttentionOptions, "kinds", property(asked))
+        mx.eval(step(), step(mask=masks[0]))
+        for other in ({"softcap": 1.0}, {"sinks": mx.zeros(4)}, {"mask": masks[1]}):
+            with pytest.raises(RuntimeError, match="asked"):
+                step(**other)
 
 
 def test_moving_and_merging_are_proven_too(tmp_path):
