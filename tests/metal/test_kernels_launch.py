@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from metal_host import address_spaces
 from metal_kernels import attend, write_pages
-from metal_kernels.launcher import KERNELS, ROOT, choose_body
+from metal_kernels.launcher import KERNELS, ROOT, choose_body, variants_are_told_apart
 from paged_mlx.reference.case import Case
 
 pytestmark = pytest.mark.skipif(
@@ -18,6 +18,10 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("path", sorted(KERNELS.iterdir()), ids=lambda path: path.name)
 def test_kernel_text_is_ascii(path):
     assert path.read_text().isascii()
+
+
+def test_variants_that_differ_in_one_thing_are_two():
+    assert variants_are_told_apart()
 
 
 @pytest.mark.parametrize(

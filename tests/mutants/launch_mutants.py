@@ -215,6 +215,21 @@ _FAULTS = {
             'name += "_c" + std::to_string(constant.id);',
             "pipeline names",
         ),
+        *(
+            (f"a variant is the same whatever its {part}", find, "", "variants")
+            for part, find in (
+                ("kernel", "same(kernel, other.kernel) && "),
+                ("macros", "macros == other.macros && "),
+                ("constants", " && constants == other.constants"),
+                ("words", " && same(word, other.word)"),
+            )
+        ),
+        (
+            "words are the same only where they lie",
+            "return a == b || (a && b && std::strcmp(a, b) == 0);",
+            "return a == b;",
+            "variants",
+        ),
     ],
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -41,18 +42,31 @@ def _every_kind() -> str | None:
     return kernels_suite.check(Check("", case), None, {"attend_vector", "attend_tile"})
 
 
-def _pipeline_names(mutant: Mutant) -> str | None:
-    """Variants that differ in a macro or in a function constant differ in name.
-
-    The launch code is compiled by itself: what it calls its pipelines is not in a dispatch.
-    """
+@contextmanager
+def _launch_code(mutant: Mutant) -> Iterator[None]:
+    """The launch code is compiled by itself: what it calls its pipelines is not in a dispatch."""
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / Path(mutant.file).name
         changed.write_text(mutant.text)
-        sources = launcher._SOURCES
-        launcher._SOURCES = tuple(
-            changed if path.name == changed.name else path for path in sources
-        )
+        sources = launcher.SOURCES
+        launcher.SOURCES = tuple(changed if path.name == changed.name else path for path in sources)
+        launcher.library.cache_clear()
+        try:
+            yield
+        finally:
+            launcher.SOURCES = sources
+            launcher.library.cache_clear()
+
+
+def _variants(mutant: Mutant) -> str | None:
+    """A variant is another where one of its parts is."""
+    with _launch_code(mutant):
+        return None if launcher.variants_are_told_apart() else "variants are mistaken for another"
+
+
+def _pipeline_names(mutant: Mutant) -> str | None:
+    """Variants that differ in a macro or in a function constant differ in name."""
+    with _launch_code(mutant):
         case = Case(num_q_heads=4, sequences=((1, 20),))
         changes = [{}, {"softcap": 3.0}, {"page_size": 8}, {"v_head_dim": 32}, {"dtype": "float16"}]
         launched = [attend(case.replace(**change).build()).launches[0] for change in changes]
@@ -70,4 +84,5 @@ def cases(mutant: Mutant) -> dict[str, Callable[[], str | None]]:
         "every kind": _every_kind,
         "odd rows": _odd_rows,
         "pipeline names": partial(_pipeline_names, mutant),
+        "variants": partial(_variants, mutant),
     }

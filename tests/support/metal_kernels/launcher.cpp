@@ -1,5 +1,7 @@
 // The launch code behind a C interface, so that tests can drive it with numpy
 // arrays: every dispatch goes to a callback that runs the kernel's text.
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -232,6 +234,25 @@ int run_copy_buffer(Run run, int limit, Memory from, Memory to, int64_t bytes) {
 void choose_body_of(int rows, int head_dim, int v_head_dim, int dtype, Body* body) {
   const auto kind = paged_mlx::kind_of(rows, kind_rows(head_dim, v_head_dim, DType(dtype)));
   *body = choose_body(kind, rows, head_dim, v_head_dim, DType(dtype));
+}
+
+// Whether variants are the same where each of their parts is, and only there.
+int variants_are_told_apart() {
+  const auto one = [](const char* kernel = "merge") { return Variant{kernel, {}, {}}; };
+  const std::string kernel = "merge", word = "half"; // that lie elsewhere
+  const Variant variant = one().define("T", "half").define("D", 64).set(1, true);
+  const Variant others[] = {
+      one("merge_states").define("T", "half").define("D", 64).set(1, true),
+      one().define("U", "half").define("D", 64).set(1, true),
+      one().define("T", "have").define("D", 64).set(1, true),
+      one().define("T", "half").define("D", 65).set(1, true),
+      one().define("T", "half").set(1, true),
+      one().define("T", "half").define("D", 64).set(2, true),
+      one().define("T", "half").define("D", 64).set(1, 1),
+      one().define("T", "half").define("D", 64).set(1, false),
+      one().define("T", "half").define("D", 64).set(1, true).set(2, true)};
+  return variant == one(kernel.c_str()).define("T", word.c_str()).define("D", 64).set(1, true) &&
+      std::count(std::begin(others), std::end(others), variant) == 0;
 }
 
 }

@@ -24,7 +24,7 @@ from metal_host.compiler import build, digest
 
 ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "kernels"
-_SOURCES = (
+SOURCES = (
     *(ROOT / "csrc/metal" / f"{name}.cpp" for name in (
         "variant", "bodies", "long_work", "launch_attention", "launch_pages", "host_encoder")),
     Path(__file__).with_name("launcher.cpp"),
@@ -85,7 +85,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("the launch code needs a C++ compiler: set CXX, or install g++ or clang++")
     headers = [*(ROOT / "csrc").glob("**/*.h"), *KERNELS.iterdir()]
-    texts = [path.read_text() for path in sorted((*_SOURCES, *headers))]
+    texts = [path.read_text() for path in sorted((*SOURCES, *headers))]
 
     def make(output: Path) -> str:
         with tempfile.TemporaryDirectory() as generated:
@@ -93,7 +93,7 @@ def library() -> ctypes.CDLL:
             subprocess.run([*embed, Path(generated) / "kernel_sources.h"], check=True)
             includes = [f"-I{path}" for path in (ROOT / "csrc", KERNELS, generated)]
             flags = ["-std=c++20", "-O1", "-fPIC", "-shared", *includes]
-            sources = [str(path) for path in _SOURCES]
+            sources = [str(path) for path in SOURCES]
             subprocess.run([compiler, *flags, "-o", str(output), *sources], check=True)
             return ""
 
@@ -183,6 +183,11 @@ def _run(d: _Dispatch, forbid, options) -> Launch:
         addresses,
         result,
     )
+
+
+def variants_are_told_apart() -> bool:
+    """Whether variants are the same where each of their parts is, and only there."""
+    return bool(library().variants_are_told_apart())
 
 
 def choose_body(rows: int, head_dim: int, v_head_dim: int, dtype: str) -> Body:
