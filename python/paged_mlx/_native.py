@@ -17,6 +17,8 @@ import mlx.core as mx  # loads libmlx and registers mx.array first
 import paged_mlx
 from paged_mlx.machine.cache import cache_directory
 
+OLDEST = "0.31.2"  #: the oldest mlx that the package runs beside
+
 
 def release(version: str) -> str:
     """The release of a version of mlx: without a development or local part."""
@@ -47,7 +49,11 @@ def releases() -> list[str]:
         for folder in every
         if holds_module(folder)
     }
-    return sorted(found, key=lambda name: [int(part) for part in name.split(".")])
+    return sorted(found, key=_numbers)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in release(version).split(".")]
 
 
 def holds_module(folder: Path) -> bool:
@@ -56,7 +62,11 @@ def holds_module(folder: Path) -> bool:
 
 
 def _import():
+    if mx.cuda.is_available():
+        raise ImportError("there are kernels for Apple's GPUs and for CPUs, none for CUDA")
     here = [folder for folder in folders(mx.__version__) if holds_module(folder)]
+    if not here:
+        raise ImportError("there is none")
     paged_mlx.__path__.extend(str(folder) for folder in here)
     from paged_mlx import _ext  # type: ignore[attr-defined]
 
@@ -66,11 +76,11 @@ def _import():
 def _fallback(error: ImportError):
     """MLX's own operations, and one warning that says how to do better."""
     built = ", ".join(releases()) or "none"
+    advice = "" if mx.cuda.is_available() else "`python -m paged_mlx build` makes one. "
     warnings.warn(
         f"paged_mlx has no native module for mlx {release(mx.__version__)} and Python "
         f"{platform.python_version()} (there are modules for mlx {built}), so MLX's own operations do "
-        "the work: right, slower, and with more memory. `python -m paged_mlx build` makes one. "
-        f"(The import said: {error}.)",
+        f"the work: right, slower, and with more memory. {advice}(The import said: {error}.)",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -79,6 +89,11 @@ def _fallback(error: ImportError):
     return fallback
 
 
+if _numbers(mx.__version__) < _numbers(OLDEST):
+    raise ImportError(
+        f"paged_mlx needs mlx {OLDEST} or newer; this is mlx {mx.__version__}: "
+        "pip install --upgrade mlx"
+    )
 _ext: Any
 try:
     _ext = _import()

@@ -176,6 +176,10 @@ def _check_rows(rows, k_pages, mask) -> None:
         fail("paged_attention", must, mask.shape[-1])
 
 
+def _named(dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def _sequences(rows):
     """``[first, last)`` of the tokens that have the same pages, one sequence after the other."""
     first = 0
@@ -257,9 +261,8 @@ def _check_write(k, v, k_pages, v_pages, slots) -> None:
             must = f"{name} must have shape [tokens, num_kv_heads, {dim}] = {wanted}"
             fail(op, must, tokens.shape)
         if tokens.dtype != pages.dtype:
-            fail(
-                op, f"{name} must have dtype {pages.dtype}, the dtype of {name}_pages", tokens.dtype
-            )
+            must = f"{name} must be {_named(pages.dtype)}, the dtype of {name}_pages"
+            fail(op, must, _named(tokens.dtype))
 
 
 def copy_pages(pools, pairs, *, alias=False, stream=None):
@@ -562,10 +565,10 @@ def attention_geometry(q, k_pages, v_pages) -> dict[str, int]:
         must = f"v_pages must have shape {pages}v_head_dim], the first three those of k_pages"
         fail(op, must, v_pages.shape)
     if q.dtype not in (mx.float32, mx.float16, mx.bfloat16):
-        fail(op, "q must be float32, float16 or bfloat16", q.dtype)
+        fail(op, "q must be float32, float16 or bfloat16", _named(q.dtype))
     for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
         if array.dtype != q.dtype:
-            fail(op, f"{name} must have dtype {q.dtype}, the dtype of q", array.dtype)
+            fail(op, f"{name} must be {_named(q.dtype)}, the dtype of q", _named(array.dtype))
     for name, dim in (("q", q.shape[2]), ("v_pages", v_pages.shape[3])):
         if dim % 8 or dim < 8 or (dim > 256 and dim != 512):
             must = f"{name} must have a head_dim that is a multiple of 8 up to 256, or 512"
@@ -700,6 +703,14 @@ def attention_body(rows, head_dim, v_head_dim, dtype) -> tuple[str, int]:
 
 def has_host_launch() -> bool:
     return False
+
+
+def set_host_launch(dispatch) -> None:
+    """Nothing is ever dispatched here."""
+
+
+def pipeline_limits() -> dict[str, int]:
+    return {}
 
 
 def gpu_cores() -> int:

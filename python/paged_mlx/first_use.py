@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx._native import _ext
+from paged_mlx._native import BUILT, _ext
 from paged_mlx.machine.cache import cache_directory, machine_file, read_dict, write_dict
 from paged_mlx.options import AttentionOptions, OptionKinds
 from paged_mlx.reference import moves
@@ -296,4 +296,7 @@ def _identity() -> str:
     return f"{name}, mlx {mx.__version__}\n{native}"  # type: ignore[attr-defined]
 
 
-guard_of_this_machine = Guard(_identity(), mx.gpu, mx.cpu) if mx.metal.is_available() else None
+# MLX's own operations need no proof.
+guard_of_this_machine = (
+    Guard(_identity(), mx.gpu, mx.cpu) if BUILT and mx.metal.is_available() else None
+)

@@ -135,7 +135,7 @@ GRAPH = [check for check in grid.quick() if check.group == "graph"]
 
 
 def test_programs_see_a_copy_on_write_that_copies_nothing(monkeypatch):
-    monkeypatch.setattr(PagePool, "copy", lambda pool, pairs: None)
+    monkeypatch.setattr(PagePool, "copied", lambda pool, pairs: None)
     assert any_program_fails()
 
 

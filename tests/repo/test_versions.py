@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -80,6 +81,27 @@ def test_without_a_module_one_warning_names_the_command_and_mlx_does_the_work():
     assert backend == f"fallback: MLX's own operations, mlx {mx.__version__}"
 
 
+def test_beside_mlx_for_cuda_mlx_does_the_work():
+    code = (
+        "import warnings, mlx.core as mx\n"
+        "mx.cuda.is_available = lambda: True\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import paged_mlx\n"
+        "print(paged_mlx.backend())\n"
+        "print(caught[0].message)\n"
+    )
+    backend, said = python(code).stdout.splitlines()
+    assert backend.startswith("fallback: ")
+    assert "none for CUDA" in said and "build" not in said
+
+
+def test_an_mlx_that_is_too_old_is_one_sentence():
+    done = python("import mlx.core as mx; mx.__version__ = '0.31.1'; import paged_mlx")
+    said = "ImportError: paged_mlx needs mlx 0.31.2 or newer; this is mlx 0.31.1: pip install"
+    assert said in done.stderr
+
+
 def test_a_build_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
@@ -116,6 +138,37 @@ def test_a_build_makes_a_module_that_is_found(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_built_for_follows_the_mlx_that_is_installed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "cmake"))
+    import mlx_releases
+
+    assert mlx_releases.in_range("0.31.2") and mlx_releases.in_range("0.32.99")
+    assert not mlx_releases.in_range("0.31.1") and not mlx_releases.in_range("0.33.0")
+    assert mlx_releases.nanobind_for("0.32.99") == RELEASES[mlx_releases.newest()]
+    with pytest.raises(SystemExit, match="0.32.99 is missing from cmake/mlx_releases.json"):
+        mlx_releases.check_listed("0.32.99")
+    mlx_releases.check_listed(mlx_releases.newest())
+
+
+def test_a_wheel_that_lacks_a_module_is_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "cmake"))
+    import mlx_releases
+
+    wheel = tmp_path / "some.whl"
+    folders = [f"paged_mlx/native/{_native.folder_name(release)}/_ext.so" for release in RELEASES]
+    for names in (folders, folders[1:]):
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name in names:
+                archive.writestr(name, "")
+        if names is folders:
+            mlx_releases.check_wheel(wheel)
+            monkeypatch.setattr(mlx_releases, "LARGEST_WHEEL", 0)
+            with pytest.raises(SystemExit, match="must be at most 0 MB"):
+                mlx_releases.check_wheel(wheel)
+    with pytest.raises(SystemExit, match="some.whl has no native module for mlx 0.31.2"):
+        mlx_releases.check_wheel(wheel)
+
+
 def test_the_version_stands_in_one_place():
     assert metadata.version("paged_mlx") == paged_mlx.__version__
     assert not re.search(r'^version = "', (ROOT / "pyproject.toml").read_text(), re.M)
@@ -126,4 +179,5 @@ def test_the_range_of_mlx_is_that_of_the_modules():
     oldest, end = re.search(r'"mlx>=([\d.]+),<([\d.]+)"', text).groups()
     numbers = [tuple(map(int, release.split("."))) for release in RELEASES]
     assert tuple(map(int, oldest.split("."))) == min(numbers)
+    assert oldest == _native.OLDEST
     assert max(numbers) < tuple(map(int, end.split(".")))

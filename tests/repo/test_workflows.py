@@ -1,5 +1,6 @@
 """The workflows are what docs/testing.md says they are."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,12 @@ def test_a_scheduled_job_builds_against_the_newest_mlx():
     assert yaml.safe_load(text)[True]["schedule"]
     (job,) = jobs("newest-mlx.yml").values()
     assert any("--upgrade" in command for command in commands(job))
+    assert any("mlx_releases.py listed" in command for command in commands(job))
+
+
+def test_workflows_name_the_oldest_and_the_newest_mlx():
+    releases = list(json.loads((ROOT / "cmake/mlx_releases.json").read_text()))
+    oldest, newest = releases[0], releases[-1]
+    versions = commands(jobs("linux.yml")["mlx-versions"])
+    assert versions == [f'make test-mlx-versions VERSIONS="{oldest} {newest}"']
+    assert jobs("wheels.yml")["try"]["strategy"]["matrix"]["mlx"] == [oldest, newest]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from paged_mlx._native import _ext
+from paged_mlx._native import BUILT, _ext, backend
 from paged_mlx.machine.cold_start import MODELS, first_token
 from paged_mlx.machine.gpu_trial import TO_LOOK_AT, Finding, trials
 from paged_mlx.reference.case import with_options
@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     result = examine(patients)
     say(report.table(result))
-    findings = [*_compiled(), *(gpu_trials() if options.only in (None, "metal") else ())]
+    findings = [
+        *(_compiled() if BUILT else ()),
+        *(gpu_trials() if options.only in (None, "metal") else ()),
+    ]
     say("\n" + "\n".join(f"{f.name}: {f.result}{_mark(f.right)}" for f in findings))
     right = result.right and not any(finding.right is False for finding in findings)
     say("\n" + _verdict(result, right))
@@ -120,6 +123,7 @@ def environment() -> dict[str, str]:
     about = {
         "paged_mlx": _version("paged_mlx"),
         "mlx": _version("mlx"),
+        "backend": backend(),
         "python": platform.python_version(),
         "system": _system(),
         "cpu": f"{platform.machine()}, {_ext.num_threads()} threads, {_ext.isa()}",
