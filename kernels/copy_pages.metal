@@ -12,11 +12,11 @@ using namespace paged_mlx;
 
 // Metal takes no array of buffers: each is a parameter of its own, named after
 // its index.
-#define PAGED_MLX_EACH_POOL(X)                                                                    \
-  X(2)                                                                                            \
-  X(3)                                                                                            \
-  X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) X(20) \
-      X(21) X(22) X(23) X(24) X(25) X(26) X(27) X(28) X(29)
+// clang-format off
+#define PAGED_MLX_EACH_POOL(X) \
+  X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) \
+  X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23) X(24) X(25) X(26) X(27) X(28) X(29)
+// clang-format on
 #define PAGED_MLX_POOL_PARAMETER(b) device Unit *pool##b [[buffer(b)]],
 #define PAGED_MLX_POOL_CASE(b)     \
   case b - PAGED_MLX_BUFFER_POOLS: \

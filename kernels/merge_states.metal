@@ -25,11 +25,11 @@ inline float part_weight(float lse, float most) {
 
 using namespace paged_mlx;
 
-#define PAGED_MLX_EACH_PART(X)                                                          \
-  X(0, 3, 16)                                                                           \
-  X(1, 4, 17)                                                                           \
-  X(2, 5, 18) X(3, 6, 19) X(4, 7, 20) X(5, 8, 21) X(6, 9, 22) X(7, 10, 23) X(8, 11, 24) \
-      X(9, 12, 25) X(10, 13, 26) X(11, 14, 27) X(12, 15, 28)
+// clang-format off
+#define PAGED_MLX_EACH_PART(X) \
+  X(0, 3, 16) X(1, 4, 17) X(2, 5, 18) X(3, 6, 19) X(4, 7, 20) X(5, 8, 21) X(6, 9, 22) \
+  X(7, 10, 23) X(8, 11, 24) X(9, 12, 25) X(10, 13, 26) X(11, 14, 27) X(12, 15, 28)
+// clang-format on
 #define PAGED_MLX_PART_PARAMETERS(i, o, l) \
   const device PAGED_MLX_T *out##i [[buffer(o)]], const device float *lse##i [[buffer(l)]],
 

@@ -64,13 +64,13 @@ struct PlanHeader {
 };
 
 // X(name) for each field of a header that is one number, but for `magic`.
-#define PAGED_MLX_PLAN_FIELDS(X)                                                                   \
-  X(num_words)                                                                                     \
-  X(num_tokens)                                                                                    \
-  X(num_row_tokens) X(num_pages) X(num_partials) X(num_merges) X(num_parts) X(items) X(row_tokens) \
-      X(positions) X(row_ends) X(pages) X(page_starts) X(page_lens) X(merges) X(parts)             \
-          X(num_q_heads) X(num_kv_heads) X(page_size) X(causal) X(sliding_window) X(max_page_id)   \
-              X(max_row_end)
+// clang-format off
+#define PAGED_MLX_PLAN_FIELDS(X) \
+  X(num_words) X(num_tokens) X(num_row_tokens) X(num_pages) X(num_partials) X(num_merges) \
+  X(num_parts) X(items) X(row_tokens) X(positions) X(row_ends) X(pages) X(page_starts) \
+  X(page_lens) X(merges) X(parts) X(num_q_heads) X(num_kv_heads) X(page_size) X(causal) \
+  X(sliding_window) X(max_page_id) X(max_row_end)
+// clang-format on
 
 // Row r of an item and a KV head is query head (kv_head * gqa_factor + r %
 // gqa_factor) of query token row_tokens[row_begin + r / gqa_factor].
