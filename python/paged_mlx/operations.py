@@ -90,8 +90,8 @@ def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Va
 
 
 def _attention_kind(arguments, options, plan):
-    q, _, _, _, _, softcap, slopes, sinks, mask = arguments
-    without = softcap is None, slopes is None, sinks is None, mask is None or mask.dtype
+    q, _, _, _, _, cap, slopes, sinks, mask = arguments
+    without = cap is None, slopes is None, sinks is None, mask is None or mask.dtype
     return q.shape[1], None if plan is None else plan.work, without
 
 

@@ -11,7 +11,7 @@ from paged_mlx import __main__ as commands
 from paged_mlx._native import _ext
 from paged_mlx.machine import doctor
 from paged_mlx.machine.cold_start import MODELS, asked_by, first_token
-from paged_mlx.machine.gpu_trial import TO_LOOK_AT, Finding, trials
+from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
 from paged_mlx.testing import backends
 from paged_mlx.testing.checks import run as run_check
 

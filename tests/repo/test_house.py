@@ -78,7 +78,7 @@ def test_the_library_imports_no_test_code():
         for name, path in modules().items()
         if any(".testing" in other for other in imports(path)) and ".testing" not in name
     }
-    assert users <= {"paged_mlx.machine.doctor", "paged_mlx.machine.gpu_trial"}
+    assert users <= {"paged_mlx.machine.doctor", "paged_mlx.machine.doctor_on_gpu"}
 
 
 def test_no_function_of_others_loses_its_code_and_nobody_reads_stack_frames():

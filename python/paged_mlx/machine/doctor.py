@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from paged_mlx._native import BUILT, _ext, backend
 from paged_mlx.machine.cold_start import MODELS, first_token
-from paged_mlx.machine.gpu_trial import TO_LOOK_AT, Finding, trials
+from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
 from paged_mlx.reference.case import with_options
 from paged_mlx.reference.dtypes import NAMES
 from paged_mlx.testing import Backend, Case, Check, backends, report, run_suite, small
