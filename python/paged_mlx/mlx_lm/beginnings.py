@@ -254,7 +254,13 @@ def _pieces(batch, prompts, tokens: list[list[int]]) -> list[list[list[int]]]:
 
 WHEN = "`prefix_cache=True`"
 SEAMS = [
-    Seam(GENERATE, "generate_step", _generate_step, WHEN, "reads what is not known of a prompt"),
+    Seam(
+        GENERATE,
+        "generate_step",
+        _generate_step,
+        WHEN,
+        "reads the tokens of a prompt that are not cached",
+    ),
     Seam(
         GENERATE,
         "speculative_generate_step",

@@ -283,7 +283,13 @@ def seams() -> list[Seam]:
         _seams.extend(
             [
                 Seam(generator, "insert_segments", _insert_segments, when, refuses),
-                Seam(generator, "_next", _next, when, "begins what has pages; the rest waits"),
+                Seam(
+                    generator,
+                    "_next",
+                    _next,
+                    when,
+                    "begins prompts that there are pages for; the rest waits",
+                ),
                 Seam(
                     ResponseGenerator, "_tokenize", _tokenize, when, f"{refuses}, as an HTTP error"
                 ),
