@@ -18,6 +18,11 @@ pytestmark = pytest.mark.skipif(
     reason=str(metal_host.unsupported() or native.unsupported()),
 )
 SUITE = "tests/support/metal_contract/suite.py"
+LAUNCHES = (
+    "tests/metal/test_launch_on_host.py",
+    "tests/metal/test_long_work.py",
+    "tests/pool/test_pipelined_graph.py",
+)
 
 
 def run(*arguments):
@@ -36,7 +41,7 @@ def run(*arguments):
 # Every node in a command buffer of its own: fences. All in one: barriers.
 @pytest.mark.parametrize("ops", ["0", "1000000"])
 def test_launches_are_ordered_registered_and_held(ops):
-    run("--ops", ops, "-v", "tests/metal/test_launch_on_host.py", "tests/metal/test_long_work.py")
+    run("--ops", ops, "-v", *LAUNCHES)
 
 
 @pytest.mark.parametrize("ops", ["0", "1000000"])

@@ -2,9 +2,11 @@
 
 import io
 import re
+import threading
 from collections import Counter
 
 import mlx.core as mx
+from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast
 
 LAYERS = 2
@@ -54,3 +56,30 @@ def test_a_layer_has_as_many_nodes_with_a_step_in_flight_as_without():
     assert alone["PagedAttention"] == alone["WritePages"] == LAYERS
     assert alone["Contiguous"] == LAYERS * 3  # of q, and of the new k and v: none of pages
     mx.eval(in_flight)
+
+
+def test_a_layer_has_as_many_dispatches_with_a_step_in_flight_as_without():
+    finish = threading.Event()
+
+    def held(dispatch):
+        assert finish.wait(60)
+        return dispatch
+
+    with metal_on_host(instrument=False, change=held) as launches:
+        pool = PagePool(LAYERS, 8, 16, 2, 64, mx.float32)
+        k = mx.ones((1, 2, 64))
+        mx.eval(k, pool.state)
+        finish.set()
+        mx.eval(step(pool, 0, k))
+        alone = Counter(launches.kernels)
+        finish.clear()
+        first = step(pool, 1, k)
+        mx.async_eval(first)
+        in_flight = step(pool, 2, k)
+        mx.async_eval(in_flight)
+        assert launches.kernels == alone  # the second step is still in flight
+        finish.set()
+        mx.eval(first, in_flight)
+    assert launches.findings == []
+    assert alone == {"write_pages": LAYERS, "attend_vector": LAYERS}
+    assert launches.kernels == {name: 3 * count for name, count in alone.items()}
