@@ -145,15 +145,24 @@ void bind_diagnostics(nb::module_& m) {
         return limits;
       },
       "Most threads of a threadgroup, by pipeline made on the GPU so far.");
+  m.def(
+      "note_pipeline",
+      [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype, int max_threads) {
+        const cpu::DType type = cpu_dtype(dtype);
+        const metal::Body body = metal::choose_body(kVectorItem, rows, head_dim, v_head_dim, type);
+        metal::note_pipeline(metal::body_text(body, body.simdgroups, type, head_dim, v_head_dim),
+                             max_threads);
+      },
+      "rows"_a, "head_dim"_a, "v_head_dim"_a, "dtype"_a, "max_threads"_a,
+      "Note a limit for attention_body's pipeline as if a GPU had made it; 0: forget it.");
   m.def("gpu_cores", &metal::gpu_cores, "Cores of the GPU; 0: there is none.");
   m.def("cores_of_architecture", &metal::cores_of_architecture, "architecture"_a,
         "Cores of a GPU of this architecture, about.");
   m.def(
       "attention_body",
       [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype) {
-        const cpu::DType type = cpu_dtype(dtype);
-        const PlanKind kind = kind_of(rows, metal::kind_rows(head_dim, v_head_dim, type));
-        const metal::Body body = metal::choose_body(kind, rows, head_dim, v_head_dim, type);
+        const metal::Body body =
+            metal::choose_body(kVectorItem, rows, head_dim, v_head_dim, cpu_dtype(dtype));
         return nb::make_tuple(body.kernel, body.rows);
       },
       "rows"_a, "head_dim"_a, "v_head_dim"_a, "dtype"_a,

@@ -91,7 +91,8 @@ void bind_plan(nb::module_& m) {
             new (self) StepPlan(
                 step_of(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens),
                 geometry,
-                target_of({kernels, workers, cores, cpu_dtype(dtype), head_dim, v_head_dim}),
+                target_of({kernels, workers, cores, cpu_dtype(dtype), head_dim, v_head_dim,
+                           num_kv_heads > 0 ? num_q_heads / num_kv_heads : 1}),
                 {share_prefixes, fixed_partition});
           },
           nb::kw_only(), "op"_a, "block_tables"_a, "context_lens"_a, "cu_seqlens_q"_a.none(),

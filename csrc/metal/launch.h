@@ -8,6 +8,7 @@
 #include "cpu/attention.h"
 #include "metal/encoder.h"
 #include "metal/long_work.h"
+#include "metal/variant.h"
 #include "plan/cost.h"
 
 namespace paged_mlx::metal {
@@ -92,5 +93,8 @@ KindRows kind_rows(int head_dim, int v_head_dim, DType dtype);
 // The body that attends items of a kind, of at most `rows` rows per KV head. Where a plan made
 // for another device puts more rows into a kind than its bodies hold, that of the next kind.
 Body choose_body(PlanKind kind, int rows, int head_dim, int v_head_dim, DType dtype);
+
+// A body's text for threadgroups of so many simdgroups; its function constants are not set.
+Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, int v_head_dim);
 
 } // namespace paged_mlx::metal

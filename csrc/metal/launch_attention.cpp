@@ -65,24 +65,13 @@ void set_constants(Variant& variant, const AttendCall& call) {
       .set(PAGED_MLX_CONSTANT_MASK_ADDS, call.options.mask == MaskKind::additive);
 }
 
-Variant body_variant(const AttendCall& call, const Body& body, int simdgroups) {
-  Variant variant;
-  variant.kernel = body.kernel;
-  variant.define("T", type_name(call.dtype))
-      .define("D", call.head_dim)
-      .define("DV", call.v_head_dim)
-      .define("ROWS", body.rows)
-      .define("SIMDGROUPS", simdgroups);
-  set_constants(variant, call);
-  return variant;
-}
-
 // The widest threadgroup that the pipeline takes; a kernel may be compiled for
 // fewer simdgroups only.
 Variant fitting_variant(Encoder& encoder, const AttendCall& call, const Body& body,
                         int& simdgroups) {
   for (simdgroups = body.simdgroups;; simdgroups /= 2) {
-    const Variant variant = body_variant(call, body, simdgroups);
+    Variant variant = body_text(body, simdgroups, call.dtype, call.head_dim, call.v_head_dim);
+    set_constants(variant, call);
     if (simdgroups == 1 || encoder.max_threads(variant) >= 32 * simdgroups) {
       return variant;
     }
@@ -176,6 +165,17 @@ void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& pa
 }
 
 } // namespace
+
+Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, int v_head_dim) {
+  Variant variant;
+  variant.kernel = body.kernel;
+  variant.define("T", type_name(dtype))
+      .define("D", head_dim)
+      .define("DV", v_head_dim)
+      .define("ROWS", body.rows)
+      .define("SIMDGROUPS", simdgroups);
+  return variant;
+}
 
 void attend(Encoder& encoder, const AttendCall& call) {
   const PlanHeader& plan = header(call);

@@ -61,7 +61,7 @@ MTL::ComputePipelineState* MlxEncoder::pipeline(const Variant& variant) {
   static VariantMap<MTL::ComputePipelineState*> made;
   return made.at(variant, [&] {
     auto* const pipeline = make_pipeline(variant);
-    note_pipeline(variant.name(), int(pipeline->maxTotalThreadsPerThreadgroup()));
+    note_pipeline(variant, int(pipeline->maxTotalThreadsPerThreadgroup()));
     return pipeline;
   });
 }

@@ -46,7 +46,11 @@ Variant& Variant::set(int id, int value) {
 }
 
 bool Variant::operator==(const Variant& other) const {
-  return same(kernel, other.kernel) && macros == other.macros && constants == other.constants;
+  return has_text_of(other) && constants == other.constants;
+}
+
+bool Variant::has_text_of(const Variant& other) const {
+  return same(kernel, other.kernel) && macros == other.macros;
 }
 
 size_t VariantHash::operator()(const Variant& variant) const {

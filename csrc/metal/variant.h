@@ -67,6 +67,9 @@ struct Variant {
 
   bool operator==(const Variant& other) const;
 
+  // Whether both are compiled from one text: they may differ in function constants.
+  bool has_text_of(const Variant& other) const;
+
   // Names the compiled text: the kernel and its macros.
   std::string library_name() const;
 

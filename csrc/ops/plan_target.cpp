@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch.h"
 #include "metal/gpu_cores.h"
+#include "metal/pipeline_limits.h"
 
 namespace paged_mlx {
 
@@ -14,10 +15,14 @@ constexpr int kHostCores = 8;
 
 PlanTarget kernels_target(const TargetOptions& options, int itemsize) {
   const int cores = options.cores > 0 ? options.cores : metal::gpu_cores();
+  const int head_dim = options.head_dim, v_head_dim = options.v_head_dim;
+  const KindRows rows = metal::kind_rows(head_dim, v_head_dim, options.dtype);
+  const metal::Body decodes =
+      metal::choose_body(kVectorItem, options.gqa_factor, head_dim, v_head_dim, options.dtype);
   PlanTarget target =
-      gpu_target(cores > 0 ? cores : kHostCores, itemsize,
-                 metal::kind_rows(options.head_dim, options.v_head_dim, options.dtype));
-  if (!has_fused_sdpa(options.head_dim, options.v_head_dim)) {
+      gpu_target(cores > 0 ? cores : kHostCores, itemsize, rows,
+                 metal::threadgroups_per_core(decodes, options.dtype, head_dim, v_head_dim));
+  if (!has_fused_sdpa(head_dim, v_head_dim)) {
     target.thresholds.sdpa_prompt = 0;
   }
   return target;

@@ -12,6 +12,7 @@ struct TargetOptions {
   int cores;    // of the GPU; 0: as it has
   cpu::DType dtype;
   int head_dim, v_head_dim;
+  int gqa_factor;
 };
 
 PlanTarget target_of(const TargetOptions& options);

@@ -1,5 +1,6 @@
 #include "plan/targets.h"
 
+#include <algorithm>
 #include <mutex>
 
 namespace paged_mlx {
@@ -97,8 +98,12 @@ PlanTarget cpu_target(int threads, int itemsize, int lanes) {
 
 // The costs weigh a core's arithmetic against its share of the memory's bandwidth; they are
 // not fitted to measurements.
-PlanTarget gpu_target(int cores, int itemsize, const KindRows& rows) {
+PlanTarget gpu_target(int cores, int itemsize, const KindRows& rows, int resident) {
   PlanTarget target = target_on(PlanDevice::gpu, cores, itemsize);
+  if (resident > 0 && !target.measured) {
+    target.workers = std::min(target.workers, cores * resident);
+    target.least_workers = std::min(target.least_workers, target.workers);
+  }
   target.rows = rows;
   target.heads_in_parallel = true;
   const double product = itemsize == 4 ? 0.5 : 1; // beside the bytes of a key

@@ -13,8 +13,9 @@ enum class PlanDevice { cpu, gpu };
 // `itemsize` bytes.
 PlanTarget cpu_target(int threads, int itemsize, int lanes);
 
-// A GPU of `cores` cores whose bodies attend `rows` rows.
-PlanTarget gpu_target(int cores, int itemsize, const KindRows& rows);
+// A GPU of `cores` cores whose bodies attend `rows` rows, and which hold `resident` threadgroups
+// at the same time (0: nobody knows).
+PlanTarget gpu_target(int cores, int itemsize, const KindRows& rows, int resident);
 
 // Whether MLX's attention has a fused kernel for these head dims on a GPU; without one it
 // keeps all scores in memory.

@@ -14,7 +14,7 @@ import mlx.core as mx
 from paged_mlx.attention_plan import AttentionPlan
 from paged_mlx.options import AttentionOptions
 
-#: Calls of ``attend``, by the number of their sequences.
+#: Calls of ``attend`` and ``attend_batch``, by the number of their sequences.
 calls: Counter[int] = Counter()
 
 
@@ -45,13 +45,29 @@ def attend(
     """
     bounds = plan.query_bounds
     calls[len(bounds) - 1] += 1
-    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     outs = []
     for begin, end in zip(bounds, bounds[1:], strict=False):
         if begin < end:
-            one = (a[begin:end].swapaxes(0, 1)[None] for a in (q, k, v))
-            out = mx.fast.scaled_dot_product_attention(
-                *one, scale=scale, mask="causal", sinks=options.sinks, stream=stream
-            )
-            outs.append(out[0].swapaxes(0, 1))
+            q_k_v = (a[begin:end].swapaxes(0, 1)[None] for a in (q, k, v))
+            outs.append(_causal(*q_k_v, options, stream)[0].swapaxes(0, 1))
     return outs[0] if len(outs) == 1 else mx.concatenate(outs, stream=stream)
+
+
+def attend_batch(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    options: AttentionOptions,
+    *,
+    stream: mx.Stream | mx.Device | None = None,
+) -> mx.array:
+    """The same for ``[batch, heads, tokens, dim]``, whose rows may have padding at their end."""
+    calls[len(q)] += 1
+    return _causal(q, k, v, options, stream)
+
+
+def _causal(q, k, v, options, stream):
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    return mx.fast.scaled_dot_product_attention(
+        q, k, v, scale=scale, mask="causal", sinks=options.sinks, stream=stream
+    )

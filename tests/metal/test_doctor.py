@@ -69,7 +69,7 @@ def test_a_checkout_examines_the_metal_text_and_every_kernel_of_it():
 
 
 def test_the_body_checks_ask_for_every_body():
-    rows = {"vector body": (1, 2), "tile body": (4, 8, 16), "wide body": (40, 160)}
+    rows = {"vector body": (1, 2), "tile body": (4, 8, 16), "prompts": (40, 160)}
     for check in doctor.bodies():
         case = check.case
         longest = max(query_len for query_len, _ in case.sequences)

@@ -8,6 +8,7 @@ import pytest
 from metal_on_host import metal_on_host
 from paged_mlx import fast
 from paged_mlx._native import _ext
+from paged_mlx.machine import thresholds
 from paged_mlx.testing import Case, backends
 from threadgroups import CHIPS, CONTEXTS, MODELS, PAGE_SIZE, items_of, table
 
@@ -64,6 +65,49 @@ def test_sequences_that_fill_a_gpu_are_not_cut():
 
 def test_the_table_of_threadgroups_in_the_docs_is_up_to_date():
     assert table() in (ROOT / "docs/metal.md").read_text()
+
+
+@pytest.fixture
+def noted():
+    """Notes the limit of a pipeline, and forgets it after the test."""
+    bodies = []
+
+    def note(*body, threads):
+        bodies.append(body)
+        _ext.note_pipeline(*body, threads)
+
+    yield note
+    for body in bodies:
+        _ext.note_pipeline(*body, 0)
+
+
+@pytest.mark.parametrize(
+    "gqa_factor, threads, per_core",
+    # of 128 threads: of attend_vector, then of attend_tile
+    [(1, 1024, 4), (1, 384, 3), (1, 128, 1), (4, 512, 4), (4, 256, 2), (4, 64, 4)],
+)
+def test_a_pipelines_limit_of_threads_bounds_the_threadgroups_of_a_core(
+    noted, gqa_factor, threads, per_core
+):
+    body = gqa_factor, 64, 64, mx.float16
+    noted(*body, threads=threads)
+    with metal_on_host():
+        of_body = decode_plan(65536, gqa_factor=gqa_factor, head_dim=64)
+        others = [
+            decode_plan(65536, gqa_factor=16, head_dim=64),
+            decode_plan(65536, gqa_factor=gqa_factor, head_dim=128),
+            decode_plan(65536, gqa_factor=gqa_factor, head_dim=64, dtype=mx.float32),
+        ]
+    assert 2 * sum(of_body.num_items.values()) == HOST_CORES * per_core
+    for other in others:
+        assert 2 * sum(other.num_items.values()) == HOST_CORES * THREADGROUPS_PER_CORE
+
+
+def test_measured_thresholds_are_not_bounded_by_a_pipelines_limit(noted):
+    noted(4, 64, 64, mx.float16, threads=128)
+    with metal_on_host(), thresholds.planned_with("gpu", 2, workers_per_core=3):
+        plan = decode_plan(65536, head_dim=64)
+    assert 2 * sum(plan.num_items.values()) == HOST_CORES * 3
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])

@@ -210,7 +210,7 @@ def bodies() -> Iterator[Check]:
             yield Check("tile body", case.replace(num_q_heads=2 * gqa_factor))
         for gqa_factor in (1, 4):
             prompts = case.replace(num_q_heads=2 * gqa_factor, sequences=((40, 90), (33, 33)))
-            yield Check("wide body", prompts)
+            yield Check("prompts", prompts)
         long = case.replace(num_q_heads=8, sequences=((1, 300), (1, 33)))
         yield Check("partitions, merge", long, "neighbours")
 
@@ -218,12 +218,12 @@ def bodies() -> Iterator[Check]:
 def one_of_each() -> list[Check]:
     """Each kernel once, for a backend that compiles for seconds."""
     case = Case(dtype="float16", num_kv_heads=2, sequences=((1, 90), (1, 33)))
-    wide = case.replace(dtype="float32", num_q_heads=8, sequences=((20, 60),))
+    prompts = case.replace(dtype="float32", num_q_heads=8, sequences=((20, 60),))
     pages = case.replace(page_size=8)
     return [
         Check("vector body", case.replace(num_q_heads=4)),
         Check("tile body", case.replace(dtype="bfloat16", num_q_heads=8)),
-        Check("wide body", wide),
+        Check("prompts", prompts),
         Check(
             "partitions, merge", case.replace(num_q_heads=8, sequences=((1, 150),)), "neighbours"
         ),

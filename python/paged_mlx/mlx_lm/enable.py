@@ -14,7 +14,7 @@ from paged_mlx.errors import fail, whole_number
 from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
-from paged_mlx.mlx_lm.group import LayerGroup
+from paged_mlx.mlx_lm.group import FRESH_PROMPT, LayerGroup
 from paged_mlx.mlx_lm.hook import ATTENTION
 from paged_mlx.mlx_lm.identity import Identity
 from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
@@ -383,7 +383,13 @@ class PagedModel:
     @property
     def gathered_calls(self) -> dict[str, int]:
         """Attention calls that went through a gather, by reason."""
-        return {reason: count for reason, count in self._calls().items() if reason is not None}
+        others = (None, FRESH_PROMPT)
+        return {reason: count for reason, count in self._calls().items() if reason not in others}
+
+    @property
+    def fresh_prompt_calls(self) -> int:
+        """Attention calls of fresh prompts, whose K and V were written and not read."""
+        return self._calls().get(FRESH_PROMPT, 0)
 
     def _calls(self) -> Counter:
         calls = Counter()

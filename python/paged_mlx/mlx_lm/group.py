@@ -20,6 +20,7 @@ log = logging.getLogger("paged_mlx")
 
 MOST_AT_ONCE = 2048  # tokens of a prompt in one pass, mlx-lm's default
 GROWTH = 32  # pools grow by what is missing, and by one in so many pages at least
+FRESH_PROMPT = "a fresh prompt's own K and V go to MLX's attention"
 RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch
 
 
@@ -357,8 +358,10 @@ class LayerGroup:
     # Figures
 
     def reasons(self, layer: int) -> list[str | None]:
-        """Why attention calls of a layer did not read pages; None stands for those that did."""
-        return [reason for (called, reason) in list(self.calls) if called == layer]
+        """Why attention calls of a layer did not read pages; None stands for those that did, and
+        for those of fresh prompts, which have nothing to read."""
+        found = [reason for (called, reason) in list(self.calls) if called == layer]
+        return list(dict.fromkeys(None if each == FRESH_PROMPT else each for each in found))
 
     @property
     def is_wholly_paged(self) -> bool:

@@ -2,6 +2,7 @@
 
 A call whose K and V are ours, and whose mask means what the pages' plan means, reads the
 pages. Any other call goes on as it came: our arrays are real, so it is right, and slower.
+Of a fresh prompt, where the plan says so, MLX's attention takes the K and V that it brings.
 """
 
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from paged_mlx import fresh_prompt
 from paged_mlx._native import _ext
 from paged_mlx.mlx_lm.gathered import GatheredKV, PagedMask
+from paged_mlx.mlx_lm.group import FRESH_PROMPT
 from paged_mlx.mlx_lm.seams import Seam
+from paged_mlx.options import AttentionOptions
 
 source_of = _ext.source_of
 
@@ -36,10 +40,14 @@ def reading_pages(before):
             if route is None or not route.answers(source, q, mask):
                 route = find_route(source, q, mask)
             reason = route.reason
+            if route.is_fresh_prompt and source.keys is not None:
+                reason = FRESH_PROMPT
         group = place.group
         group.calls[place.layer, reason] += 1
         if reason is None:
             out = attend(q, source, route.plan, scale, sinks)
+        elif reason is FRESH_PROMPT:
+            out = attend_fresh_prompt(q, source, scale, sinks)
         else:
             out = before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
         group.attended.add(place.layer)
@@ -65,6 +73,7 @@ class Route:
         mask: The mask.
         reason: Why the pages cannot be read; None when they can.
         plan: The attention plan then.
+        is_fresh_prompt: Whether MLX's attention takes the step's own K and V.
     """
 
     step: object
@@ -74,6 +83,7 @@ class Route:
     mask: object
     reason: str | None
     plan: object = None
+    is_fresh_prompt: bool = False
 
     def answers(self, source, q, mask) -> bool:
         place = source.place
@@ -91,11 +101,12 @@ def find_route(source, q, mask) -> Route:
     """Decide whether a call reads the pages, and remember it for layers that ask the same."""
     step, pool, group = source.step, source.place.pool, source.place.group
     reason = refusal(q, source, pool, mask)
-    plan = None
+    plan, is_fresh_prompt = None, False
     if reason is None:
         window = mask.window if type(mask) is PagedMask else group.window
         plan = step.plan(pool, q.shape[1], window)
-    step.route = Route(step, pool, q.shape, q.dtype, mask, reason, plan)
+        is_fresh_prompt = q.dtype == pool.dtype and fresh_prompt.takes(plan, AttentionOptions())
+    step.route = Route(step, pool, q.shape, q.dtype, mask, reason, plan, is_fresh_prompt)
     return step.route
 
 
@@ -134,6 +145,17 @@ def mask_refusal(mask, source) -> str | None:
 def supported(head_dim: int) -> bool:
     """Whether paged attention has a kernel for it."""
     return head_dim % 8 == 0 and (8 <= head_dim <= 256 or head_dim == 512)
+
+
+def attend_fresh_prompt(q, source, scale, sinks):
+    """Attention of one layer over what the step brings, which goes to the pages as well.
+
+    Padding stands at the end, where no token before it sees it.
+    """
+    pool = source.place.pool
+    k, v = pool.take_fetched(source)
+    options = AttentionOptions(scale=scale, sinks=sinks)
+    return fresh_prompt.attend_batch(q, k, v, options, stream=pool.stream)
 
 
 def attend(q, source, plan, scale, sinks):

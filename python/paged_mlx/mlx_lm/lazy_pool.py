@@ -106,6 +106,12 @@ class LazyPool(PagePool):
             del self._waiting[i]
         return out
 
+    def take_fetched(self, source: PagesOfLayer) -> tuple[mx.array, mx.array]:
+        """Write what waits of ``source``, and return it: all K and V of a fresh prompt."""
+        k, v = source.keys, source.values
+        self._write(source)
+        return k, v
+
     def _write(self, source: PagesOfLayer) -> None:
         """Write what waits of a layer that nobody has attended to."""
         i = source.place.index
