@@ -1,6 +1,6 @@
 """Paged attention for MLX: K and V in pages, read directly through a block table.
 
-A step is planned once and used by every layer::
+A step is planned once and used by every layer:
 
     plan = pool.plan(tables, num_q_heads=32)
     for layer in range(num_layers):

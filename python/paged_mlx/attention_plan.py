@@ -55,7 +55,7 @@ class PlanOptions(NamedTuple):
         sliding_window: Keys a token may see, its own included; None: all.
         share_prefixes: Sequences that begin with the same pages may read them once.
         fixed_partition: Cut at multiples of this many tokens, and share nothing.
-        workers: Items that can run at once; None: what the device has.
+        workers: Items that can run at once; None: those of the device.
         kernels: Metal kernels run it, on the GPU or on the host.
     """
 
@@ -93,7 +93,7 @@ class AttentionPlan:
             (``kernels/plan_format.h``). Pass it as an input of a compiled
             function and on to ``fast.paged_attention(..., plan=array)``.
         decisions: Why each run of common pages is shared or not.
-        geometry, options: What it was made for, but for the step's tables and lengths.
+        geometry, options: Sizes and options that it was made for.
         measured: Whether the planner's thresholds were measured on this machine
             (``python -m paged_mlx tune``); else they are those of its table.
         fresh_prompt: Whether the query tokens are their sequences' whole contexts, for
@@ -130,7 +130,7 @@ class AttentionPlan:
 
     @cached_property
     def work(self) -> tuple[tuple[int, int, int], bool, bool, bool]:
-        """What decides which kernels run: most query tokens of an item, by kind; merges; window; ragged."""
+        """The choice of kernels: most query tokens of an item, by kind; merges; window; ragged."""
         header = self._header
         merged, window, ragged = (
             bool(header[name]) for name in ("num_merges", "sliding_window", "page_starts")
@@ -233,7 +233,7 @@ class AttentionPlan:
         return None if native is None else AttentionPlan(native, self.geometry, self.options)
 
     def check_agrees(self, op: str, causal: bool, sliding_window: int | None) -> None:
-        """A plan has its own causality and window; what is asked for is left out or agrees.
+        """Refuse ``causal`` or ``sliding_window`` that differ from the plan's own.
 
         Raises:
             ValueError: It does not agree.
@@ -287,7 +287,7 @@ def make_plan(
     Geometry and options have been checked.
 
     Raises:
-        ValueError: A table, length or id is not what it must be.
+        ValueError: A table, length or id is wrong; the message says why.
     """
     if previous is not None:
         if not isinstance(previous, AttentionPlan):

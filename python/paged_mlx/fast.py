@@ -78,18 +78,18 @@ def plan(
         page_starts, page_lens: ``int32 [batch, max_pages]`` for ragged tables:
             position of each page's first token and the number of its tokens.
         num_pages: Pages of the pool, so that ids outside it are found here.
-        dtype, head_dim, v_head_dim: Of the pages; the cost model asks for them.
+        dtype, head_dim, v_head_dim: Type and sizes of the pages, for the cost model.
         share_prefixes: Let sequences that begin with the same pages read them once.
         fixed_partition: Cut at multiples of this many tokens and share nothing, so
             that a sequence's result has the same bits whatever the batch holds.
-        workers: Items that can run at once. None: what the device has.
+        workers: Items that can run at once. None: those of the device.
         previous: The plan of the step before; reused when only lengths inside the
             last pages changed.
         stream: Stream or device that the step will run on; any can run the plan, but
             the GPU wants other items than the CPU.
 
     Raises:
-        ValueError: A table, length or id is not what it must be.
+        ValueError: A table, length or id is wrong; the message says why.
 
     Examples:
         >>> sizes = dict(num_q_heads=8, num_kv_heads=2, page_size=16)
@@ -181,7 +181,7 @@ def paged_attention(
     """Attention that reads K and V through a block table.
 
     Prefill and decode mix freely in one call. A score is ``scale * q.k``, then
-    softcap, then ALiBi, then the mask. What a token cannot see has no influence on a
+    softcap, then ALiBi, then the mask. Keys that a token cannot see have no influence on a
     bit of its result, were it NaN; a NaN that it sees is in its result.
 
     Args:
@@ -215,7 +215,7 @@ def paged_attention(
         gets 0 and log-sum-exp -inf.
 
     Raises:
-        ValueError: A shape, dtype, id or length is not what it must be.
+        ValueError: A shape, dtype, id or length is wrong; the message says why.
 
     Examples:
         >>> q, pages = mx.ones((1, 4, 64)), mx.ones((2, 2, 16, 64))
@@ -265,7 +265,7 @@ def write_pages(
         The next versions of ``k_pages`` and ``v_pages``.
 
     Raises:
-        ValueError: A shape, dtype or slot is not what it must be.
+        ValueError: A shape, dtype or slot is wrong; the message says why.
 
     Examples:
         >>> pages, k = mx.zeros((2, 2, 16, 64)), mx.ones((1, 2, 64))
@@ -292,7 +292,7 @@ def copy_pages(
         The next versions of the arrays.
 
     Raises:
-        ValueError: A shape or page id is not what it must be.
+        ValueError: A shape or page id is wrong; the message says why.
 
     Examples:
         >>> pages = mx.arange(2).reshape(2, 1, 1, 1) * mx.ones((2, 1, 16, 64))
@@ -314,7 +314,7 @@ def gather_pages(
     page_lens: Ints | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """K and V of each sequence, contiguous: what paged attention makes unnecessary.
+    """K and V of each sequence, contiguous. Paged attention needs no such copy.
 
     Args:
         k_pages, v_pages, block_tables, context_lens, page_starts, page_lens: As in
@@ -325,7 +325,7 @@ def gather_pages(
         sequence's context and where its table has ``NO_PAGE``.
 
     Raises:
-        ValueError: A shape, id or length is not what it must be.
+        ValueError: A shape, id or length is wrong; the message says why.
 
     Examples:
         >>> pages = mx.ones((2, 2, 16, 64))

@@ -65,7 +65,7 @@ class PagePool:
         stream: Stream or device of every operation.
 
     Raises:
-        ValueError: A size or dtype is not what it must be.
+        ValueError: A size or dtype is wrong; the message says why.
         OutOfPages: The pages would pass the memory limit, or there is no memory for them.
 
     Examples:
@@ -255,10 +255,10 @@ class PagePool:
             share_prefixes: Let sequences that begin with the same pages read them once.
             fixed_partition: Cut at multiples of this many tokens and share nothing, so that a
                 sequence's result has the same bits whatever the batch holds.
-            workers: Items that can run at once. None: what the device has.
+            workers: Items that can run at once. None: those of the device.
 
         Raises:
-            ValueError: An argument is not what it must be, or a page that a token may see was
+            ValueError: An argument is wrong, or a page that a token may see was
                 given back.
         """
         op = "plan"
@@ -441,7 +441,7 @@ class PagePool:
             caches: Every prefix cache on it, counted with the tables.
 
         Raises:
-            AssertionError: They do not; the message says what.
+            AssertionError: They do not; the message names the difference.
         """
         held = list(tables or ())
         mx.eval(self.state)

@@ -103,7 +103,7 @@ def analyze_memory_efficiency(
 
     Args:
         lengths: Tokens of each sequence; default the course chapter's batch of 16.
-        max_seq_len: What static allocation reserves for each; default 2048, or the longest
+        max_seq_len: Tokens that static allocation reserves for each; default 2048, or the longest
             sequence if that is longer.
         page_size: Tokens in a page.
         prefix_groups: ``(length, members)`` of each group that begins alike, no sequence in

@@ -43,7 +43,7 @@ class DecodeStep:
     Args:
         lengths: Context of each sequence.
         num_q_heads, num_kv_heads, head_dim, page_size, dtype: Geometry.
-        seed: Of the random q, K and V.
+        seed: Seed of the random q, K and V.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def benchmark_memory_systems(
         speed-ups are not those of a GPU.
 
     Raises:
-        ValueError: ``repeats``, a scenario or a size is not what it must be.
+        ValueError: ``repeats``, a scenario or a size is wrong; the message says why.
     """
     op, results = "benchmark_memory_systems", []
     whole_number(op, "repeats", repeats, 1)

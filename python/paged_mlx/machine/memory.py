@@ -15,7 +15,7 @@ def memory_limit(share: float = SHARE) -> int:
     """Return the bytes that all arrays of MLX may take and leave the machine usable.
 
     Args:
-        share: Of what MLX recommends as the GPU's working set; without a GPU, of the
+        share: Share of the working set that MLX recommends for the GPU; without a GPU, of the
             memory of the machine or of the process's control group.
 
     Raises:

@@ -118,7 +118,7 @@ class PagedKVCache(stock._BaseCache):
             fail("PagedKVCache", "state must not be set, pages belong to a pool", "arrays")
 
     def read_state(self) -> tuple:
-        """What the state of a stock cache of the same tokens holds."""
+        """The state of a stock cache of the same tokens."""
         return tuple(self.to_stock().state)
 
     @property

@@ -65,7 +65,7 @@ def enable(
 
     Raises:
         ValueError: The model is enabled already, has no cache that can be paged, or an
-            option is not what it must be.
+            option is wrong; the message says why.
     """
     if not isinstance(model, nn.Module):
         fail("enable", "model must be a model of mlx-lm", type(model).__name__)
@@ -92,7 +92,7 @@ class PagedModel:
         passes: Its forward passes, of all threads.
         prefixes: PromptPrefixes: with ``prefix_cache=True``, or once ``begin`` or ``remember``
             were called; else None.
-        prompts: What runs the model's calls with ``prefix_cache=True``; else None.
+        prompts: Runs the model's calls with ``prefix_cache=True``; else None.
     """
 
     def __init__(self, model, page_size, num_pages, retain, prefix_cache=False, max_bytes=None):
@@ -202,7 +202,7 @@ class PagedModel:
         return paged_model_of(self.model) is self
 
     def disable(self) -> None:
-        """Take away what ``enable`` put in place. Caches in use stay right, and are slower."""
+        """Undo ``enable``. Caches in use stay right, and are slower."""
         self._seams.close()
 
     def __enter__(self):
@@ -240,14 +240,14 @@ class PagedModel:
         return build(self.layout.places, self.stock_cache(), paged)
 
     def begin(self, tokens: list[int], key=None) -> tuple[list, list[int]]:
-        """A prompt cache that holds what is known of ``tokens``, and the tokens left to compute.
+        """A prompt cache with the cached beginning of ``tokens``, and the tokens left to compute.
 
         For any function of mlx-lm that takes a prompt cache; nothing is replaced for it.
 
         Args:
             tokens: The prompt.
-            key: What K and V depend on besides tokens and the model: a tenant, an adapter, a
-                salt. What was remembered under another is not found.
+            key: Anything else that K and V depend on: a tenant, an adapter, a salt.
+                Tokens remembered under another key are not found.
         """
         prefixes, tokens = self._known_prefixes(), [int(token) for token in tokens]
         prompt_cache = self.make_cache(keys_of(key))
@@ -266,7 +266,7 @@ class PagedModel:
         """Let later prompts begin with ``tokens``, which ``prompt_cache`` holds; those behind
         the ones that it holds, as an answer's last one, are left out.
 
-        The cache may go on from here. What it was begun under in ``begin`` it is found under.
+        The cache may go on from here. Its tokens are found under the key that ``begin`` was given.
 
         Raises:
             ValueError: It is not of this model, or holds other tokens.
@@ -319,7 +319,7 @@ class PagedModel:
 
     @property
     def identity(self) -> Identity:
-        """What the model is now: weights, configuration and rank."""
+        """The model as it is now: weights, configuration and rank."""
         if self.prefixes is not None:
             self.prefixes.notice_changes()
             return self.prefixes.identity
@@ -330,7 +330,7 @@ class PagedModel:
     # Memory
 
     def estimate(self, lengths: list[int], max_new_tokens: int) -> Estimate:
-        """What the pages of sequences with prompts of ``lengths`` will take, and whether that fits.
+        """Bytes of the pages of sequences with prompts of ``lengths``, and whether they fit.
 
         Nothing is counted that they might share.
         """
@@ -346,8 +346,8 @@ class PagedModel:
         return Estimate(nbytes, fits and nbytes <= most)
 
     def trim_memory(self) -> int:
-        """Give back what no sequence holds: cached prefixes, and the pages at the end of the pools
-        that are free then. Returns the bytes given back."""
+        """Give back pages that no sequence holds: cached prefixes, then free pages at the end of
+        the pools. Returns the bytes given back."""
         before = self.nbytes
         with self.passes.turn():
             self.passes.reclaim()

@@ -10,7 +10,7 @@ _enabled: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by the 
 
 
 def paged_model_of(model):
-    """What ``enable`` returned for this model, while it is enabled."""
+    """The ``PagedModel`` of this model, while it is enabled."""
     paged = _enabled.get(id(model))
     return paged if paged is not None and paged.model is model else None
 

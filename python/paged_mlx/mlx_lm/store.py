@@ -48,14 +48,14 @@ if hasattr(stock, "LRUPromptCache"):
     )
 
     class PromptStore(stock.LRUPromptCache):
-        """The prompt store of ``mlx_lm.server`` for an enabled model: what it finds is the longest
-        beginning that is known, filed here or not, and counted as cached by the server.
+        """The prompt store of ``mlx_lm.server`` for an enabled model. It finds the longest cached
+        beginning, filed here or not, and the server counts it as cached.
 
         ``ResponseGenerator(model_provider, PromptStore(paged))`` in place of mlx-lm's own.
 
         Args:
-            paged: What ``enable`` returned.
-            max_size, max_bytes: Of the caches that are filed, as mlx-lm's.
+            paged: The ``PagedModel`` that ``enable`` returned.
+            max_size, max_bytes: Limits of the filed caches, as mlx-lm's.
         """
 
         def __init__(self, paged, max_size: int = 10, max_bytes: int = 1 << 63):

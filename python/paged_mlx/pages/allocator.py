@@ -470,7 +470,7 @@ class PageAllocator:
             caches: Every prefix cache on it, counted with the tables.
 
         Raises:
-            AssertionError: With what disagrees.
+            AssertionError: It names the difference.
         """
         counts, free = self._counts, sorted(self._free_ids())
         assert len(free) == self.num_free, (

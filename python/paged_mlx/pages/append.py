@@ -19,7 +19,7 @@ from paged_mlx.pages.page_map import PageMap, new_version
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """What an append has done.
+    """The result of an append.
 
     Attributes:
         slots: ``int32 [tokens]``, where to write each new token, in order.

@@ -50,7 +50,7 @@ class Canary(Pool):
     """The notes on every slot of an allocator, which it follows as an attached pool does.
 
     Args:
-        allocator: Whose pages.
+        allocator: Owner of the pages.
         num_layers: Layers whose writes are told by ``wrote_layer``; 0 if none are.
     """
 

@@ -74,7 +74,7 @@ class Evictor(Protocol):
         """Somebody else now holds these pages too."""
 
     def check(self) -> None:
-        """Raise an AssertionError if what it holds is not in order."""
+        """Raise an AssertionError if the pages it holds are not in order."""
 
 
 class Evictors:

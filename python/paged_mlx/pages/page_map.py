@@ -43,7 +43,7 @@ class PageMap:
 
     Attributes:
         page_size: Tokens in a page.
-        allocator: Whose pages; None while there are none.
+        allocator: Owner of the pages; None while there are none.
         ids: The page of each entry, ``int32``. No page stands in it twice.
         starts: The first position of each entry, when ragged; else None.
         num_tokens: Positions in all.

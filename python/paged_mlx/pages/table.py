@@ -170,7 +170,7 @@ class PageTable:
             page_ids: Pages full of the tokens, the last one perhaps part-filled, each named
                 once. The first may be NO_PAGE: those behind a window.
             num_tokens: Tokens in them.
-            allocator: Whose pages.
+            allocator: Owner of the pages.
 
         Raises:
             ValueError: The table is not empty, a page is free or named twice, or they are not
@@ -343,7 +343,7 @@ def share_prefix(
         source_table: Holds the tokens.
         target_table: Empty; shares the pages afterwards.
         prefix_length: Tokens to share.
-        partial: What happens to a page that the prefix fills in part. ``"copy"``: whoever
+        partial: Treatment of a page that the prefix fills in part. ``"copy"``: whoever
             writes to it first copies it, except its last holder. ``"seal"``: it stays
             shared for good, and the next token after the prefix starts a new page.
 

@@ -65,7 +65,7 @@ class PrefixCache(Evictor):
         [0, 1]
 
     Args:
-        allocator: Whose pages; the cache becomes one of its evictors.
+        allocator: Owner of the pages; the cache becomes one of its evictors.
         window: Keys a token may see, its own included; default all. With a window, pages
             behind it need not be there for a hit, nor in a table that is inserted.
         policy: Which page to give up first; see ``eviction``.
@@ -129,7 +129,7 @@ class PrefixCache(Evictor):
     # Finding.
 
     def match(self, tokens: Tokens, keys: Iterable[ExtraKey] = ()) -> PrefixMatch:
-        """Return what ``reuse`` would share; nothing changes, and no query is counted."""
+        """Return the pages that ``reuse`` would share; nothing changes, and no query is counted."""
         packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
         pages, behind, num_tokens = self._tree.find(packed[:-TOKEN_BYTES], packed_keys)
         return PrefixMatch(num_tokens, [NO_PAGE] * behind + [page.page_id for page in pages])
@@ -140,7 +140,7 @@ class PrefixCache(Evictor):
         Args:
             tokens: The sequence that is to be computed.
             table: Empty; holds the pages found afterwards.
-            keys: What else K and V depend on.
+            keys: Everything else that K and V depend on.
 
         Returns:
             Tokens that need no computing: less than all of them, since the last one's
@@ -189,7 +189,7 @@ class PrefixCache(Evictor):
             tokens: The table's first tokens; their K and V are written, or will be before
                 anything that is computed later.
             table: Who holds the pages; nothing about it changes.
-            keys: What else K and V depend on.
+            keys: Everything else that K and V depend on.
             priority: For policies that heed it.
             tail: Remember the part-filled page in which the tokens end too. A table that
                 goes on from there copies it first.
@@ -411,7 +411,7 @@ class PrefixCache(Evictor):
         """Prove that tree, index, queue and reference counts agree.
 
         Raises:
-            AssertionError: With what disagrees.
+            AssertionError: It names the difference.
         """
         self._tree.check()
         pages = list(self._tree.by_page.values())

@@ -1,4 +1,4 @@
-"""What a prefix cache tells about itself: events for an outside index, and statistics."""
+"""News of a prefix cache: events for an outside index, and statistics."""
 
 from __future__ import annotations
 

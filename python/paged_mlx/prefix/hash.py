@@ -24,7 +24,7 @@ class ExtraKey:
     """Something besides tokens that K and V depend on.
 
     Attributes:
-        kind: What the value is, such as ``"adapter"``, ``"salt"`` or ``"image"``. Equal
+        kind: Kind of the value, such as ``"adapter"``, ``"salt"`` or ``"image"``. Equal
             values of different kinds never match.
         value: The adapter's name, the salt, the digest of the image.
         position: The first position it bears on; pages from there on have other hashes.

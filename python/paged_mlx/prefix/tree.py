@@ -309,7 +309,7 @@ class PrefixTree:
         """Prove that tree and index agree.
 
         Raises:
-            AssertionError: With what disagrees.
+            AssertionError: It names the difference.
         """
         places = self.root.descendants()
         held = [place for place in places if place.held]

@@ -3,7 +3,7 @@
 ``attention`` computes one sequence with contiguous K and V; ``paged_attention`` has the
 arguments of ``paged_mlx.fast.paged_attention`` and looks every key up in its page.
 
-For a query token at position ``i`` and a key at position ``j`` of the same sequence::
+For a query token at position ``i`` and a key at position ``j`` of the same sequence:
 
     score = scale * (q . k)
     score = softcap * tanh(score / softcap)          if softcap

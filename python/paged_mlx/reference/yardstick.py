@@ -32,7 +32,7 @@ _FLOAT32_UNIT = dtypes.EPSILON["float32"] / 2
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ``judge`` found. ``ratio`` is the worst error over its bound; at most 1 is right."""
+    """The result of ``judge``. ``ratio`` is the worst error over its bound; at most 1 is right."""
 
     right: bool
     ratio: float

@@ -1,7 +1,7 @@
 """The conformance suite: can a paged attention tell a right page from a wrong one?
 
 A backend is a function from a ``Problem`` (numpy arrays) to ``(out, lse)``. To run the suite
-on a kernel of your own::
+on a kernel of your own:
 
     from paged_mlx.testing import Backend, grid, report, run_suite
 
@@ -14,7 +14,7 @@ on a kernel of your own::
     yardstick  float32 attention and ``judge``: the one home of tolerances
     case       a call by its numbers; problem, tables: its arrays, poisoned
     needle     a key in every page that one query must find
-    checks     what is asked of a result; grid, small, pairwise: of which cases
+    checks     conditions on a result; grid, small, pairwise: the cases
     runner     groups x backends; report: the table; shrink: the smallest failing case
     graph      random programs over a pool; large: pools beyond 2^31 elements
 """

@@ -31,8 +31,8 @@ class Backend:
         write: ``(k, v, k_pages, v_pages, slot_mapping, dtype) -> (k_pages, v_pages)``.
         copy: ``(pools, pairs, dtype) -> pools``.
         gather: ``problem -> (k, v)``, ``[batch, num_kv_heads, longest, dim]`` stored.
-        offers: Whether a case is within what the backend promises.
-        snippet: Expression that makes the backend, for what is printed to be pasted.
+        offers: Whether the backend supports a case.
+        snippet: Expression that makes the backend, for printed programs.
         stream: MLX stream or device of the backend, None if it is not MLX.
     """
 

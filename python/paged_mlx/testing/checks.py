@@ -31,7 +31,7 @@ class Check:
 
 
 def run(check: Check, backend: Backend) -> Outcome:
-    """Ask one check of one backend. What the backend raises is a failure, not an error."""
+    """Ask one check of one backend. An exception of the backend is a failure of the check."""
     if not backend.offers(check.case) or not _can(check.ask, backend):
         return Outcome(True, skipped=True)
     try:
