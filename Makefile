@@ -58,7 +58,8 @@ test-arm64: build $(VENV)/.test-packages
 
 test-fallback: build $(VENV)/.test-packages
 	PYTHONPATH=tests/support $(PY) -m pytest -p without_native tests/conformance tests/pages \
-	  tests/pool tests/plan tests/prefix tests/mlx_lm tests/repo/test_versions.py
+	  tests/pool tests/plan tests/prefix tests/mlx_lm/test_enable.py tests/mlx_lm/test_parity.py \
+	  tests/repo/test_versions.py
 
 test-mlx-versions: build $(VENV)/.test-packages
 	$(PY) tests/support/mlx_versions.py $(VERSIONS)

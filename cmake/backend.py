@@ -18,6 +18,8 @@ from scikit_build_core.build import (  # noqa: F401  the rest of the interface
     build_editable,
     build_sdist,
     get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
 )
 
 PURE = {"wheel.platlib": "false", "wheel.py-api": "py3"}

@@ -5,7 +5,8 @@ know what an operation means. Every function has the name, arguments and result 
 module's. Slower, and with more memory: K and V of a sequence are gathered, scores of all its
 keys are kept, and a write copies the pages wherever MLX must keep the old ones.
 
-A plan is one row of integers for each query token,
+A plan is a header of integers (a mark, tokens, query heads, KV heads, page size), and a row for each
+query token,
 
     position, keys behind (row_end), window, page ids [M], page starts [M], page lengths [M]
 
@@ -21,8 +22,11 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.errors import fail
+from paged_mlx.options import AttentionOptions
 
 _NEVER = -(2**30)  # the position of a slot that holds no token
+_MARK = 0x706C616E  # what a plan begins with
+_HEADER = 5
 _FIELDS = 3  # of a plan's row, before the pages
 
 
@@ -33,15 +37,17 @@ def paged_attention(
     q, k_pages, v_pages, plan, scale=None, cap=None, alibi_slopes=None, sinks=None, mask=None, *, stream=None
 ):  # fmt: skip
     """``(out, lse, k_pages, v_pages)`` of one step."""
-    attention_geometry(q, k_pages, v_pages)
+    geometry = attention_geometry(q, k_pages, v_pages)
     options = _options("paged_attention", q, scale, cap, alibi_slopes, sinks, mask)
     with mx.stream(stream or mx.default_device()):
-        rows = plan.reshape(q.shape[0], -1)
-        try:
-            known = np.array(rows)
-        except (ValueError, RuntimeError):  # a traced array: every token gathers for itself
+        traced = is_tracer(plan)
+        if not traced:
+            _check_plan(np.array(plan), geometry)
+        rows = plan[_HEADER:].reshape(q.shape[0], -1)
+        if traced:  # every token gathers for itself
             out, lse = _attend(q[:, None], k_pages, v_pages, rows[:, None], None, options)
             return [out[:, 0], lse[:, 0], k_pages, v_pages]
+        known = np.array(rows)
         _check_rows(known, k_pages, mask)
         outs, lses = [], []
         for first, last in _sequences(known):
@@ -120,7 +126,9 @@ def _dot(a, b):
 
 def _slots(array, pages):
     """``[batch, heads, M * page_size, dim]`` in float32: the slots of ``pages [batch, M]``."""
-    found = array[mx.maximum(pages, 0)].astype(mx.float32)  # [batch, M, heads, page_size, dim]
+    found = array[mx.clip(pages, 0, array.shape[0] - 1)].astype(
+        mx.float32
+    )  # [batch, M, heads, page_size, dim]
     found = found.swapaxes(1, 2)
     return found.reshape(*found.shape[:2], -1, found.shape[4])
 
@@ -150,20 +158,38 @@ def _mask(mask, tokens, columns, batch):
 
 
 def _options(op, q, scale, cap, alibi_slopes, sinks, mask):
+    AttentionOptions(scale, cap, alibi_slopes, sinks, mask).check(op)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    for name, value in (("scale", scale), ("cap", cap)):
-        if value is not None and (not np.isfinite(value) or (name == "cap" and value <= 0)):
-            fail(op, f"{name} must be finite" + " and greater than 0" * (name == "cap"), value)
+    for name, value, least in zip(
+        AttentionOptions._fields, (scale, cap), ("", " and greater than 0")
+    ):
+        if value is not None and (not np.isfinite(value) or (least and value <= 0)):
+            fail(op, f"{name} must be finite{least}", value)
     for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if value is not None and value.shape != (q.shape[1],):
-            must = f"{name} must have shape [num_q_heads], where num_q_heads = {q.shape[1]} from q"
-            fail(op, must, value.shape)
+        if value is not None:
+            if value.shape != (q.shape[1],):
+                must = f"must have shape [num_q_heads], where num_q_heads = {q.shape[1]} from q"
+                fail(op, f"{name} {must}", value.shape)
+            _check_float(op, name, value)
     if mask is not None:
+        if mask.dtype != mx.bool_:
+            _check_float(op, "mask (unless bool)", mask)
         shape = mask.shape[-3:] if mask.ndim == 3 else (1, *mask.shape)
         if len(shape) != 3 or shape[0] not in (1, q.shape[1]) or shape[1] != q.shape[0]:
             must = "mask must have shape [tokens, keys] or [num_q_heads or 1, tokens, keys], where "
             fail(op, f"{must}tokens = {q.shape[0]} from q", mask.shape)
     return SimpleNamespace(scale=scale, cap=cap, alibi_slopes=alibi_slopes, sinks=sinks, mask=mask)
+
+
+def _check_plan(words, geometry) -> None:
+    op = "paged_attention"
+    if words.ndim != 1 or words.dtype != np.int32 or words.size < _HEADER or words[0] != _MARK:
+        fail(op, "plan must be the array of an AttentionPlan", "other words")
+    names = ("tokens of q", "num_q_heads of q", "num_kv_heads of k_pages", "page_size of k_pages")
+    for name, planned in zip(names, words[1:_HEADER].tolist()):
+        field, _, array = name.partition(" of ")
+        if planned != geometry[field]:
+            fail(op, f"plan must be made for {field} = {geometry[field]} of {array}", planned)
 
 
 def _check_rows(rows, k_pages, mask) -> None:
@@ -174,10 +200,6 @@ def _check_rows(rows, k_pages, mask) -> None:
     if mask is not None and rows.size and rows[:, 1].max() > mask.shape[-1]:
         must = f"mask must have a column for each key of the longest context ({rows[:, 1].max()})"
         fail("paged_attention", must, mask.shape[-1])
-
-
-def _named(dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
 
 
 def _sequences(rows):
@@ -206,16 +228,17 @@ def merge_states(outs, lses, *, stream=None):
 
 
 def _check_parts(outs, lses) -> None:
-    op = "merge_states"
+    op, shape = "merge_states", _Shapes("merge_states")
     if not outs or len(outs) != len(lses):
-        fail(op, "outs and lses must be as many, at least one", f"{len(outs)} and {len(lses)}")
-    for i, (out, lse) in enumerate(zip(outs, lses)):
-        if out.ndim != 3 or out.shape != outs[0].shape or out.dtype != outs[0].dtype:
-            must = f"outs[{i}] must have shape and dtype of outs[0], {outs[0].shape}"
-            fail(op, must, f"{out.shape}, {out.dtype}")
-        if lse.shape != out.shape[:2] or lse.dtype != mx.float32:
-            must = f"lses[{i}] must be float32 of shape {out.shape[:2]}"
-            fail(op, must, f"{lse.shape}, {lse.dtype}")
+        got = f"{len(outs)} outs and {len(lses)} lses"
+        fail(op, "outs and lses must hold one array for each part, at least one", got)
+    for out in outs:
+        shape("outs", out, "tokens", "num_q_heads", "v_head_dim")
+        _check_float(op, "outs", out)
+        _check_dtype(op, "outs", out, outs[0].dtype, "the dtype of the first")
+    for lse in lses:
+        shape("lses", lse, "tokens", "num_q_heads")
+        _check_dtype(op, "lses", lse, mx.float32, "as merging needs")
 
 
 # Pages
@@ -230,13 +253,13 @@ def write_pages(k, v, k_pages, v_pages, slot_mapping, *, alias=False, stream=Non
 
 def _scatter(tokens, pages, slots):
     num_pages, heads, page_size, dim = pages.shape
-    try:
-        known = np.array(slots)
-    except (ValueError, RuntimeError):  # traced: a page more takes the tokens that are skipped
+    if is_tracer(slots):  # a page more takes the tokens that go nowhere
         longer = mx.concatenate([pages, pages[:1]])
-        slots = mx.where(slots < 0, num_pages * page_size, slots)
+        end = num_pages * page_size
+        slots = mx.where((slots < 0) | (slots >= end), end, slots)
         longer[slots // page_size, :, slots % page_size] = tokens
         return longer[:num_pages]
+    known = np.array(slots)
     kept = np.flatnonzero(known >= 0)
     if not kept.size:
         return pages
@@ -248,21 +271,13 @@ def _scatter(tokens, pages, slots):
 
 
 def _check_write(k, v, k_pages, v_pages, slots) -> None:
-    op = "write_pages"
-    for name, tokens, pages, dim in (
-        ("k", k, k_pages, "head_dim"),
-        ("v", v, v_pages, "v_head_dim"),
-    ):
-        if pages.ndim != 4:
-            shape = f"[num_pages, num_kv_heads, page_size, {dim}]"
-            fail(op, f"{name}_pages must have shape {shape}", pages.shape)
-        wanted = (slots.size, pages.shape[1], pages.shape[3])
-        if tokens.shape != wanted:
-            must = f"{name} must have shape [tokens, num_kv_heads, {dim}] = {wanted}"
-            fail(op, must, tokens.shape)
-        if tokens.dtype != pages.dtype:
-            must = f"{name} must be {_named(pages.dtype)}, the dtype of {name}_pages"
-            fail(op, must, _named(tokens.dtype))
+    op, shape = "write_pages", _Shapes("write_pages")
+    _check_pages(op, shape, k_pages, v_pages)
+    shape("k", k, "tokens", "num_kv_heads", "head_dim")
+    shape("v", v, "tokens", "num_kv_heads", "v_head_dim")
+    shape("slot_mapping", slots, "tokens")
+    _check_dtype(op, "k", k, k_pages.dtype, "the dtype of k_pages")
+    _check_dtype(op, "v", v, v_pages.dtype, "the dtype of v_pages")
 
 
 def copy_pages(pools, pairs, *, alias=False, stream=None):
@@ -270,8 +285,9 @@ def copy_pages(pools, pairs, *, alias=False, stream=None):
     with mx.stream(stream or mx.default_device()):
         copied = []
         for pool in pools:
-            if pool.ndim != 4:
-                fail("copy_pages", "pools must be arrays of pages, four axes", pool.shape)
+            if pool.ndim != 4 or pool.shape[0] != pools[0].shape[0]:
+                must = "pools must have shape [num_pages, num_kv_heads, page_size, head_dim]"
+                fail("copy_pages", f"{must}, all with as many pages", pool.shape)
             new = mx.array(pool)
             new[pairs[:, 1]] = pool[pairs[:, 0]]
             copied.append(new)
@@ -282,6 +298,7 @@ def gather_pages(
     k_pages, v_pages, block_tables, context_lens, length, *, page_starts=None, page_lens=None, stream=None
 ):  # fmt: skip
     """``[k, v, k_pages, v_pages]``, K and V of each sequence made contiguous."""
+    _check_pages("gather_pages", _Shapes("gather_pages"), k_pages, v_pages)
     with mx.stream(stream or mx.default_device()):
         tables, lens = np.array(block_tables), np.array(context_lens)
         starts, counts = (
@@ -344,6 +361,7 @@ class NativePlan:
         )
         step.check(num_pages, sliding_window)
         width = step.tables.shape[1]
+        header = [_MARK, step.num_tokens, num_q_heads, num_kv_heads, page_size]
         rows = np.zeros((step.num_tokens, _FIELDS + 3 * width), np.int32)
         items, self._pages = [], []
         for b in range(step.batch):
@@ -365,7 +383,7 @@ class NativePlan:
             if last > first:
                 items.append((first, last, int(begin), context_len))
                 self._pages.append(pages[seen])
-        self._array = mx.array(rows.reshape(-1))
+        self._array = mx.array(np.concatenate([np.array(header, np.int32), rows.reshape(-1)]))
         self._items = items
         self._header = {
             "num_tokens": step.num_tokens,
@@ -385,7 +403,7 @@ class NativePlan:
         }
 
     def array(self) -> mx.array:
-        """The rows, ``int32 [tokens * fields]``."""
+        """Header and rows, ``int32 [words]``."""
         return self._array
 
     def advance(self, **step):
@@ -549,26 +567,14 @@ def check_tables(op, block_tables, context_lens, page_starts, page_lens, num_pag
 
 def attention_geometry(q, k_pages, v_pages) -> dict[str, int]:
     """Heads, page size and counts, after checking shapes and dtypes."""
-    op = "paged_attention"
-    pages = "[num_pages, num_kv_heads, page_size, "
-    for name, array, ndim, dims in (
-        ("q", q, 3, "[tokens, num_q_heads, head_dim]"),
-        ("k_pages", k_pages, 4, f"{pages}head_dim]"),
-        ("v_pages", v_pages, 4, f"{pages}v_head_dim]"),
-    ):
-        if array.ndim != ndim:
-            fail(op, f"{name} must have shape {dims}", array.shape)
-    if k_pages.shape[3] != q.shape[2]:
-        must = f"k_pages must have shape {pages}head_dim], where head_dim = {q.shape[2]} from q"
-        fail(op, must, k_pages.shape)
-    if v_pages.shape[:3] != k_pages.shape[:3]:
-        must = f"v_pages must have shape {pages}v_head_dim], the first three those of k_pages"
-        fail(op, must, v_pages.shape)
-    if q.dtype not in (mx.float32, mx.float16, mx.bfloat16):
-        fail(op, "q must be float32, float16 or bfloat16", _named(q.dtype))
+    op, shape = "paged_attention", _Shapes("paged_attention")
+    shape("q", q, "tokens", "num_q_heads", "head_dim")
+    _check_float(op, "q", q)
+    _check_pages(op, shape, k_pages, v_pages)
     for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if array.dtype != q.dtype:
-            fail(op, f"{name} must be {_named(q.dtype)}, the dtype of q", _named(array.dtype))
+        _check_dtype(op, name, array, q.dtype, "the dtype of q")
+    if not k_pages.shape[2]:
+        fail(op, "k_pages must have a page_size of at least 1", 0)
     for name, dim in (("q", q.shape[2]), ("v_pages", v_pages.shape[3])):
         if dim % 8 or dim < 8 or (dim > 256 and dim != 512):
             must = f"{name} must have a head_dim that is a multiple of 8 up to 256, or 512"
@@ -584,6 +590,50 @@ def attention_geometry(q, k_pages, v_pages) -> dict[str, int]:
         "page_size": k_pages.shape[2],
         "num_pages": k_pages.shape[0],
     }
+
+
+class _Shapes:
+    """Checks shapes by the names of their axes: a name has one size in a call."""
+
+    def __init__(self, op: str):
+        self.op, self.known = op, {}
+
+    def __call__(self, name, array, *dims):
+        _check_array(self.op, name, array)
+        known = {dim: self.known[dim] for dim in dims if dim in self.known}
+        sizes = dict(zip(dims, array.shape))
+        if array.ndim != len(dims) or any(sizes[dim] != size for dim, (size, _) in known.items()):
+            where = " and ".join(f"{dim} = {size} from {of}" for dim, (size, of) in known.items())
+            must = f"{name} must have shape [{', '.join(dims)}]" + (where and f", where {where}")
+            fail(self.op, must, array.shape)
+        self.known |= {dim: (sizes[dim], name) for dim in dims if dim not in known}
+
+
+def _check_pages(op, shape, k_pages, v_pages) -> None:
+    shape("k_pages", k_pages, "num_pages", "num_kv_heads", "page_size", "head_dim")
+    shape("v_pages", v_pages, "num_pages", "num_kv_heads", "page_size", "v_head_dim")
+    if op != "paged_attention":  # which compares them with q
+        _check_float(op, "k_pages", k_pages)
+        _check_dtype(op, "v_pages", v_pages, k_pages.dtype, "the dtype of k_pages")
+
+
+def _check_array(op, name, array) -> None:
+    if not isinstance(array, mx.array):
+        fail(op, f"{name} must be an mx.array", type(array).__name__)
+
+
+def _check_float(op, name, array) -> None:
+    if array.dtype not in (mx.float32, mx.float16, mx.bfloat16):
+        fail(op, f"{name} must be float32, float16 or bfloat16", _named(array.dtype))
+
+
+def _check_dtype(op, name, array, dtype, why) -> None:
+    if array.dtype != dtype:
+        fail(op, f"{name} must be {_named(dtype)}, {why}", _named(array.dtype))
+
+
+def _named(dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 # K and V for models that attend by themselves
@@ -659,15 +709,22 @@ def descriptor(a) -> int:
 def write_attend(q, k_pages, v_pages, plan, k, v, slots, scale, sinks=None, stream=None):
     """``(out, k_pages', v_pages')``: k and v go to their slots, then q attends."""
 
-    def by_token(a):
+    op, shape = "write_attend", _Shapes("write_attend")
+    shape("q", q, "batch", "num_q_heads", "length", "head_dim")
+
+    def by_token(name, a, dim):
+        shape(name, a, "batch", "num_kv_heads", "length", dim)
+        _check_float(op, name, a)
+        a = a.astype(k_pages.dtype)
         return a.swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3])
 
     if k is not None:
-        k, v = (by_token(a).astype(k_pages.dtype) for a in (k, v))
+        k, v = by_token("k", k, "head_dim"), by_token("v", v, "v_head_dim")
         k_pages, v_pages = write_pages(k, v, k_pages, v_pages, slots, stream=stream)
-    out = paged_attention(
-        by_token(q), k_pages, v_pages, plan, scale, None, None, sinks, stream=stream
-    )[0]
+    tokens = q.swapaxes(1, 2).reshape(-1, q.shape[1], q.shape[3])
+    out = paged_attention(tokens, k_pages, v_pages, plan, scale, None, None, sinks, stream=stream)[
+        0
+    ]
     out = out.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
     return out, k_pages, v_pages
 
@@ -681,6 +738,13 @@ def data_address(a) -> int:
 
 
 def is_tracer(a) -> bool:
+    """Whether an array of integers, a plan or slots, is traced; of others MLX does not tell."""
+    if not mx.issubdtype(a.dtype, mx.integer):
+        return False
+    try:
+        mx.eval(a)
+    except (ValueError, RuntimeError):
+        return True
     return False
 
 
@@ -705,7 +769,7 @@ def has_host_launch() -> bool:
     return False
 
 
-def set_host_launch(dispatch) -> None:
+def set_host_launch(launch, spared=-1) -> None:
     """Nothing is ever dispatched here."""
 
 

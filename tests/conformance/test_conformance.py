@@ -139,6 +139,7 @@ def test_programs_see_a_copy_on_write_that_copies_nothing(monkeypatch):
     assert any_program_fails()
 
 
+@pytest.mark.native
 def test_programs_see_reads_that_later_writes_do_not_wait_for(monkeypatch):
     attend = PoolLayer.attend
 

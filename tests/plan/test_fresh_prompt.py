@@ -9,6 +9,8 @@ from paged_mlx.machine import thresholds
 from paged_mlx.options import AttentionOptions
 from paged_mlx.testing import Case, backends
 
+pytestmark = pytest.mark.native
+
 
 def plan(query_lens, lens=None, *, least=4, device="cpu", dtype=mx.float32, head_dim=64, **options):
     lens = query_lens if lens is None else lens

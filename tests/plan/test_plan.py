@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from paged_mlx._native import _ext
 from plan_steps import BAD_STEPS, assert_exact, distinct_tables, make
 
+pytestmark = pytest.mark.native
+
 
 @st.composite
 def steps(draw):

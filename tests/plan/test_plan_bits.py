@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from paged_mlx import PageAllocator, PagePool, PageTable, fast, paged_attention
 
+pytestmark = pytest.mark.native
+
 PAGE, DIM = 16, 64
 
 

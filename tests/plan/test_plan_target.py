@@ -12,6 +12,8 @@ from paged_mlx.machine import thresholds
 from paged_mlx.testing import Case, backends
 from threadgroups import CHIPS, CONTEXTS, MODELS, PAGE_SIZE, items_of, table
 
+pytestmark = pytest.mark.native
+
 HOST_CORES = 8
 THREADGROUPS_PER_CORE = 4
 THREADGROUPS_PER_BUSY_CORE = 2

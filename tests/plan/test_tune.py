@@ -11,6 +11,8 @@ from paged_mlx._native import _ext
 from paged_mlx.machine import thresholds, tune
 from paged_mlx.machine.tune import Tuner, Workload
 
+pytestmark = pytest.mark.native
+
 SMALL = dict(num_q_heads=4, num_kv_heads=2, head_dim=16)
 
 

@@ -135,7 +135,7 @@ def test_a_pool_that_no_kernel_takes_is_refused_before_it_has_memory(change):
     (name,) = change
     with pytest.raises(ValueError, match=rf"^\[PagePool\] {name} must be "):
         pool(**change)
-    assert mx.get_active_memory() == before
+    assert mx.get_active_memory() <= before
 
 
 def test_pages_given_back_are_named_when_no_window_hides_them(step):

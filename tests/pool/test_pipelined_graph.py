@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 
 import mlx.core as mx
+import pytest
 from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast
 
@@ -43,6 +44,7 @@ def slow() -> mx.array:
     return mx.zeros((1, 2, 64)) + big[:1, :128].reshape(1, 2, 64) * 0
 
 
+@pytest.mark.native
 def test_a_layer_has_as_many_nodes_with_a_step_in_flight_as_without():
     pool = PagePool(LAYERS, 8, 16, 2, 64, mx.float32)
     k = mx.ones((1, 2, 64))

@@ -57,6 +57,7 @@ def planned_anew(q, tables, layer, query_lens=None, **options):
     )  # fmt: skip
 
 
+@pytest.mark.native
 def test_attention_by_a_plan_takes_three_functions_to_the_native_module(pool):
     plan = pool.plan([table_of(pool, 9)], num_q_heads=2 * HEADS)
     q = queries(1)
@@ -64,6 +65,7 @@ def test_attention_by_a_plan_takes_three_functions_to_the_native_module(pool):
     assert len(entered) <= 3, entered
 
 
+@pytest.mark.native
 def test_attention_without_a_plan_takes_fifteen_calls_in_five_files(pool):
     tables, q = [table_of(pool, 9)], queries(1)
     first = calls(lambda: paged_attention(q, tables, pool[0]))
@@ -90,6 +92,7 @@ def test_a_window_has_a_plan_of_its_own(pool):
             assert mx.array_equal(out, expected)
 
 
+@pytest.mark.native
 def test_the_next_step_inside_the_pages_moves_the_plan_on(pool, monkeypatch):
     table = table_of(pool, 9)
     plan = pool.plan([table], num_q_heads=2 * HEADS)
@@ -145,6 +148,7 @@ def test_a_given_plan_is_the_one_that_is_used(pool):
         pool[0].attend(q, "plan")
 
 
+@pytest.mark.native
 def test_plans_follow_the_number_of_threads(pool):
     tables = [table_of(pool, 9)]
     plan, threads = pool.plan(tables, num_q_heads=2), paged_mlx.num_threads()

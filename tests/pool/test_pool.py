@@ -98,6 +98,7 @@ def test_two_streams_keep_the_order():
         assert mx.all(out == step)
 
 
+@pytest.mark.native
 def test_fifty_pipelined_steps_stay_within_one_percent_of_the_pool():
     pages, heads, dim, page = 2048, 4, 64, 64
     gc.collect()  # what earlier tests left is not the pool's
@@ -151,6 +152,7 @@ def test_a_compiled_step_follows_the_plan_it_is_given():
     assert float(first[0, 0, 0]) == 1 and float(second[0, 0, 0]) == 5
 
 
+@pytest.mark.native
 def test_a_pool_captured_by_compile_unnamed_is_refused():
     pool = make_pool()
 
@@ -167,6 +169,7 @@ def test_a_pool_captured_by_compile_unnamed_is_refused():
     assert mx.all(attend(pool, 1) == 4)
 
 
+@pytest.mark.native
 def test_a_plan_captured_by_compile_is_refused():
     pool = make_pool()
     plan = decode_plan([[0]], [1])
@@ -286,6 +289,7 @@ def test_fresh_pages_can_be_filled_with_nan():
     assert np.isnan(np.array(pool[0][0].key_data[:, 1:])).all()
 
 
+@pytest.mark.native
 def test_raw_writes_donate_when_they_can_and_count_when_they_copy():
     pages = mx.zeros((4, HEADS, PAGE, DIM))
     other = mx.zeros((4, HEADS, PAGE, DIM))

@@ -283,7 +283,14 @@ def test_a_pool_belongs_to_one_allocator():
 
 
 @pytest.mark.parametrize(
-    "planted", ["leaked page", "unknown holder", "free list", "cache", "array"]
+    "planted",
+    [
+        "leaked page",
+        "unknown holder",
+        "free list",
+        "cache",
+        pytest.param("array", marks=pytest.mark.native),
+    ],
 )
 def test_check_sees_each_part_disagree_with_the_others(planted):
     allocator = PageAllocator(4, PAGE)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paged_mlx import OutOfPages, PageAllocator, PagePool, PageTable, fast
+from paged_mlx._native import BUILT
 from paged_mlx.pages.block_table import pack
 
 HEADS, DIM, PAGE, PAGES, LAYERS = 2, 8, 4, 48, 2
@@ -180,7 +181,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.compare()
         self.pool.check([table for table, _ in self.sequences])
         mx.synchronize()
-        assert mx.get_peak_memory() - self.memory < self.pool.nbytes // 4
+        if BUILT:  # MLX's own operations copy pages
+            assert mx.get_peak_memory() - self.memory < self.pool.nbytes // 4
         for table, _ in self.sequences:
             table.release()
         assert self.allocator.num_free == PAGES

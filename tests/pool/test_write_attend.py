@@ -144,6 +144,7 @@ def test_tokens_in_another_dtype_are_written_in_the_pages():
     assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(found, wanted))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -162,6 +163,7 @@ def test_what_does_not_fit_is_refused(change, message):
         step.write_attend()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_an_array_that_is_being_traced_is_refused(name):
     step = Step()
@@ -175,6 +177,7 @@ def test_an_array_that_is_being_traced_is_refused(name):
         mx.compile(traced)(given)
 
 
+@pytest.mark.native
 def test_handles_of_traced_tokens_are_refused():
     step = Step()
 
@@ -197,6 +200,7 @@ def expected_columns(step):
     return [mx.stack([x[0], mx.roll(x[1], shift, axis=1)]) for x in (k, v)]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("n, skip", [(1, 0), (5, 0), (5, 3)])
@@ -245,6 +249,7 @@ def test_pages_that_were_given_back_take_no_columns():
     assert np.array_equal(bits(k[0]), bits(expected[0, :, 8:24]))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_handle_in_float32_is_one_still(dtype):
     step = Step(1, dtype)
@@ -264,6 +269,7 @@ def test_handles_have_the_dtype_of_the_tokens():
     assert np.array_equal(bits(k), bits(expected_columns(Step(dtype=mx.float16))[0]))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -284,6 +290,7 @@ def test_tables_that_do_not_fit_are_refused(change, message):
 # As Metal launches
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("n, moved", [(1, 0), (5, 2)])
 def test_kernels_are_given_contiguous_tokens(n, moved):
     def count(*arrays):

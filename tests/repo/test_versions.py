@@ -81,6 +81,17 @@ def test_without_a_module_one_warning_names_the_command_and_mlx_does_the_work():
     assert backend == f"fallback: MLX's own operations, mlx {mx.__version__}"
 
 
+def test_without_a_module_the_doctor_says_so_and_there_is_nothing_to_tune():
+    done = python(
+        HIDDEN + "from paged_mlx.machine import doctor, tune\n"
+        "print(doctor.environment()['backend'])\n"
+        "raise SystemExit(tune.main([]))\n"
+    )
+    backend, tuned = done.stdout.splitlines()
+    assert backend.startswith("fallback: ")
+    assert done.returncode == 2 and "nothing was measured" in tuned
+
+
 def test_beside_mlx_for_cuda_mlx_does_the_work():
     code = (
         "import warnings, mlx.core as mx\n"

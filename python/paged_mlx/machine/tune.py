@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx import fast, fresh_prompt
-from paged_mlx._native import _ext
+from paged_mlx._native import BUILT, _ext
 from paged_mlx.attention_plan import AttentionPlan, runs_kernels
 from paged_mlx.machine import thresholds
 from paged_mlx.options import AttentionOptions
@@ -199,6 +199,9 @@ def main(arguments: list[str] | None = None, tuner: Callable[..., Tuner] = Tuner
     parser.add_argument("--directory", type=Path, help="where to remember; the user's cache")
     parser.add_argument("--dry", action="store_true", help="measure and print, remember nothing")
     options = parser.parse_args(arguments)
+    if not BUILT:
+        print("MLX's own operations run here, which have no thresholds: nothing was measured.")
+        return 2
     device = options.only or ("gpu" if runs_kernels(None) else "cpu")
     if device == "gpu" and not runs_kernels(None):
         print("There is no GPU here that MLX can use: nothing was measured.")
