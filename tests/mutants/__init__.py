@@ -5,10 +5,10 @@ Each mutant runs in a process of its own against a suite of few cases; one that 
 sees is a hole in the tests.
 
     mutant          one place in one file, changed so that it is wrong
-    *_mutants       the list, by layer
+    *_mutants       the list, by layer; page_faults: the part of Python's that is about pages
     *_suite         the cases, by layer
     native          the native module with one source changed, built in the user's cache
-    api_suite       the cases of operations and Python: tests that need no fixture
+    api_suite       the cases of operations and Python: tests of the public API
     trial           one mutant against its suite; runner: many
 """
 

@@ -1,6 +1,7 @@
-"""Tests of the public API that need no fixture: together they tell every wrong operation.
+"""Tests of the public API: together they tell every wrong operation.
 
-A case is a test function of one of ``MODULES``, with all its parameters.
+A case is a test function of one of ``MODULES``, with all its parameters and with fixtures of its
+own file that only return something.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MODULES = (
     "pages.test_page_table",
     "pages.test_table_corners",
     "pages.test_canary",
+    "pages.test_odd_arguments",
     "prefix.test_prefix_cache",
     "conformance.test_input_layouts",
     "conformance.test_not_finite",
@@ -47,7 +49,7 @@ def cases(mutant: Mutant) -> dict[str, Callable[[], str | None]]:
         module = importlib.import_module(name)
         for function in _tests(module):
             case = f"{_plain(name.partition('.')[2])}.{_plain(function.__name__)}"
-            found[case] = partial(_run, function)
+            found[case] = partial(_run, module, function)
     return found
 
 
@@ -56,15 +58,35 @@ def _plain(name: str) -> str:
 
 
 def _tests(module: ModuleType) -> Iterator[FunctionType]:
-    """Its test functions whose arguments are all parameters, and that are quick."""
+    """Its test functions whose arguments can be given here, and that are quick."""
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if not name.startswith("test_") or function.__module__ != module.__name__:
             continue
         marks = getattr(function, "pytestmark", [])
         given = {n for mark in marks if mark.name == "parametrize" for n in _names(mark)}
-        wanted = set(inspect.signature(function).parameters)
-        if wanted == given and not any(mark.name in ("long", "skipif") for mark in marks):
+        wanted = [name for name in inspect.signature(function).parameters if name not in given]
+        if all(_fixture(module, name) for name in wanted) and not any(
+            mark.name in ("long", "skipif") for mark in marks
+        ):
             yield function
+
+
+def _fixture(module: ModuleType, name: str) -> Callable | None:
+    """The function below a fixture of a test file; None where it is not so simple."""
+    function = getattr(getattr(module, name, None), "__wrapped__", None)
+    if function is None or inspect.isgeneratorfunction(function):
+        return None
+    simple = all(_fixture(module, n) for n in inspect.signature(function).parameters)
+    return function if simple else None
+
+
+def _made(module: ModuleType, name: str, made: dict) -> object:
+    """What a fixture returns, and those it asks for; ``made``: what there is already."""
+    if name not in made:
+        function = _fixture(module, name)
+        wanted = inspect.signature(function).parameters
+        made[name] = function(**{n: _made(module, n, made) for n in wanted})
+    return made[name]
 
 
 def _names(mark) -> list[str]:
@@ -72,13 +94,14 @@ def _names(mark) -> list[str]:
     return [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
 
 
-def _run(function: FunctionType) -> str | None:
+def _run(module: ModuleType, function: FunctionType) -> str | None:
     """Call a test with every combination of its parameters; say why it failed, if it did."""
     marks = [m for m in getattr(function, "pytestmark", []) if m.name == "parametrize"]
     rows = [[_row(_names(mark), values) for values in mark.args[1]] for mark in marks]
     for combination in itertools.product(*rows):
+        made = {name: value for row in combination for name, value in row.items()}
         try:
-            function(**{name: value for row in combination for name, value in row.items()})
+            function(**{n: _made(module, n, made) for n in inspect.signature(function).parameters})
         except pytest.fail.Exception as failure:  # no Exception: pytest.raises that nothing raises
             return str(failure)
     return None

@@ -1,6 +1,7 @@
 """Faults in the Python package: ``(name, find, replace, seen_by)`` by file. They need no build."""
 
 from .mutant import Mutant
+from .page_faults import FAULTS
 
 _FAULTS = {
     "fast.py": [
@@ -233,220 +234,12 @@ _FAULTS = {
             "carried_state.attention_by_tables_asks_the_canary_and_the_layer_that_was_not_written_is_refused",
         ),
     ],
-    "pages/append.py": [
-        (
-            "no page is copied before a write",
-            "            if allocator.counts[tail] - leaving.get(tail, 0) > 1:\n",
-            "            if False:\n",
-            "table_corners.an_append_that_no_pool_can_copy_for_gives_all_pages_back",
-        ),
-        (
-            "the last holder copies too",
-            "            if allocator.counts[tail] - leaving.get(tail, 0) > 1:\n",
-            "            if allocator.counts[tail] > 1:\n",
-            "page_table.a_batch_that_runs_out_of_pages_goes_on_when_there_are_some",
-        ),
-        (
-            "a decoded token goes to a shared page",
-            "        if allocator.counts[pages.ids[-1]] > 1:\n",
-            "        if allocator.counts[pages.ids[-1]] > 2:\n",
-            "table_corners.an_append_to_two_forks_copies_the_shared_tail_once",
-        ),
-        (
-            "slots of a part-filled page begin one late",
-            "starts.append((pages.ids[-1] + 1) * size - room)",
-            "starts.append((pages.ids[-1] + 1) * size - room + 1)",
-            "table_corners.slots_follow_the_pages_after_cuts_and_appends",
-        ),
-        (
-            "the source of a copy keeps its holder",
-            "        allocator.free_page(source)\n    return copies",
-            "    return copies",
-            "table_corners.an_append_to_two_forks_copies_the_shared_tail_once",
-        ),
-        (
-            "a failed copy keeps its pages",
-            "        allocator.free_pages(page_ids)\n        raise",
-            "        raise",
-            "table_corners.an_append_that_no_pool_can_copy_for_gives_all_pages_back",
-        ),
-        (
-            "room of the tail page is forgotten",
-            "        missing = count - pages.room\n",
-            "        missing = count\n",
-            "table_corners.an_append_to_two_forks_copies_the_shared_tail_once",
-        ),
-        (
-            "a table twice in a batch is taken",
-            "    if len(set(map(id, maps))) < len(maps):\n        fail(",
-            "    if False:\n        fail(",
-            "table_corners.a_batch_that_names_a_table_twice_is_refused_and_unchanged",
-        ),
-        (
-            "the version of the pages stays",
-            "        maps[row].version = maps[row].ids_version = new_version()\n",
-            "",
-            "pool_plans.a_plan_follows_its_tables",
-        ),
-    ],
-    "pages/table.py": [
-        (
-            "a fork holds no pages",
-            "            self.map.allocator.share_pages(self.map.held)\n",
-            "            pass\n",
-            "table_corners.a_copy_on_write_moves_one_holder_and_the_last_holder_stays",
-        ),
-        (
-            "pages before a window are given back one early",
-            "first, end = pages.num_freed, pages.num_done_by(position)",
-            "first, end = pages.num_freed, pages.num_done_by(position + 1)",
-            "table_corners.pages_are_given_back_when_all_their_tokens_lie_before_a_position",
-        ),
-        (
-            "a copy on write keeps the source",
-            "    pages.touch()\n    allocator.free_page(source)\n    return True",
-            "    pages.touch()\n    return True",
-            "table_corners.a_copy_on_write_moves_one_holder_and_the_last_holder_stays",
-        ),
-        (
-            "a copy on write is not seen by the block table",
-            "    pages.ids[entry] = target\n    pages.touch()\n",
-            "    pages.ids[entry] = target\n",
-            "block_table.a_row_is_rewritten_when_its_tail_page_was_copied",
-        ),
-        (
-            "the last holder copies",
-            "    if allocator.counts[source] == 1:\n        return False\n",
-            "",
-            "table_corners.a_copy_on_write_moves_one_holder_and_the_last_holder_stays",
-        ),
-        (
-            "a sealed prefix leaves the source open",
-            "        if source.num_tokens == prefix_length:\n            source_table.seal()\n",
-            "",
-            "chapter.a_dict_of_page_blocks_gives_the_same_as_a_pool_layer",
-        ),
-        (
-            "a shared prefix is one page short",
-            "source.allocator.share_pages(prefix.ids)",
-            "source.allocator.share_pages(prefix.ids[:-1])",
-            "chapter.attention_over_the_picture_equals_contiguous_attention",
-        ),
-        (
-            "pages cut off are kept",
-            "self._give_back(pages.num_covering(length), len(pages.ids))",
-            "pass",
-            "table_corners.a_table_is_cut_to_no_more_tokens_than_it_has",
-        ),
-        (
-            "a table longer than its tokens is cut",
-            '        if length > pages.num_tokens:\n            must = f"length',
-            '        if False:\n            must = f"length',
-            "table_corners.a_table_is_cut_to_no_more_tokens_than_it_has",
-        ),
-    ],
-    "pages/block_table.py": [
-        (
-            "a row that got shorter keeps its last pages",
-            "target[count : self._lens[row]] = NO_PAGE",
-            "pass",
-            "table_corners.rows_of_a_block_table_are_those_of_the_tables_and_padding",
-        ),
-        (
-            "a version is not part of what was packed",
-            "content = versions, query_lens",
-            "content = len(versions), query_lens",
-            "table_corners.rows_of_a_block_table_are_those_of_the_tables_and_padding",
-        ),
-        (
-            "query lengths are not part of what was packed",
-            "content = versions, query_lens",
-            "content = versions, None",
-            "table_corners.a_block_table_packs_the_query_lengths_of_each_step",
-        ),
-        (
-            "rows that changed are written at first only",
-            "if row >= len(known) or known[row] != pages.ids_version:",
-            "if row >= len(known):",
-            "table_corners.rows_of_a_block_table_are_those_of_the_tables_and_padding",
-        ),
-        (
-            "a query longer than its context is taken",
-            "    if (lens > context_lens).any():\n",
-            "    if False:\n",
-            "table_corners.a_block_table_packs_the_query_lengths_of_each_step",
-        ),
-        (
-            "lengths of ragged pages go on past the context",
-            "lens = np.diff(starts, axis=1, append=context_lens[:, None])",
-            "lens = np.diff(starts, axis=1, append=context_lens[:, None] + 1)",
-            "table_corners.starts_and_lengths_of_a_sealed_table_cover_its_tokens_once",
-        ),
-    ],
-    "pages/allocator.py": [
-        (
-            "a page taken is held by nobody",
-            "        if page_id is not None:\n            self._refs[page_id] = 1\n",
-            "",
-            "allocator.buddy_allocator_gives_contiguous_aligned_runs",
-        ),
-        (
-            "a freed page with holders is free",
-            "        if not left:\n            self._put((page_id,))",
-            "        if True:\n            self._put((page_id,))",
-            "allocator.an_on_evict_that_raises_changes_nothing",
-        ),
-        (
-            "a page is freed twice",
-            '        page_id = self._held("free_page", page_id, DoubleFree)',
-            '        page_id = self._known("free_page", page_id)',
-            "allocator.freeing_a_free_page_is_a_double_free",
-        ),
-        (
-            "an error of another kind",
-            '        page_id = self._held("share_page", page_id, UseAfterFree)',
-            '        page_id = self._held("share_page", page_id, DoubleFree)',
-            "allocator.sharing_a_free_page_is_a_use_after_free",
-        ),
-        (
-            "freed pages are told to no pool",
-            "        if freed and self._wants_freed:\n            self._tell_freed(freed)\n",
-            "",
-            "carried_state.freed_pages_that_are_wiped_store_nothing",
-        ),
-        (
-            "one page too many is taken",
-            "        if num_pages > len(self._free):\n            return None\n",
-            "        if num_pages > len(self._free) + 1:\n            return None\n",
-            "allocator.a_pool_grows_in_slabs_up_to_its_limit_on_demand",
-        ),
-        (
-            "a pool of too few pages is attached",
-            "        if pool.num_pages < self.total_pages:\n",
-            "        if False:\n",
-            "allocator.attach_refuses_a_pool_that_does_not_fit",
-        ),
-    ],
     "attention_plan.py": [
         (
             "a plan is advanced whatever its options",
             "previous.options == options",
             "True",
             "previous.a_plan_of_other_options_is_not_the_step_before",
-        ),
-    ],
-    "prefix/cache.py": [
-        (
-            "a page in use is evicted",
-            "return page.idle and (self._window is not None or not page.children)",
-            "return self._window is not None or not page.children",
-            "prefix_cache.a_hit_page_is_not_evicted_for_the_append_that_follows",
-        ),
-        (
-            "a page with others behind it is evicted",
-            "return page.idle and (self._window is not None or not page.children)",
-            "return page.idle",
-            "prefix_cache.the_last_holder_never_copies_even_if_eviction_made_it_so",
         ),
     ],
 }
@@ -460,6 +253,6 @@ MUTANTS = [
         replace,
         seen_by,
     )
-    for file, faults in _FAULTS.items()
+    for file, faults in [*_FAULTS.items(), *FAULTS.items()]
     for name, find, replace, seen_by in faults
 ]

@@ -441,6 +441,16 @@ def test_on_evict_runs_before_any_page_is_wiped():
     assert told[4:] == [("evicted", 2), ("wiped", 2)]
 
 
+def test_freed_pages_are_told_to_the_pools_that_ask_alone():
+    asks, silent = WipingPool([]), WipingPool([])
+    silent.wants_freed = False
+    allocator = PageAllocator(2, 4)
+    for pool in (silent, asks):
+        allocator.attach(pool)
+    allocator.free_page(allocator.allocate_page())
+    assert asks.told == [("wiped", 0)] and silent.told == []
+
+
 @pytest.mark.parametrize("max_pages", [3, 5])
 @pytest.mark.parametrize("call", ["allocate", "append", "evict", "forget"])
 def test_an_on_evict_that_raises_changes_nothing(call, max_pages):
