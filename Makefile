@@ -35,7 +35,7 @@ help:
 	@echo "make test-mlx-lm-own       mlx-lm's own tests, on its caches and on pages"
 	@echo "make test-mlx-vlm          language models of mlx-vlm"
 	@echo "make sanitize              the C++ part under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make mutants               planted faults, each of which a test must see"
+	@echo "make mutants               planted faults, each of which a test must see; OPTIONS=--help"
 	@echo "make bench                 the benchmarks; records go to benchmarks/results"
 	@echo "make bench-peers           the CPU kernels beside those of vLLM, OpenVINO and torch"
 	@echo "make docs                  the documentation as a site, in build/site"
@@ -80,7 +80,7 @@ sanitize: build $(VENV)/.test-packages
 	$(PY) tests/support/sanitize.py
 
 mutants: build $(VENV)/.test-packages
-	cd tests && PYTHONPATH=support "$(CURDIR)/$(PY)" -m mutants
+	cd tests && PYTHONPATH=support "$(CURDIR)/$(PY)" -m mutants $(OPTIONS)
 
 bench: build $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks

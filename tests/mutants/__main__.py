@@ -4,7 +4,9 @@ import argparse
 import os
 import sys
 
-from . import LAYERS, MUTANTS
+import metal_host
+
+from . import LAYERS, MUTANTS, native
 from .runner import attempt_all, table
 
 
@@ -21,8 +23,11 @@ def main(arguments=None) -> int:
         if options.match in mutant.name and mutant.layer in (options.layer or LAYERS)
     ]
     if options.list:
-        print("\n".join(f"{m.layer:<8} {m.file:<36} {m.name}" for m in chosen))
+        print("\n".join(f"{m.layer:<8} {m.file:<44} {m.name}" for m in chosen))
+        print(f"{len(chosen)} mutants")
         return 0
+    if missing := native.unsupported() or metal_host.unsupported():
+        parser.error(missing)
     verdicts = attempt_all(chosen, options.jobs, lambda verdict: print(verdict, flush=True))
     print(table(verdicts))
     return 0 if all(verdict.caught for verdict in verdicts) else 1

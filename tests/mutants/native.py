@@ -156,17 +156,23 @@ def _build_project() -> Project:
         _tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(directory),
         f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
         "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CXX_COMPILE_OBJECT={_COMPILE}",
+        "-DCMAKE_CXX_COMPILER_LAUNCHER=",
         "-DPAGED_MLX_STUB=OFF", "-DPAGED_MLX_CORE_KIND=OBJECT",
     ]  # fmt: skip
-    with _only_one(directory.with_suffix(".lock")):
+    with only_one(lock_of(directory)):
         _run(configure)
         _run([_tool("cmake"), "--build", str(directory)])
     return Project(directory)
 
 
+def lock_of(directory: Path) -> Path:
+    """Held while a build changes."""
+    return directory.with_suffix(".lock")
+
+
 @contextmanager
-def _only_one(lock: Path):
-    """Across processes."""
+def only_one(lock: Path):
+    """Let one thread of one process in at a time."""
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

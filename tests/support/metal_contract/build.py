@@ -31,12 +31,15 @@ def build(mutant: Mutant | None = None) -> Path:
     key = hashlib.sha256("\0".join([base.identity, *_FLAGS, *texts]).encode()).hexdigest()[:24]
     folder = native.cache() / f"contract-{key}"
     objects = {source: folder / f"{i}.o" for i, source in enumerate(sources)}
-    if not all(path.exists() for path in objects.values()):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        _forget_others(folder)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda item: _compile(base, *item), objects.items()))
+    with native.only_one(native.lock_of(base.directory)):
+        if all(path.exists() for path in objects.values()):
+            os.utime(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _forget_others(folder)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda item: _compile(base, *item), objects.items()))
     name = native.MODULE if mutant is None else f"{_digest(mutant)}.so"
     module = folder / name
     if not module.exists():
@@ -45,6 +48,8 @@ def build(mutant: Mutant | None = None) -> Path:
             objects[mutant.file] = _mutated(base, mutant, folder)
         _link(base, objects, partial)
         os.replace(partial, module)
+        if mutant is not None:
+            objects[mutant.file].unlink()
     return module
 
 
@@ -80,10 +85,11 @@ def _compile(base: native.Project, source: str, output: Path, changed: Path | No
 
 
 def _mutated(base: native.Project, mutant: Mutant, folder: Path) -> Path:
-    changed = folder / f"{_digest(mutant)}.cpp"
+    changed = folder / f"{_digest(mutant)}.{os.getpid()}.cpp"
     changed.write_text(mutant.text)
     output = changed.with_suffix(".o")
     _compile(base, mutant.file, output, changed)
+    changed.unlink()
     return output
 
 
