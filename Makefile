@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.10+ and a C++20 compiler, nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 PY     := $(VENV)/bin/python
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc kernels cmake -type f 2>/dev/null)
@@ -45,7 +46,7 @@ demo: build
 	$(PY) examples/demo.py
 
 test: build $(VENV)/.test-packages
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
 test-long: build $(VENV)/.test-packages
 	$(PY) -m pytest -m "long or not long"
