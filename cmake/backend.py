@@ -19,17 +19,20 @@ from scikit_build_core.build import (  # noqa: F401  the rest of the interface
     build_sdist,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
 )
-
-PURE = {"wheel.platlib": "false", "wheel.py-api": "py3"}
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
-    pure = PURE if os.environ.get("PAGED_MLX_FOR") == "none" else {}
-    return _scikit.build_wheel(
-        wheel_directory, {**(config_settings or {}), **pure}, metadata_directory
-    )
+    return _scikit.build_wheel(wheel_directory, _settings(config_settings), metadata_directory)
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -> str:
+    return _scikit.prepare_metadata_for_build_wheel(metadata_directory, _settings(config_settings))
+
+
+def _settings(given) -> dict:
+    pure = {"wheel.platlib": "false", "wheel.py-api": "py3"}
+    return {**(given or {}), **(pure if os.environ.get("PAGED_MLX_FOR") == "none" else {})}
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:

@@ -180,6 +180,28 @@ def test_a_wheel_that_lacks_a_module_is_refused(monkeypatch, tmp_path):
         mlx_releases.check_wheel(wheel)
 
 
+def test_a_wheel_without_a_native_module_is_for_every_platform_and_has_the_sources(tmp_path):
+    import os
+
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
+    settings = f"--config-settings=build-dir={tmp_path / 'build'}"
+    variables = os.environ | {"PAGED_MLX_FOR": "none"}
+    done = subprocess.run(
+        [*pip, settings, "--wheel-dir", tmp_path, ROOT],
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"paged_mlx-{paged_mlx.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"paged_mlx/sources/CMakeLists.txt", "paged_mlx/sources/csrc/shape_check.h"} <= set(
+        names
+    )
+    assert not any(name.startswith("paged_mlx/native") for name in names)
+
+
 def test_the_version_stands_in_one_place():
     assert metadata.version("paged_mlx") == paged_mlx.__version__
     assert not re.search(r'^version = "', (ROOT / "pyproject.toml").read_text(), re.M)
