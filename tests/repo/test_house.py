@@ -1,6 +1,7 @@
 """The house is in order: what a machine can see of the rules in CONTRIBUTING.md."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 from pathlib import Path
@@ -127,11 +128,26 @@ def test_every_page_of_the_docs_is_in_the_sites_menu():
 
 
 def test_files_that_docs_name_exist():
-    for page in [*DOCS, ROOT / "README.md"]:
+    for page in [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         for name in re.findall(
-            r"`((?:python|csrc|kernels|tests|benchmarks)/[\w/]+\.\w+)`", page.read_text()
+            r"`((?:python|csrc|kernels|tests|benchmarks|examples|cmake)/[\w/.]*)`", page.read_text()
         ):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_modules_and_names_that_docs_name_exist():
+    for page in [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for name in re.findall(r"`(paged_mlx(?:\.[A-Za-z]\w*)+)", page.read_text()):
+            assert is_there(name), f"{page.name} names {name}"
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name leads somewhere."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_no_file_names_a_path_of_a_machine():

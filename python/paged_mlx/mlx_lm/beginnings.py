@@ -268,5 +268,11 @@ SEAMS = [
         WHEN,
         "the same, for the model and its draft",
     ),
-    Seam(GENERATE.PromptProcessingBatch, "prompt", _prompt, WHEN, "the same, for each row"),
+    Seam(
+        GENERATE.PromptProcessingBatch,
+        "prompt",
+        _prompt,
+        WHEN,
+        "reads, for each row, the tokens that are not cached",
+    ),
 ]

@@ -68,7 +68,7 @@ class PrefixCache(Evictor):
         allocator: Owner of the pages; the cache becomes one of its evictors.
         window: Keys a token may see, its own included; default all. With a window, pages
             behind it need not be there for a hit, nor in a table that is inserted.
-        policy: Which page to give up first; see ``eviction``.
+        policy: Which page to give up first; see ``paged_mlx.prefix.eviction``.
         max_pages: Pages to hold at most; default no limit but the pool.
         max_events: Events to keep for ``take_events``; default none.
         hash_page: The hash, ``(parent_hash, tokens, keys) -> bytes``.
