@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.errors import fail
-from paged_mlx.options import AttentionOptions
+from paged_mlx.options import AttentionOptions, has_kernel
 
 _NEVER = -(2**30)  # the position of a slot that holds no token
 _MARK = 0x706C616E  # what a plan begins with
@@ -576,7 +576,7 @@ def attention_geometry(q, k_pages, v_pages) -> dict[str, int]:
     if not k_pages.shape[2]:
         fail(op, "k_pages must have a page_size of at least 1", 0)
     for name, dim in (("q", q.shape[2]), ("v_pages", v_pages.shape[3])):
-        if dim % 8 or dim < 8 or (dim > 256 and dim != 512):
+        if not has_kernel(dim):
             must = f"{name} must have a head_dim that is a multiple of 8 up to 256, or 512"
             fail(op, must, dim)
     num_kv_heads = k_pages.shape[1]

@@ -115,6 +115,11 @@ def check_number(op: str, name: str, value: object) -> None:
         fail(op, f"{name} must be a number, or None", kind_of(value))
 
 
+def has_kernel(head_dim: int) -> bool:
+    """Whether the kernels take a head_dim."""
+    return head_dim >= 8 and head_dim % 8 == 0 and (head_dim <= 256 or head_dim == 512)
+
+
 def check_head_dim(op: str, name: str, value: object) -> int:
     """``value`` as an int, a head_dim that the kernels take.
 
@@ -122,7 +127,7 @@ def check_head_dim(op: str, name: str, value: object) -> int:
         ValueError: It is neither a multiple of 8 up to 256 nor 512.
     """
     dim = whole_number(op, name, value, 1)
-    if dim % 8 or (dim > 256 and dim != 512):
+    if not has_kernel(dim):
         fail(op, f"{name} must be a multiple of 8 up to 256, or 512", dim)
     return dim
 

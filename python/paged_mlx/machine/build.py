@@ -1,7 +1,7 @@
 """``python -m paged_mlx build``: the native module for the mlx that is installed.
 
 Compiles the sources that the package carries, against the headers in mlx's own wheel, into the
-user's cache, where the next import finds it. Needs a C++20 compiler and CMake.
+user's cache, where the next import finds it. Needs a C++20 compiler, CMake and ninja.
 """
 
 from __future__ import annotations

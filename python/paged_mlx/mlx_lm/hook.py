@@ -15,7 +15,7 @@ from paged_mlx._native import _ext
 from paged_mlx.mlx_lm.gathered import GatheredKV, PagedMask
 from paged_mlx.mlx_lm.group import FRESH_PROMPT
 from paged_mlx.mlx_lm.seams import Seam
-from paged_mlx.options import AttentionOptions
+from paged_mlx.options import AttentionOptions, has_kernel
 
 source_of = _ext.source_of
 
@@ -122,7 +122,7 @@ def refusal(q, source, pool, mask) -> str | None:
         return "the heads of q do not fit those of K"
     if q.dtype != pool.dtype and mx.float32 not in (q.dtype, pool.dtype):
         return f"q is {q.dtype} and the pages are {pool.dtype}"
-    if not (supported(head_dim) and supported(pool.v_head_dim)):
+    if not (has_kernel(head_dim) and has_kernel(pool.v_head_dim)):
         return f"head_dim {head_dim} has no kernel"
     return mask_refusal(mask, source)
 
@@ -140,11 +140,6 @@ def mask_refusal(mask, source) -> str | None:
     if not same_step or mask.num_tokens != step.num_tokens:
         return "the mask is of another step"
     return None
-
-
-def supported(head_dim: int) -> bool:
-    """Whether paged attention has a kernel for it."""
-    return head_dim % 8 == 0 and (8 <= head_dim <= 256 or head_dim == 512)
 
 
 def attend_fresh_prompt(q, source, scale, sinks):

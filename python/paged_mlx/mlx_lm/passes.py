@@ -4,10 +4,9 @@ All passes of a model are links of one chain of versions. MLX computes what is p
 the thread that built it, so a pass belongs to the thread that began it until what it has built
 is being computed, and the next thread waits for that. Where there are several threads nobody need
 ask: a pass that has reached every layer has its pages computed at once, whatever becomes of its
-logits. A pass that stops
-before, because something raised, is over when its sequences are gone, when its thread begins
-another or has ended, and at once if it was the pages that raised. A pass that one group of
-layers cannot begin is taken back in those that have.
+logits. A pass that stops before, because something raised, is over when its sequences are gone,
+when its thread begins another or has ended, and at once if it was the pages that raised. A pass
+that one group of layers cannot begin is taken back in those that have.
 """
 
 import contextlib

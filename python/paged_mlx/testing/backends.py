@@ -100,7 +100,7 @@ def on_stream(name: str, stream) -> Backend:
         write=_unchecked(_write, stream=stream),
         copy=_unchecked(_copy, stream=stream),
         gather=_unchecked(_gather, stream=stream),
-        offers=lambda case: all(_is_offered(dim) for dim in (case.head_dim, case.value_dim)),
+        offers=_is_offered,
         snippet=f"backends.{name}()",
         stream=stream,
     )
@@ -116,8 +116,10 @@ def _unchecked(function: Callable, **fixed) -> Callable:
     return run
 
 
-def _is_offered(head_dim: int) -> bool:
-    return head_dim % 8 == 0 and (head_dim <= 256 or head_dim == 512)
+def _is_offered(case: Case) -> bool:
+    from paged_mlx.options import has_kernel
+
+    return has_kernel(case.head_dim) and has_kernel(case.value_dim)
 
 
 def _attend(problem: Problem, *, stream, fixed_partition: int | None = None) -> Result:
