@@ -219,7 +219,7 @@ _FAULTS = {
             (f"a variant is the same whatever its {part}", find, "", "variants")
             for part, find in (
                 ("kernel", "same(kernel, other.kernel) && "),
-                ("macros", "macros == other.macros && "),
+                ("macros", " && macros == other.macros"),
                 ("constants", " && constants == other.constants"),
                 ("words", " && same(word, other.word)"),
             )
