@@ -1,11 +1,13 @@
 """How many functions of the package stand between a page operation and its effect."""
 
 import mlx.core as mx
+import pytest
 from counted_calls import calls
 from page_helpers import table_of
 from paged_mlx import PageAllocator, PagePool
 
 
+@pytest.mark.native
 def test_copy_on_write_of_a_page_takes_twenty_calls_in_five_files():
     allocator = PageAllocator(64, 16)
     pool = PagePool(4, 64, 16, 2, 64, mx.float16, allocator=allocator)
