@@ -20,6 +20,11 @@ from paged_mlx.machine.cache import cache_directory
 OLDEST = "0.31.2"  #: the oldest mlx that the package runs beside
 
 
+def mlx_version() -> str:
+    """The version of the mlx that is imported."""
+    return mx.__version__  # type: ignore[attr-defined]  # stubs leave it out
+
+
 def release(version: str) -> str:
     """The release of a version of mlx: without a development or local part."""
     return version.split(".dev")[0].split("+")[0]
@@ -64,7 +69,7 @@ def holds_module(folder: Path) -> bool:
 def _import():
     if mx.cuda.is_available():
         raise ImportError("there are kernels for Apple's GPUs and for CPUs, none for CUDA")
-    here = [folder for folder in folders(mx.__version__) if holds_module(folder)]
+    here = [folder for folder in folders(mlx_version()) if holds_module(folder)]
     if not here:
         raise ImportError("there is none")
     paged_mlx.__path__.extend(str(folder) for folder in here)
@@ -78,7 +83,7 @@ def _fallback(error: ImportError):
     built = ", ".join(releases()) or "none"
     advice = "" if mx.cuda.is_available() else "`python -m paged_mlx build` makes one. "
     warnings.warn(
-        f"paged_mlx has no native module for mlx {release(mx.__version__)} and Python "
+        f"paged_mlx has no native module for mlx {release(mlx_version())} and Python "
         f"{platform.python_version()} (there are modules for mlx {built}), so MLX's own operations do "
         f"the work: right, slower, and with more memory. {advice}(The import said: {error}.)",
         RuntimeWarning,
@@ -89,9 +94,9 @@ def _fallback(error: ImportError):
     return fallback
 
 
-if _numbers(mx.__version__) < _numbers(OLDEST):
+if _numbers(mlx_version()) < _numbers(OLDEST):
     raise ImportError(
-        f"paged_mlx needs mlx {OLDEST} or newer; this is mlx {mx.__version__}: "
+        f"paged_mlx needs mlx {OLDEST} or newer; this is mlx {mlx_version()}: "
         "pip install --upgrade mlx"
     )
 _ext: Any
@@ -111,5 +116,5 @@ def backend() -> str:
         True
     """
     if not BUILT:
-        return f"fallback: MLX's own operations, mlx {mx.__version__}"
-    return f"native module for mlx {release(mx.__version__)}: {_ext.__file__}"
+        return f"fallback: MLX's own operations, mlx {mlx_version()}"
+    return f"native module for mlx {release(mlx_version())}: {_ext.__file__}"

@@ -128,13 +128,7 @@ def paged_attention(
     else:
         pool = page_blocks.pool
         if plan is None:
-            plan = pool.plan(
-                page_tables,
-                num_q_heads=shape[1],
-                query_lens=query_lens,
-                sliding_window=sliding_window,
-                causal=causal,
-            )
+            plan = pool.plan_for(_OP, page_tables, shape[1], query_lens, sliding_window, causal)
         elif isinstance(plan, AttentionPlan):
             plan.check_agrees(_OP, causal, sliding_window)
         if pool.canary is not None:

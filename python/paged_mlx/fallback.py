@@ -596,7 +596,8 @@ class _Shapes:
     """Checks shapes by the names of their axes: a name has one size in a call."""
 
     def __init__(self, op: str):
-        self.op, self.known = op, {}
+        self.op = op
+        self.known: dict[str, int] = {}
 
     def __call__(self, name, array, *dims):
         _check_array(self.op, name, array)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -187,9 +188,11 @@ def _prove_attention(case: Case, variant: Variant, stream) -> bool:
         kernels=True,
     )
     arrays = [_to_mlx(a, case.dtype) for a in (problem.q, problem.k_pages, problem.v_pages)]
-    options = AttentionOptions(
-        **{n: mx.array(a) if isinstance(a, np.ndarray) else a for n, a in problem.scoring.items()}
-    )
+    scoring: dict[str, Any] = {
+        name: mx.array(value) if isinstance(value, np.ndarray) else value
+        for name, value in problem.scoring.items()
+    }
+    options = AttentionOptions(**scoring)
     out, lse, *_ = _ext.paged_attention(*arrays, plan.array(), *options, stream=stream)
     return _finds_its_pages(problem.judge(decode(_from_mlx(out), case.dtype), np.array(lse)))
 

@@ -48,8 +48,8 @@ def attend(
     outs = []
     for begin, end in zip(bounds, bounds[1:], strict=False):
         if begin < end:
-            q_k_v = (a[begin:end].swapaxes(0, 1)[None] for a in (q, k, v))
-            outs.append(_causal(*q_k_v, options, stream)[0].swapaxes(0, 1))
+            own = [a[begin:end].swapaxes(0, 1)[None] for a in (q, k, v)]
+            outs.append(_causal(own[0], own[1], own[2], options, stream)[0].swapaxes(0, 1))
     return outs[0] if len(outs) == 1 else mx.concatenate(outs, stream=stream)
 
 

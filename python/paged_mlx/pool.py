@@ -261,7 +261,25 @@ class PagePool:
             ValueError: An argument is wrong, or a page that a token may see was
                 given back.
         """
-        op = "plan"
+        return self.plan_for(
+            "plan", tables, num_q_heads, query_lens, sliding_window, causal,
+            previous, share_prefixes, fixed_partition, workers,
+        )  # fmt: skip
+
+    def plan_for(
+        self,
+        op: str,
+        tables: Sequence[PageTable],
+        num_q_heads: int,
+        query_lens: Ints | None,
+        sliding_window: int | None,
+        causal: bool,
+        previous: AttentionPlan | None = None,
+        share_prefixes: bool = True,
+        fixed_partition: int | None = None,
+        workers: int | None = None,
+    ) -> AttentionPlan:
+        """``plan`` for a function whose name errors give."""
         lens = None if query_lens is None else host_ints(op, "query_lens", query_lens).tolist()
         packed = self._batch.update(tables, lens)
         kernels = runs_kernels(self.stream)
@@ -276,7 +294,7 @@ class PagePool:
             remembered = self._plans.get(kind)
             if remembered is not None and remembered[0] is packed and previous is None:
                 return remembered[1]
-        geometry = self._geometry._replace(num_q_heads=num_q_heads)
+        geometry = Geometry(num_q_heads, *self._geometry[1:])
         options = PlanOptions(
             self._storage.num_pages,
             causal,
@@ -292,11 +310,11 @@ class PagePool:
             or num_q_heads % self.num_kv_heads
             or not (sliding_window is None or 0 < sliding_window <= MAX_INT32)
         ):
-            geometry.check("plan")
-            options.check("plan")
+            geometry.check(op)
+            options.check(op)
         if remembered is not None and previous is None:
             previous = remembered[1]
-        made = self._plan(tables, packed, geometry, options, previous)
+        made = self._plan(op, tables, packed, geometry, options, previous)
         if kind is not None:
             self._plans[kind] = packed, made
         return made
@@ -457,6 +475,7 @@ class PagePool:
 
     def _plan(
         self,
+        op: str,
         tables: Sequence[PageTable],
         packed: PackedTables,
         geometry: Geometry,
@@ -466,12 +485,12 @@ class PagePool:
         """Make a plan; say of pages that were given back that they were."""
         if packed.page_size != self.page_size:
             must = f"page_tables must have the page_size of the pages, {self.page_size}"
-            fail("paged_attention", must, packed.page_size)
+            fail(op, must, packed.page_size)
         if packed.allocator is not None and packed.allocator is not self._allocator:
             must = "page_tables must hold pages of the allocator that the pool belongs to"
-            fail("paged_attention", must, f"a table of another, {packed.allocator!r}")
+            fail(op, must, f"a table of another, {packed.allocator!r}")
         try:
-            made = make_plan("paged_attention", packed, geometry, options, previous)
+            made = make_plan(op, packed, geometry, options, previous)
         except ValueError:
             for row, table in enumerate(tables):
                 if table.num_freed:
@@ -479,7 +498,7 @@ class PagePool:
                         "sliding_window must be given, and small enough to see none of the "
                         f"{table.num_freed} pages that sequence {row} gave back"
                     )
-                    fail("paged_attention", must, options.sliding_window)
+                    fail(op, must, options.sliding_window)
             raise
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()

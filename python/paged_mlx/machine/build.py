@@ -40,11 +40,9 @@ def build(force: bool = False) -> str:
     Raises:
         CannotBuild: A compiler, CMake or the sources are missing, or the build fails.
     """
-    import mlx.core as mx
-
     from paged_mlx import _native
 
-    version = _native.release(mx.__version__)
+    version = _native.release(_native.mlx_version())
     name = _native.folder_name(version)
     target = _native.user_cache() / name
     if not force:

@@ -12,10 +12,11 @@ import contextlib
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     say("\n" + _verdict(result, right))
     if not mx.metal.is_available():
         say("\nOn a Mac, look at:\n" + "\n".join(f"- {what}: {how}" for what, how in TO_LOOK_AT))
-    text = report.to_json(result, **about, measured=[finding._asdict() for finding in findings])
+    text = report.to_json(result, **about, measured=[asdict(finding) for finding in findings])
     if options.json == "-":
         print(text)
     elif path := options.json or (None if right else REPORT):
@@ -183,7 +184,7 @@ def usual() -> list[Check]:
         if (check.case.dtype == "bfloat16" and check.case.head_dim in (64, 128, 256))
         or (check.case.dtype != "bfloat16" and check.case.head_dim == 128)
     ]
-    one_each = [
+    one_each: list[Any] = [
         *([i == j for j in range(3)] + [None] for i in range(3)),
         *([False, False, False, mask] for mask in ("boolean", "additive")),
     ]

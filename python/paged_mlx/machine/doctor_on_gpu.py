@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,8 @@ from paged_mlx._native import _ext
 from paged_mlx.testing import Backend, Case, Check, run_suite
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """One line of the report. ``right``: None where nothing is right or wrong."""
 
     name: str

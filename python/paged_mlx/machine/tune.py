@@ -26,7 +26,7 @@ from paged_mlx.options import AttentionOptions
 
 SECONDS = 50.0
 GAIN = 0.97  # of the present time: less is noise
-CANDIDATES = {
+CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "gpu": {
         "workers_per_core": (2, 4, 8),
         "least_workers_per_core": (1, 2, 4),
@@ -120,7 +120,7 @@ class Tuner:
 
     def _log_ratio(self, work: Workload, present: dict[str, int], tried: dict[str, int]) -> float:
         plans = [self._plan(work, limits) for limits in (present, tried)]
-        if np.array_equal(*(np.array(plan.array) for plan in plans)):
+        if np.array_equal(np.array(plans[0].array), np.array(plans[1].array)):
             return 0.0
         one, other = self.seconds_of_both(*(self._step(work, plan) for plan in plans))
         return math.log(other / one)
@@ -149,7 +149,7 @@ class Tuner:
         if work not in self._made:
             pages = -(-work.context_len // work.page_size) * work.batch
             tokens = work.batch * work.query_len
-            shapes = [(tokens, work.num_q_heads, work.head_dim)]
+            shapes: list[tuple[int, ...]] = [(tokens, work.num_q_heads, work.head_dim)]
             shapes += [(pages, work.num_kv_heads, work.page_size, work.head_dim)] * 2
             self._made[work] = [mx.random.normal(shape).astype(self.dtype) for shape in shapes]
             mx.eval(self._made[work])
@@ -181,7 +181,7 @@ class Tuner:
         options = AttentionOptions()
         return (
             self._step(work, plan),
-            lambda: fresh_prompt.attend(q, *own, plan, options, stream=self._stream()),
+            lambda: fresh_prompt.attend(q, own[0], own[1], plan, options, stream=self._stream()),
         )
 
     def _stream(self):

@@ -7,6 +7,7 @@ Three functions of ``mlx_lm.generate``, replaced by name while a model is enable
 import contextlib
 import inspect
 import sys
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm.generate  # noqa: F401
@@ -175,7 +176,8 @@ def _check_rewinds(given) -> None:
 
 
 def _listed(prompt) -> list[int]:
-    return prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
+    tokens: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+    return list(tokens)
 
 
 # A batch

@@ -328,11 +328,11 @@ class State(dict):
         return enumerate(self._cache.read_state())
 
 
-class PagedFullCache(PagedKVCache, stock.KVCache):
+class PagedFullCache(PagedKVCache, stock.KVCache):  # type: ignore[misc]
     """Keeps all keys."""
 
 
-class PagedWindowCache(PagedKVCache, stock.RotatingKVCache):
+class PagedWindowCache(PagedKVCache, stock.RotatingKVCache):  # type: ignore[misc]
     """Keeps the keys of a window."""
 
     keep = 0

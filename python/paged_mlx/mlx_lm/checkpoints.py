@@ -6,6 +6,7 @@ prefix cache, beside the last page of those tokens, and leaves with it.
 """
 
 import itertools
+from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -28,7 +29,7 @@ class Checkpoint:
     """
 
     def __init__(self, states: list[list[mx.array | None]]):
-        self.states = states
+        self.states: list[list[mx.array | None]] | None = states
         self.nbytes = sum(x.nbytes for arrays in states for x in arrays if x is not None)
         self.hits = 0
         self.last_used = next(_times)
@@ -59,7 +60,7 @@ class Checkpoints:
         return self._find(tokens, keys)[0]
 
     def _find(self, tokens: list[int], keys) -> tuple[int, Checkpoint | None]:
-        kept = self._cache.kept(tokens, keys)
+        kept: list[tuple[int, Any]] = self._cache.kept(tokens, keys)
         usable = [found for found in kept if found[1].states is not None]
         return usable[-1] if usable else (0, None)
 
@@ -67,6 +68,7 @@ class Checkpoints:
         """Put the states after exactly ``tokens`` into one row of a prompt cache."""
         length, checkpoint = self._find(tokens, keys)
         assert length == len(tokens), f"no checkpoint at {len(tokens)}, but at {length}"
+        assert checkpoint is not None and checkpoint.states is not None
         checkpoint.hits += 1
         checkpoint.last_used = next(_times)
         for cache, arrays in zip(states_of(prompt_cache), checkpoint.states):
@@ -164,5 +166,5 @@ def _close(expected: mx.array, found: mx.array) -> bool:
     """Equal but for rounding, of a batch against a single row in the model's precision."""
     if expected.shape != found.shape:
         return False
-    expected, found = (np.array(x.astype(mx.float32)) for x in (expected, found))
-    return np.abs(expected - found).max() <= 0.03 * np.abs(expected).max() + 1e-6
+    one, other = (np.array(x.astype(mx.float32)) for x in (expected, found))
+    return bool(np.abs(one - other).max() <= 0.03 * np.abs(one).max() + 1e-6)

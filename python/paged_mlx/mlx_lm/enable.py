@@ -392,7 +392,7 @@ class PagedModel:
         return self._calls().get(FRESH_PROMPT, 0)
 
     def _calls(self) -> Counter:
-        calls = Counter()
+        calls: Counter = Counter()
         for group in self.groups.values():
             for (_, reason), count in group.calls.items():
                 calls[reason] += count

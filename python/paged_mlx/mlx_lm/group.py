@@ -350,10 +350,12 @@ class LayerGroup:
         tables = [row.tables[self.window] for row in rows]
         packed = pack(tables)
         skipped = min(table.num_freed for table in tables)
-        pool, i = self.placed(layer)
+        place = self._placed[layer]
         with self.passes.turn():
             held = lens - skipped * self.page_size
-            return self._narrowed(layer, pool[i].gather(packed.block_tables[:, skipped:], held))
+            return self._narrowed(
+                layer, place.pool[place.index].gather(packed.block_tables[:, skipped:], held)
+            )
 
     # Figures
 

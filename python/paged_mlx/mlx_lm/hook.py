@@ -148,7 +148,7 @@ def attend_fresh_prompt(q, source, scale, sinks):
     Padding stands at the end, where no token before it sees it.
     """
     pool = source.place.pool
-    k, v = pool.take_fetched(source)
+    k, v = pool.write_fetched(source)
     options = AttentionOptions(scale=scale, sinks=sinks)
     return fresh_prompt.attend_batch(q, k, v, options, stream=pool.stream)
 

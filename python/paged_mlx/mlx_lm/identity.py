@@ -103,5 +103,5 @@ def array_digest(name: str, array: mx.array) -> bytes:
         flat = array.reshape(-1)
         if flat.dtype == mx.bfloat16:
             flat = flat.view(mx.uint16)
-        digest.update(memoryview(np.array(flat, copy=False)).cast("B"))
+        digest.update(np.array(flat, copy=False).view(np.uint8).data)
     return digest.digest()

@@ -107,7 +107,7 @@ def probe_geometry(model, caches, places) -> dict:
     Builds the graph of one token and evaluates nothing. A model that cannot be called
     this way has an empty answer: then each layer gets a pool of its own, when it writes.
     """
-    found = {}
+    found: dict[tuple, tuple] = {}
     probes = build(places, caches, lambda place: GeometryProbe(place, found))
     try:
         model(mx.zeros((1, 1), mx.int32), cache=probes)

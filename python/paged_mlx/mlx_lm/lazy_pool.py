@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from paged_mlx import operations
 from paged_mlx._native import _ext
-from paged_mlx.mlx_lm.gathered import GatheredKV, PagesOfLayer
+from paged_mlx.mlx_lm.gathered import PagesOfLayer
 from paged_mlx.pool import PagePool
 from paged_mlx.pool_storage import Arrays
 
@@ -37,7 +37,7 @@ class LazyPool(PagePool):
     def built(self) -> list[mx.array]:
         """The newest versions and the tokens that wait, with nothing settled."""
         waiting = ((source.keys, source.values) for source in list(self._waiting.values()))
-        return [array for arrays in (*self._state, *waiting) for array in arrays]
+        return [a for arrays in (*self._state, *waiting) for a in arrays if a is not None]
 
     def versions(self) -> Arrays:
         """The newest versions, to go back to."""
@@ -62,7 +62,7 @@ class LazyPool(PagePool):
         """They have read what they read, and are never evaluated again."""
         self._fetches.clear()
 
-    def fetch(self, source: PagesOfLayer, keys=None, values=None) -> tuple[GatheredKV, GatheredKV]:
+    def fetch(self, source: PagesOfLayer, keys=None, values=None) -> tuple[mx.array, mx.array]:
         """K and V of the whole context as handles; ``keys`` and ``values`` wait to be written.
 
         Args:
@@ -72,7 +72,7 @@ class LazyPool(PagePool):
         """
         i, step = source.place.index, source.step
         if i in self._waiting:
-            self._write(self._waiting[i])
+            self.write_fetched(self._waiting[i])
         tables = step.tables_before if keys is not None else step.tables_after
         *handles, new_k, new_v = operations.fetch_pages(
             self._fetches, i, source, tables, *self._state[i], keys, values, stream=self.stream
@@ -94,7 +94,7 @@ class LazyPool(PagePool):
         i = source.place.index
         arrays = self._state[i]
         if source.keys is None:
-            tokens = (None, None, None)
+            tokens: tuple = (None, None, None)
         else:
             tokens = (source.keys, source.values, source.step.slot_array)
         out, *arrays[:] = operations.write_attend(
@@ -106,19 +106,14 @@ class LazyPool(PagePool):
             del self._waiting[i]
         return out
 
-    def take_fetched(self, source: PagesOfLayer) -> tuple[mx.array, mx.array]:
-        """Write what waits of ``source``, and return it: all K and V of a fresh prompt."""
-        k, v = source.keys, source.values
-        self._write(source)
-        return k, v
-
-    def _write(self, source: PagesOfLayer) -> None:
-        """Write what waits of a layer that nobody has attended to."""
-        i = source.place.index
+    def write_fetched(self, source: PagesOfLayer) -> tuple[mx.array, mx.array]:
+        """Write what waits of ``source`` and is not attended to in the pages, and return it."""
+        i, k, v = source.place.index, source.keys, source.values
+        assert k is not None and v is not None
         arrays = self._state[i]
         arrays[:] = operations.write_pages(
-            _by_token(source.keys, self),
-            _by_token(source.values, self),
+            _by_token(k, self),
+            _by_token(v, self),
             *arrays,
             source.step.slot_array,
             alias=True,
@@ -127,12 +122,13 @@ class LazyPool(PagePool):
         )
         source.keys = source.values = None
         del self._waiting[i]
+        return k, v
 
     def settle(self) -> None:
         """Write what waits, and come after every gather that has read or may still read."""
         if self._waiting:
             for source in list(self._waiting.values()):
-                self._write(source)
+                self.write_fetched(source)
         self._fetches.settle(self._state)
 
 

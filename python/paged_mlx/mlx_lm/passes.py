@@ -161,7 +161,7 @@ class Passes:
             mx.async_eval(self._built())
 
     def _built(self) -> list[mx.array]:
-        return [array for pool in self._pools() for array in pool.built if array is not None]
+        return [array for pool in self._pools() for array in pool.built]
 
     def _pools(self) -> list:
         return [pool for group in self.groups.values() for pool in group.pools]
@@ -237,6 +237,7 @@ class Passes:
 
     def _take_back_all(self) -> None:
         newest = self._newest
+        assert newest is not None
         for window in newest.steps:
             self.groups[window].undo_newest()
         if newest.num_served:

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import os
 import tempfile
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -109,7 +110,7 @@ def _with_the_rest(places, ours, theirs) -> list:
 
 def _check_fits(cache, plain) -> None:
     group = cache.group
-    kind = stock.KVCache if group.window is None else stock.RotatingKVCache
+    kind: Any = stock.KVCache if group.window is None else stock.RotatingKVCache
     if type(plain) is not kind or (group.window is not None and plain.max_size != group.window):
         wanted = kind.__name__ if group.window is None else f"{kind.__name__} of {group.window}"
         must = f"prompt_cache must have a {wanted} for layer {cache.layer}, as the model's"
@@ -207,7 +208,8 @@ def load(paged, path: str) -> tuple[list, dict, list[int]]:
 def _checksum(plain: list, told: dict) -> str:
     """Of all that a file holds: states, which classes they are of, tokens and the model."""
     digest = hashlib.sha256(repr(sorted(told.items())).encode())
-    for name, value in tree_flatten([cache.state for cache in plain]):
+    states: Any = tree_flatten([cache.state for cache in plain])
+    for name, value in states:
         if isinstance(value, mx.array):
             digest.update(array_digest(name, value))
         elif value is not None:

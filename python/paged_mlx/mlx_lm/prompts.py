@@ -65,7 +65,7 @@ class Prompts:
         layers = list(layers_of(prompt_cache))
         passes = layers[0].group.passes if layers else None
         if passes is not None and passes.model() is not self.paged.model:
-            fail("model", "cache must be of this model", prompt_cache[0])
+            fail("model", "cache must be of this model", layers[0])
         if passes is not self.paged.passes:
             return Call(self, None, prompt_cache, [])  # none on pages, or the model is explained
         others = [name for name, given in options.items() if name != "cache" and given is not None]

@@ -6,6 +6,7 @@ because somebody has wrapped it, it passes everything on.
 """
 
 import functools
+from typing import Any
 
 SEAMS: list["Seam"] = []  # all there are, for the table in docs/mlx_lm.md
 
@@ -25,7 +26,8 @@ class Seam:
         self.owner, self.name, self.when, self.does = owner, name, when, does
         self._make = make
         self._users = 0
-        self._ours = self._before = None
+        self._ours: Any = None
+        self._before: Any = None
         self._is_inherited = False
         SEAMS.append(self)
 

@@ -115,7 +115,7 @@ class Sequence:
         self.last_step: dict = {}
         self.history = History() if history is None else history
         self.broken = None
-        self._forks = []  # (weak reference, content when forked, caches that have it)
+        self._forks: list[tuple] = []  # (weak reference, content when forked, caches that have it)
         self._siblings: list[Sequence] = []
         passes = next(iter(groups.values())).passes
         self._lock = passes.lock

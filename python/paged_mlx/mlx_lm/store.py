@@ -47,7 +47,7 @@ if hasattr(stock, "LRUPromptCache"):
         )
     )
 
-    class PromptStore(stock.LRUPromptCache):
+    class PromptStore(stock.LRUPromptCache):  # type: ignore[no-redef]
         """The prompt store of ``mlx_lm.server`` for an enabled model. It finds the longest cached
         beginning, filed here or not, and the server counts it as cached.
 

@@ -33,4 +33,6 @@ def is_at_least(installed: str, version: str) -> bool:
 
 def _number(version: str) -> tuple[int, ...]:
     """The release of a version: (0, 32, 2) of "0.32.2.dev1+abc"."""
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))
+    found = re.match(r"\d+(\.\d+)*", version)
+    assert found is not None, f"{version!r} is no version"
+    return tuple(int(part) for part in found.group().split("."))

@@ -82,10 +82,15 @@ def _next(before):
 
 def _layers(generator):
     """The paged caches of a generator's sequences, those that wait too."""
-    yield from layers_of(generator._generation_batch.prompt_cache)
-    yield from layers_of(generator._prompt_batch.prompt_cache)
+    for batch in _batches(generator):
+        yield from layers_of(batch.prompt_cache)
     for waiting in generator._unprocessed_sequences:
         yield from layers_of(waiting[3])
+
+
+def _batches(generator) -> tuple:
+    """The batch that answers, and the one whose prompts are being read."""
+    return generator._generation_batch, generator._prompt_batch
 
 
 class Queue:
@@ -93,7 +98,7 @@ class Queue:
 
     def __init__(self, generator, paged):
         self._generator, self._paged = generator, paged
-        self._answering, self._reading = generator._generation_batch, generator._prompt_batch
+        self._answering, self._reading = _batches(generator)
         self._progress = generator._currently_processing
         self._waiting = generator._unprocessed_sequences
 

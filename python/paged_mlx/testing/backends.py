@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Backend:
 
     Attributes:
         name: Column of the report.
+        attend_fixed, merge, write, copy, gather: None where the backend has none.
         attend: ``problem -> (out, lse)``: out ``[tokens, num_q_heads, v_head_dim]`` as float32,
             lse ``[tokens, num_q_heads]``; lse may be None.
         attend_fixed: The same, with bits that do not depend on the rest of the batch.
@@ -38,11 +40,11 @@ class Backend:
 
     name: str
     attend: Callable[[Problem], Result]
-    attend_fixed: Callable[[Problem], Result] | None = None
-    merge: Callable | None = None
-    write: Callable | None = None
-    copy: Callable | None = None
-    gather: Callable | None = None
+    attend_fixed: Any = None
+    merge: Any = None
+    write: Any = None
+    copy: Any = None
+    gather: Any = None
     offers: Callable[[Case], bool] = lambda case: True
     snippet: str = ""
     stream: object | None = None
@@ -165,8 +167,8 @@ def _merge(outs, lses, dtype: str, *, stream) -> Result:
 def _write(k, v, k_pages, v_pages, slot_mapping, dtype: str, *, stream):
     from paged_mlx import fast
 
-    arrays = (to_mlx(a, dtype) for a in (k, v, k_pages, v_pages))
-    pages = fast.write_pages(*arrays, slot_mapping, stream=stream)
+    k, v, k_pages, v_pages = (to_mlx(a, dtype) for a in (k, v, k_pages, v_pages))
+    pages = fast.write_pages(k, v, k_pages, v_pages, slot_mapping, stream=stream)
     return tuple(from_mlx(p) for p in pages)
 
 

@@ -126,8 +126,8 @@ def _spoilt(case: Case) -> Problem:
 
 def _layout(case: Case, backend: Backend) -> Outcome:
     """No bit depends on which physical pages hold the tokens."""
-    layouts = (case.replace(layout=case.layout + i) for i in range(2))
-    return _same_bits(*(backend.attend(c.build()) for c in layouts), "page ids")
+    one, other = (case.replace(layout=case.layout + i) for i in range(2))
+    return _same_bits(backend.attend(one.build()), backend.attend(other.build()), "page ids")
 
 
 def _again(case: Case, backend: Backend) -> Outcome:
@@ -167,15 +167,14 @@ def _alone(problem: Problem, s: int) -> Problem:
 
     rows = slice(*problem.query_bounds[s : s + 2])
     row = slice(s, s + 1)
-    ragged = problem.page_starts is not None
     return replace(
         problem,
         q=problem.q[rows],
         block_tables=problem.block_tables[row],
         context_lens=problem.context_lens[row],
         cu_seqlens_q=np.array([0, rows.stop - rows.start], np.int32),
-        page_starts=problem.page_starts[row] if ragged else None,
-        page_lens=problem.page_lens[row] if ragged else None,
+        page_starts=None if problem.page_starts is None else problem.page_starts[row],
+        page_lens=None if problem.page_lens is None else problem.page_lens[row],
         mask=None if problem.mask is None else problem.mask[..., rows, :],
         keys=problem.keys[row],
         values=problem.values[row],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +30,7 @@ MOST_SEQUENCES = 5
 class Sequence:
     """A page table, and its tokens' K and V of every layer as float32 arrays."""
 
-    table: object
+    table: Any
     keys: list[np.ndarray]
     values: list[np.ndarray]
 
@@ -126,7 +127,8 @@ class Program:
             out = self.compiled[layer](*arguments)
         else:
             out = self.pool[layer].attend(*arguments)
-        self.pending.append(Pending(out, *self._expected(chosen, layer, lens, q), self.step))
+        exact, own = self._expected(chosen, layer, lens, q)
+        self.pending.append(Pending(out, exact, own, self.step))
 
     def fork(self) -> None:
         if self.sequences and len(self.sequences) < MOST_SEQUENCES:
@@ -178,8 +180,8 @@ class Program:
         return self._round(self.rng.standard_normal((count, self.case.num_kv_heads, dim)))
 
     def _write(self, layer: int, k: np.ndarray, v: np.ndarray, slots: np.ndarray) -> None:
-        stored = (to_mlx(dtypes.encode(a, self.case.dtype), self.case.dtype) for a in (k, v))
-        self.pool.write(layer, *stored, slots)
+        stored = [to_mlx(dtypes.encode(a, self.case.dtype), self.case.dtype) for a in (k, v)]
+        self.pool.write(layer, stored[0], stored[1], slots)
 
     def _compile(self, layer: int):
         @partial(mx.compile, inputs=self.pool.state, outputs=self.pool.state)

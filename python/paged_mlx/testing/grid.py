@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from paged_mlx.reference import dtypes
 from paged_mlx.reference.call import MASKS
@@ -33,21 +34,21 @@ CONTEXTS = (
 #: Products of one case of the grid.
 _MOST_WORK = 1 << 28
 
-_GEOMETRY = {
+_GEOMETRY: dict[str, tuple] = {
     "dtype": dtypes.NAMES,
     "heads": HEADS,
     "head_dim": (8, 32, 64, 72, 80, 96, 112, 120, 128, 192, 256, 512),
     "v_head_dim": (None, 8, 40, 128),
     "page_size": PAGE_SIZES,
 }
-_BATCH = {
+_BATCH: dict[str, tuple] = {
     "context": CONTEXTS,
     "query": (1, 2, 3, 5, 8, 16, 17, 40, 130),
     "batch": ("one", "decode", "mixed", "empty"),
     "prefix": (None, "all", "nested"),
     "ragged": (False, True),
 }
-_OPTIONS = {
+_OPTIONS: dict[str, tuple] = {
     "causal": (True, False),
     "window": (None, 1, 12, "page", "page+1", "context"),
     "softcap": (None, 30.0, 4.0),
@@ -210,7 +211,11 @@ def _long_needles() -> Iterator[Check]:
     for dtype, heads, page_size in itertools.product(
         dtypes.NAMES, ((1, 1), (8, 2), (32, 8)), (8, 16, 32, 128)
     ):
-        shape = {"num_q_heads": heads[0], "num_kv_heads": heads[1], "page_size": page_size}
+        shape: dict[str, Any] = {
+            "num_q_heads": heads[0],
+            "num_kv_heads": heads[1],
+            "page_size": page_size,
+        }
         case = Case(values="needles", dtype=dtype, head_dim=128, **shape)
         yield Check("needles", case.replace(sequences=((1, 32768),)))
         yield Check("needles", case.replace(sequences=((7, 32767), (1, 16385)), seed=1))
@@ -278,7 +283,7 @@ def _merges() -> Iterator[Check]:
 
 def _invariance() -> Iterator[Check]:
     for dtype, heads in itertools.product(dtypes.NAMES, ((1, 1), (8, 2), (28, 4))):
-        shape = {"dtype": dtype, "num_q_heads": heads[0], "num_kv_heads": heads[1]}
+        shape: dict[str, Any] = {"dtype": dtype, "num_q_heads": heads[0], "num_kv_heads": heads[1]}
         case = Case(**shape, sequences=((1, 300), (1, 77), (40, 90), (2, 130)))
         shared = case.replace(prefixes=((0, 4, 64),), sliding_window=100)
         for ask in ("layout", "again", "neighbours"):
@@ -289,7 +294,7 @@ def _invariance() -> Iterator[Check]:
 
 
 def _pages() -> Iterator[Check]:
-    axes = {
+    axes: dict[str, tuple] = {
         "dtype": dtypes.NAMES,
         "num_kv_heads": (1, 4),
         "head_dim": (8, 64, 80, 512),
@@ -306,7 +311,12 @@ def _pages() -> Iterator[Check]:
 
 def _graph(programs: int) -> Iterator[Check]:
     for i in range(programs):
-        shape = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, "v_head_dim": 8}
+        shape: dict[str, Any] = {
+            "num_q_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+            "v_head_dim": 8,
+        }
         case = Case(**shape, dtype=dtypes.NAMES[i % 3], page_size=(4, 8, 3)[i // 3 % 3], seed=i)
         yield Check("graph", case, "graph")
 
@@ -316,7 +326,12 @@ def _long_grid() -> Iterator[Check]:
     geometry = {**_GEOMETRY, "head_dim": HEAD_DIMS, "v_head_dim": (None, 64)}
     for i, row in enumerate(product(geometry)):
         yield Check("grid", make_case({**row, **next(options)}, seed=i))
-    fixed = {"dtype": "bfloat16", "heads": (8, 2), "head_dim": 64, "v_head_dim": None}
+    fixed: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "heads": (8, 2),
+        "head_dim": 64,
+        "v_head_dim": None,
+    }
     axes = {name: _BATCH[name] for name in ("context", "query", "ragged")}
     axes |= {"page_size": PAGE_SIZES, "window": _OPTIONS["window"]}
     for i, row in enumerate(product(axes)):
