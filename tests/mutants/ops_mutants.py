@@ -141,6 +141,12 @@ _FAULTS = {
             "fast.copy_moves_whole_pages_in_every_array",
         ),
         (
+            "pages past the eighth array are not copied",
+            "                   pool.copy(pairs, count, num_pages);\n",
+            "                   if (&pool < pools.data() + 8) pool.copy(pairs, count, num_pages);\n",
+            "carried_state.a_copy_reaches_every_layer_of_many",
+        ),
+        (
             "the last pair is not copied",
             "for (int i = 0; i < count; i++) {",
             "for (int i = 0; i < count - 1; i++) {",
@@ -154,6 +160,12 @@ _FAULTS = {
         ),
     ],
     "ops/page_rows.cpp": [
+        (
+            "a slot behind the last one is written",
+            "slots[t] >= writers[0].num_slots()",
+            "slots[t] > writers[0].num_slots()",
+            "fast.a_traced_slot_outside_the_pool_is_an_error_at_evaluation",
+        ),
         (
             "slot -1 is written",
             "      if (slots[t] >= 0) {\n        writer.write(t, slots[t]);\n      }\n",
@@ -197,6 +209,18 @@ _FAULTS = {
             "  in.page_starts = optional(step.page_starts);\n  in.page_lens = optional(step.page_lens);\n",
             "  in.page_starts = optional(step.page_lens);\n  in.page_lens = optional(step.page_starts);\n",
             "pool_plans.a_plan_follows_sealed_tables",
+        ),
+        (
+            "a plan that is moved on takes the words of the one before",
+            "  plan.words_ = words_for(header().num_words);\n",
+            "",
+            "previous.the_step_before_stays_what_it_was",
+        ),
+        (
+            "lengths may be those of another batch",
+            '{{"batch", batch}});\n  if (step.cu_seqlens_q) {',
+            '{{"batch", -1}});\n  if (step.cu_seqlens_q) {',
+            "previous.a_step_that_cannot_be_is_refused_after_one_that_can",
         ),
     ],
     "ops/gather_pages.cpp": [
