@@ -14,7 +14,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 from metal_on_host import metal_on_host
-from paged_mlx import PagePool, fast
+from paged_mlx import PagePool, fast, first_use
 from paged_mlx.testing import Case, Check, backends, run
 
 from .mutant import Mutant
@@ -104,7 +104,7 @@ def compare(
     """``work`` on the host as on the CPU backend."""
     expected = work()
     mx.eval(expected)
-    with metal_on_host(change=change) as launches:
+    with metal_on_host(change=change) as launches, first_use.unchecked():
         found = work()
         mx.eval(found)
     if launches.findings:
@@ -155,7 +155,7 @@ def _thirty_states(change: Change | None) -> str | None:
 
 
 def _pool(change: Change | None) -> str | None:
-    """K and V are written by one dispatch, 30 arrays copied by two."""
+    """K and V are written by one dispatch, 30 arrays copied by several."""
 
     def work():
         pool = PagePool(15, 4, 16, 2, 96, mx.float16, v_head_dim=64)
@@ -225,7 +225,7 @@ def _far_attention(change: Change | None, q_heads: int) -> str | None:
 
     expected = attend()
     mx.eval(expected)
-    with metal_on_host(instrument=False, change=move) as launches:
+    with metal_on_host(instrument=False, change=move) as launches, first_use.unchecked():
         found = attend()
         mx.eval(found)
     error = np.abs(np.array(found[0]) - np.array(expected[0])).max()
@@ -246,7 +246,7 @@ def _far_write(change: Change | None) -> str | None:
         dispatch["buffers"][1] = (move.slots.ctypes.data, 4)
         return dispatch
 
-    with metal_on_host(instrument=False, change=move) as launches:
+    with metal_on_host(instrument=False, change=move) as launches, first_use.unchecked():
         pages = (mx.zeros((2, 1, 4, 3), mx.float16) for _ in "kv")  # donated: nothing is copied
         mx.eval(fast.write_pages(k, k, *pages, [0]))
     written = pool.memory.view(np.float16)[3 * slot : 3 * slot + 3]

@@ -45,6 +45,10 @@ def _line(text: str) -> str:
 
 def attempt(mutant: Mutant) -> Verdict:
     """Run a mutant's suite until a case sees it."""
+    try:
+        mutant.text
+    except ValueError as error:
+        return Verdict(mutant, None, f"does not apply: {error}")
     command = [sys.executable, "-m", "mutants.trial", mutant.name]
     if mutant.layer not in ("kernels", "python"):
         try:
