@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def build(mutant: Mutant | None = None) -> Path:
     name = native.MODULE if mutant is None else f"{_digest(mutant)}.so"
     module = folder / name
     if not module.exists():
-        partial = folder / f"{os.getpid()}.{name}"
+        partial = folder / f"{os.getpid()}.{threading.get_ident()}.{name}"
         if mutant is not None:
             objects[mutant.file] = _mutated(base, mutant, folder)
         _link(base, objects, partial)
