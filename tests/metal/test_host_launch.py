@@ -301,6 +301,13 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
     ]
 
 
+def test_two_processes_may_prune_a_cache_at_the_same_time(tmp_path):
+    (tmp_path / "kept.so").touch()
+    (tmp_path / "gone.so").symlink_to(tmp_path / "dropped by another")  # listed, and not there
+    prune(tmp_path, keep=1)
+    assert (tmp_path / "kept.so").exists()
+
+
 @pytest.mark.parametrize("instrument", [True, False])
 def test_memory_that_no_gpu_would_have_misaligned_is_read_and_written_in_place(instrument):
     values = np.arange(34, dtype=np.float32)

@@ -1,5 +1,6 @@
 """The C++ compiler that stands in for Metal's, and the cache of what it made."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -103,22 +104,25 @@ def build(key: str, make) -> Path:
     `make` returns the compiler's warnings, kept beside the library as `.log`.
     """
     library = cache_directory() / f"{key}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            library.with_suffix(".log").write_text(make(partial))
-            os.replace(partial, library)
-        finally:
-            partial.unlink(missing_ok=True)
-        prune(library.parent, _KEPT_LIBRARIES)
-    else:
+    with contextlib.suppress(FileNotFoundError):  # never made, or dropped by another process
         os.utime(library)
+        return library
+    partial = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        library.with_suffix(".log").write_text(make(partial))
+        os.replace(partial, library)
+    finally:
+        partial.unlink(missing_ok=True)
+    prune(library.parent, _KEPT_LIBRARIES)
     return library
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Leave the `keep` libraries of a directory that were used last."""
-    libraries = sorted(directory.glob("*.so"), key=lambda path: path.stat().st_mtime_ns)
-    for library in libraries[: max(0, len(libraries) - keep)]:
+    """Leave the `keep` libraries of a directory that were used last; others may prune as well."""
+    used = {}
+    for library in directory.glob("*.so"):
+        with contextlib.suppress(FileNotFoundError):
+            used[library] = library.stat().st_mtime_ns
+    for library in sorted(used, key=used.__getitem__)[: max(0, len(used) - keep)]:
         library.unlink(missing_ok=True)
         library.with_suffix(".log").unlink(missing_ok=True)
