@@ -7,8 +7,8 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
+from paged_mlx.forward.gathered import PagedMask  # noqa: E402
 from paged_mlx.mlx_lm import PagedKVCache, enable, versions  # noqa: E402
-from paged_mlx.mlx_lm.gathered import PagedMask  # noqa: E402
 
 LENGTHS = (3, 21, 10)
 

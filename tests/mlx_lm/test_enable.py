@@ -15,7 +15,8 @@ from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache  # noqa: E402
 from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx._native import BUILT  # noqa: E402
-from paged_mlx.mlx_lm import PagedKVCache, enable, seams  # noqa: E402
+from paged_mlx.forward import seams  # noqa: E402
+from paged_mlx.mlx_lm import PagedKVCache, enable  # noqa: E402
 
 STOCK_ATTENTION = mx.fast.scaled_dot_product_attention
 

@@ -6,7 +6,8 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 
 import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
-from paged_mlx.mlx_lm import enable, explain, hook  # noqa: E402
+from paged_mlx.forward import hook  # noqa: E402
+from paged_mlx.mlx_lm import enable, explain  # noqa: E402
 from paged_mlx.mlx_lm.model_seam import paged_model_of  # noqa: E402
 
 

@@ -14,9 +14,9 @@ import mlx_lm.generate  # noqa: F401
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
+from paged_mlx.forward.seams import Seam
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import NO_TOKEN, layers_of
-from paged_mlx.mlx_lm.seams import Seam
 from paged_mlx.mlx_lm.versions import SHOWS_WHOLE_PROMPTS, is_at_least
 
 GENERATE = sys.modules["mlx_lm.generate"]

@@ -14,8 +14,8 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import create_causal_mask
 
 from paged_mlx.errors import fail, whole_number
-from paged_mlx.mlx_lm.gathered import PagedMask
-from paged_mlx.mlx_lm.sequence import Sequence
+from paged_mlx.forward.gathered import PagedMask
+from paged_mlx.forward.sequence import Sequence
 
 log = logging.getLogger("paged_mlx")
 

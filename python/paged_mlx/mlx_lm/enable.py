@@ -11,19 +11,19 @@ import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail, whole_number
+from paged_mlx.forward.group import FRESH_PROMPT, LayerGroup
+from paged_mlx.forward.hook import ATTENTION
+from paged_mlx.forward.identity import Identity
+from paged_mlx.forward.passes import Passes
+from paged_mlx.forward.sequence import History, Sequence
 from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
-from paged_mlx.mlx_lm.group import FRESH_PROMPT, LayerGroup
-from paged_mlx.mlx_lm.hook import ATTENTION
-from paged_mlx.mlx_lm.identity import Identity
 from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
-from paged_mlx.mlx_lm.passes import Passes
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes, keys_of, layers_of
 from paged_mlx.mlx_lm.prompt_files import from_stock, load, save, to_stock
 from paged_mlx.mlx_lm.prompts import Prompts, seam_of
-from paged_mlx.mlx_lm.sequence import History, Sequence
 from paged_mlx.mlx_lm.store import SEAMS as STORE
 from paged_mlx.mlx_lm.waiting import seams as waiting_seams
 

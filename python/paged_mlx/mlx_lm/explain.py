@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from paged_mlx.forward.hook import ATTENTION
 from paged_mlx.mlx_lm.enable import PagedModel
-from paged_mlx.mlx_lm.hook import ATTENTION
 from paged_mlx.mlx_lm.layout import CachePlace
 
 OWN_ATTENTION = "the model computes attention itself, from gathered K and V"

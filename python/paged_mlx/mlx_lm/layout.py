@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
-from paged_mlx.mlx_lm.group import geometry_of
+from paged_mlx.forward.group import geometry_of
 
 log = logging.getLogger("paged_mlx")
 

@@ -5,10 +5,10 @@ import logging
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
+from paged_mlx.forward.identity import Identity
 from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.checkpoints import Checkpoints, states_of
-from paged_mlx.mlx_lm.identity import Identity
 from paged_mlx.pages.table import PageTable
 from paged_mlx.prefix.cache import PrefixCache
 from paged_mlx.prefix.hash import ExtraKey

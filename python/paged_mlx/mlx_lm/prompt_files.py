@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
+from paged_mlx.forward.group import widened, width
+from paged_mlx.forward.identity import array_digest
 from paged_mlx.mlx_lm.cache import PagedKVCache
-from paged_mlx.mlx_lm.group import widened, width
-from paged_mlx.mlx_lm.identity import array_digest
 from paged_mlx.mlx_lm.layout import CachePlace
 from paged_mlx.pages.tokens import pack_tokens, unpack_tokens
 

@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.errors import fail
+from paged_mlx.forward.seams import Seam
 from paged_mlx.mlx_lm.cache import BatchPagedKVCache
 from paged_mlx.mlx_lm.checkpoints import padding_is_seen, rows_of
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import layers_of
-from paged_mlx.mlx_lm.seams import Seam
 
 log = logging.getLogger("paged_mlx")
 

@@ -2,8 +2,8 @@
 
 from mlx_lm.models import cache as stock
 
+from paged_mlx.forward.seams import Seam
 from paged_mlx.mlx_lm.prefixes import layers_of
-from paged_mlx.mlx_lm.seams import Seam
 
 
 def put_aside(store, tokens: list[int], prompt_cache: list) -> list[int]:

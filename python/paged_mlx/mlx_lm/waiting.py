@@ -13,10 +13,10 @@ from collections import deque
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import OutOfPages, fail
+from paged_mlx.forward.seams import Seam
 from paged_mlx.mlx_lm.beginnings import GENERATE
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import layers_of
-from paged_mlx.mlx_lm.seams import Seam
 
 log = logging.getLogger("paged_mlx")
 

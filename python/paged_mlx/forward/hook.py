@@ -12,9 +12,9 @@ import numpy as np
 
 from paged_mlx import fresh_prompt
 from paged_mlx._native import _ext
-from paged_mlx.mlx_lm.gathered import GatheredKV, PagedMask
-from paged_mlx.mlx_lm.group import FRESH_PROMPT
-from paged_mlx.mlx_lm.seams import Seam
+from paged_mlx.forward.gathered import GatheredKV, PagedMask
+from paged_mlx.forward.group import FRESH_PROMPT
+from paged_mlx.forward.seams import Seam
 from paged_mlx.options import AttentionOptions, has_kernel
 
 source_of = _ext.source_of

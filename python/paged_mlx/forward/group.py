@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.errors import OutOfPages, fail
-from paged_mlx.mlx_lm.gathered import LayerPlace, PagesOfLayer
-from paged_mlx.mlx_lm.lazy_pool import LazyPool
-from paged_mlx.mlx_lm.passes import Passes
-from paged_mlx.mlx_lm.step import Step
+from paged_mlx.forward.gathered import LayerPlace, PagesOfLayer
+from paged_mlx.forward.lazy_pool import LazyPool
+from paged_mlx.forward.passes import Passes
+from paged_mlx.forward.step import Step
 from paged_mlx.pages.block_table import BlockTable, pack
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.table import append_batch

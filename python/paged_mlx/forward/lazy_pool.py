@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from paged_mlx import operations
 from paged_mlx._native import _ext
-from paged_mlx.mlx_lm.gathered import PagesOfLayer
+from paged_mlx.forward.gathered import PagesOfLayer
 from paged_mlx.pool import PagePool
 from paged_mlx.pool_storage import Arrays
 
