@@ -43,7 +43,7 @@ help:
 	@echo "make build                 the virtual environment and the native module alone"
 
 demo: build
-	$(PY) examples/demo.py
+	$(PY) -m paged_mlx demo
 
 test: build $(VENV)/.test-packages
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
@@ -102,7 +102,7 @@ $(VENV)/.packages: pyproject.toml cmake/install.py cmake/mlx_releases.json
 	@echo "[1/2] packages into $(VENV): MLX, mlx-lm and build tools, about 450 MB on disk"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(BUILD_TOOLS)
-	@$(PY) cmake/install.py packages demo
+	@$(PY) cmake/install.py packages cli
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(NATIVE)

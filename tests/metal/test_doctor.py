@@ -7,8 +7,8 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from metal_on_host import metal_on_host
-from paged_mlx import __main__ as commands
 from paged_mlx._native import _ext
+from paged_mlx.cli import main as commands
 from paged_mlx.machine import doctor
 from paged_mlx.machine.cold_start import MODELS, asked_by, first_token
 from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
@@ -75,13 +75,6 @@ def test_the_body_checks_ask_for_every_body():
         longest = max(query_len for query_len, _ in case.sequences)
         wanted = rows.get(check.group, (4,))
         assert longest * case.gqa_factor in wanted
-
-
-@pytest.mark.parametrize("arguments, status", [([], 0), (["--help"], 0), (["heal"], 2)])
-def test_without_a_command_the_commands_are_listed(arguments, status, capsys):
-    assert commands.main(arguments) == status
-    printed = capsys.readouterr().out
-    assert "doctor" in printed and "make bench" in printed
 
 
 def test_no_checks_is_not_all_right(capsys):

@@ -15,6 +15,7 @@ from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache  # noqa: E402
 from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx._native import BUILT  # noqa: E402
+from paged_mlx.cli import mains  # noqa: E402
 from paged_mlx.forward import seams  # noqa: E402
 from paged_mlx.mlx_lm import PagedKVCache, enable  # noqa: E402
 
@@ -72,6 +73,7 @@ def test_what_is_replaced_is_listed_and_says_what_it_said(prefix_cache):
 
 
 def test_the_table_of_what_is_replaced_is_in_the_docs():
+    assert mains.SEAMS  # those of the commands
     with enable(zoo.tiny("llama"), prefix_cache=True, num_pages=9):
         docs = pathlib.Path(__file__).parents[2] / "docs" / "mlx_lm.md"
         assert seams.table() in docs.read_text("utf-8")

@@ -17,11 +17,8 @@ import mlx_lm.utils
 import paged_mlx
 from mlx_lm.models import qwen2
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from paged_mlx.demo import smollm2
 from paged_mlx.mlx_lm.model_seam import paged_model_of
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
-
-import smollm2  # noqa: E402
 
 PAGED = os.environ["PAGED_MLX_CACHES"] == "paged"
 STOCK_MAKE_PROMPT_CACHE = caches.make_prompt_cache

@@ -123,18 +123,18 @@ class DecodeStep:
 
 
 def benchmark_memory_systems(
-    scenarios: list[dict] = SCENARIOS, repeats: int = 3, **geometry
+    scenarios: list[dict] = SCENARIOS, repeats: int = 3, *, show: bool = True, **geometry
 ) -> list[MemorySystems]:
     """Compare a decode step on contiguous and on paged K and V.
 
     Args:
         scenarios: ``{"name": ..., "lengths": [...]}`` each.
         repeats: Steps of each kind, in turn; the median counts.
+        show: Print them, on a CPU with a line that says that the speed-ups are not those of a GPU.
         geometry: Sizes of ``DecodeStep``, such as ``head_dim=64``.
 
     Returns:
-        One result for each scenario; also printed, on a CPU with a line that says that the
-        speed-ups are not those of a GPU.
+        One result for each scenario.
 
     Raises:
         ValueError: ``repeats``, a scenario or a size is wrong; the message says why.
@@ -156,12 +156,13 @@ def benchmark_memory_systems(
         result = MemorySystems(
             scenario["name"], seconds[0], seconds[1], traditional_bytes, step.pool.nbytes
         )
-        print(f"{result.name}:")
-        print(f"  Traditional: {result.traditional_seconds:.3f}s")
-        print(f"  Paged: {result.paged_seconds:.3f}s")
-        print(f"  Speedup: {result.speedup:.2f}x")
         results.append(result)
-    if mx.default_device() == mx.cpu:
+        if show:
+            print(f"{result.name}:")
+            print(f"  Traditional: {result.traditional_seconds:.3f}s")
+            print(f"  Paged: {result.paged_seconds:.3f}s")
+            print(f"  Speedup: {result.speedup:.2f}x", flush=True)
+    if show and mx.default_device() == mx.cpu:
         print("MLX's own attention is slow on the CPU: these speed-ups are not those of a GPU.")
     return results
 

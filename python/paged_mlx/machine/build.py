@@ -1,4 +1,4 @@
-"""``python -m paged_mlx build``: the native module for the mlx that is installed.
+"""``paged-mlx build``: the native module for the mlx that is installed.
 
 Compiles the sources that the package carries, against the headers in mlx's own wheel, into the
 user's cache, where the next import finds it. Needs a C++20 compiler, CMake and ninja.
@@ -10,6 +10,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,11 @@ class CannotBuild(Exception):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m paged_mlx build", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="paged-mlx build", description=__doc__,
+        epilog="examples:\n  paged-mlx build\n  paged-mlx build --force\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="build although there is a module")
     options = parser.parse_args(arguments)
     try:
@@ -124,6 +129,12 @@ def _tool(name: str, advice: str) -> str:
 
 
 def _run(words: list[str | Path]) -> None:
-    done = subprocess.run(list(map(str, words)), stdout=sys.stderr)
-    if done.returncode:
+    process = subprocess.Popen(list(map(str, words)), stdout=sys.stderr, start_new_session=True)
+    try:
+        status = process.wait()
+    except BaseException:  # ctrl-C: its compilers end with it
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if status:
         raise CannotBuild(f"{Path(words[0]).name} failed; its output is above.")

@@ -40,7 +40,19 @@ def write_dict(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: The cache cannot be written.
     """
-    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, in the place of an older one.
+
+    Raises:
+        OSError: Its folder is not there, or cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""``python -m paged_mlx doctor``: is paged attention right on this machine?
+"""``paged-mlx doctor``: is paged attention right on this machine?
 
 Every kernel runs on small problems and is compared with a float64 oracle: on the GPU if
 there is one, on the CPU with every instruction set it has, and, in a checkout, the text of
@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from paged_mlx._native import BUILT, _ext, backend
+from paged_mlx.machine.cache import write_whole
 from paged_mlx.machine.cold_start import MODELS, first_token
 from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
 from paged_mlx.reference.case import with_options
@@ -29,6 +30,11 @@ from paged_mlx.testing import Backend, Case, Check, backends, report, run_suite,
 from paged_mlx.testing.runner import Report
 
 REPORT = "paged_mlx_doctor.json"
+EXAMPLES = """\
+examples:
+  paged-mlx doctor
+  paged-mlx doctor --only metal --all --json report.json     to attach to an issue
+"""
 HEAD_DIMS = (64, 80, 128, 256, 512)
 
 
@@ -70,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json == "-":
         print(text)
     elif path := options.json or (None if right else REPORT):
-        Path(path).write_text(text + "\n")
+        write_whole(Path(path), text + "\n")
         say(f"The report to attach to an issue: {path}")
     return 0 if right else 1
 
@@ -88,7 +94,10 @@ _NOTHING = {
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m paged_mlx doctor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="paged-mlx doctor", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument(
         "--json",
         metavar="FILE",
@@ -168,10 +177,12 @@ def examinations(only: str | None = None, everything: bool = False) -> Iterator[
 def examine(patients: list[Examination]) -> Report:
     """Run every examination; one report of all."""
     whole = Report()
+    progress = report.ProgressLine(sum(len(patient.checks) for patient in patients))
     for patient in patients:
         with patient.inside:
-            part = run_suite(patient.checks, [patient.backend], shrink_seconds=3)
+            part = run_suite(patient.checks, [patient.backend], shrink_seconds=3, progress=progress)
         whole.cells += part.cells
+    progress.end()
     return whole
 
 

@@ -1,4 +1,4 @@
-"""``python -m paged_mlx tune``: measure the planner's thresholds on this machine.
+"""``paged-mlx tune``: measure the planner's thresholds on this machine.
 
 Decode at several lengths and batches is timed with plans of other thresholds, prompts on pages
 and through MLX's attention. What is faster by more than the noise is remembered for this machine
@@ -8,8 +8,10 @@ and these versions; later plans use it, and say so.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +27,11 @@ from paged_mlx.machine import thresholds
 from paged_mlx.options import AttentionOptions
 
 SECONDS = 50.0
+EXAMPLES = """\
+examples:
+  paged-mlx tune
+  paged-mlx tune --dry --json          the figures alone, remembered nowhere
+"""
 GAIN = 0.97  # of the present time: less is noise
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "gpu": {
@@ -67,6 +74,7 @@ class Tuner:
         device: ``"gpu"`` or ``"cpu"``.
         clock: Seconds, as ``time.perf_counter``.
         seconds: When no more is begun.
+        say: Called with each of ``lines`` as it is found.
     """
 
     device: str
@@ -76,6 +84,7 @@ class Tuner:
     clock: Callable[[], float] = time.perf_counter
     seconds: float = SECONDS
     rounds: int = 3
+    say: Callable[[str], object] = lambda line: None
     lines: list[str] = field(default_factory=list)
     _made: dict[Workload, list[mx.array]] = field(default_factory=dict)
 
@@ -87,6 +96,10 @@ class Tuner:
             best = self._choose(best, name, values)
         best["sdpa_prompt"] = self._prompt_from(best["sdpa_prompt"])
         return best
+
+    def _note(self, line: str) -> None:
+        self.lines.append(line)
+        self.say(line)
 
     def seconds_of_both(self, a: Step, b: Step) -> tuple[float, float]:
         """Median seconds of two steps, taken in turns: a machine that others use drifts."""
@@ -107,13 +120,13 @@ class Tuner:
             if value == best[name]:
                 continue
             if self.clock() > self._end:
-                self.lines.append(f"{name}: no time for {value} and what follows")
+                self._note(f"{name}: no time for {value} and what follows")
                 break
             tried = best | {name: value}
             ratio = math.exp(
                 statistics.fmean(self._log_ratio(w, best, tried) for w in self.decodes)
             )
-            self.lines.append(f"{name} = {value}: {ratio:.2f}x the time of {best[name]}")
+            self._note(f"{name} = {value}: {ratio:.2f}x the time of {best[name]}")
             if ratio < least:
                 found, least = tried, ratio
         return found
@@ -160,10 +173,10 @@ class Tuner:
         least = 0
         for tokens in sorted(self.prompts, reverse=True):
             if self.clock() > self._end:
-                self.lines.append(f"prompts: no time for {tokens} tokens and fewer")
+                self._note(f"prompts: no time for {tokens} tokens and fewer")
                 return present
             on_pages, by_mlx = self.seconds_of_both(*self._prompt(tokens))
-            self.lines.append(
+            self._note(
                 f"a fresh prompt of {tokens:,} tokens: MLX's attention takes "
                 f"{by_mlx / on_pages:.2f}x the time of pages"
             )
@@ -190,7 +203,10 @@ class Tuner:
 
 def main(arguments: list[str] | None = None, tuner: Callable[..., Tuner] = Tuner) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m paged_mlx tune", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="paged-mlx tune", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--only", choices=("gpu", "cpu"), help="one device (the default device's)")
     parser.add_argument("--float32", action="store_true", help="for float32 instead of 16 bits")
     parser.add_argument(
@@ -198,6 +214,7 @@ def main(arguments: list[str] | None = None, tuner: Callable[..., Tuner] = Tuner
     )
     parser.add_argument("--directory", type=Path, help="where to remember; the user's cache")
     parser.add_argument("--dry", action="store_true", help="measure and print, remember nothing")
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
     options = parser.parse_args(arguments)
     if not BUILT:
         print("MLX's own operations run here, which have no thresholds: nothing was measured.")
@@ -207,20 +224,32 @@ def main(arguments: list[str] | None = None, tuner: Callable[..., Tuner] = Tuner
         print("There is no GPU here that MLX can use: nothing was measured.")
         return 2
     dtype = mx.float32 if options.float32 else mx.float16
-    one = tuner(device, dtype, seconds=options.seconds)
-    print(f"{thresholds.identity()}\n{device}, elements of {dtype.size} bytes")
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    one = tuner(device, dtype, seconds=options.seconds, say=say)
+    say(f"{thresholds.identity()}\n{device}, elements of {dtype.size} bytes")
     before, _ = _ext.plan_thresholds(device == "gpu", dtype.size)
     found = one.tune()
-    print("\n".join(one.lines) + "\n")
-    for name, value in found.items():
-        kept = "as before" if value == before[name] else f"was {before[name]}"
-        print(f"{name:<24} {value:>6}   {kept}")
+    if options.json:
+        about = {"machine": thresholds.identity(), "device": device, "element_bytes": dtype.size}
+        print(json.dumps(about | {"before": before, "thresholds": found}, indent=1))
+    else:
+        _print_table(found, before)
     if options.dry:
         return 0
     try:
         path = thresholds.remember(device, dtype.size, found, options.directory)
     except OSError as error:
-        print(f"Not remembered: {error}")
+        print(f"Not remembered: {error}", file=sys.stderr)
         return 1
-    print(f"\nPlans use these from now on. Remembered in {path}; remove it to forget.")
+    say(f"\nPlans use these from now on. Remembered in {path}; remove it to forget.")
     return 0
+
+
+def _print_table(found: dict[str, int], before: dict[str, int]) -> None:
+    print()
+    for name, value in found.items():
+        kept = "as before" if value == before[name] else f"was {before[name]}"
+        print(f"{name:<24} {value:>6}   {kept}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
+from .checks import Check
 from .runner import Cell, Report
 
 
@@ -55,3 +57,26 @@ def _cell(cell: Cell) -> str:
     count = f"{cell.cases}" if not cell.failed else f"{cell.cases} ({cell.failed} FAILED)"
     skipped = f" ({cell.skipped} not offered)" if cell.skipped else ""
     return f"{count}{skipped}  {cell.worst:.2f}  {cell.seconds:.1f}"
+
+
+class ProgressLine:
+    """Called before each check: a line on stderr that counts them, where that is a terminal.
+
+    Args:
+        total: Checks in all.
+    """
+
+    def __init__(self, total: int):
+        self._total, self._done = total, 0
+        self._shows = sys.stderr.isatty()
+
+    def __call__(self, cell: Cell, check: Check) -> None:
+        self._done += 1
+        if self._shows and self._done % 10 == 1:
+            text = f"\r{self._done}/{self._total}  {cell.group} on {cell.backend}"
+            print(text.ljust(72), end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Take the line away."""
+        if self._shows:
+            print("\r" + " " * 72 + "\r", end="", file=sys.stderr, flush=True)

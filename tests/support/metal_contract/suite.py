@@ -1,8 +1,6 @@
 """What the stand-in runs besides tests that are there anyway: see ``test_contract.py``."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -80,9 +78,8 @@ def test_a_long_prompt_is_handed_to_the_gpu_node_by_node(length, read_before):
 @pytest.mark.long
 def test_the_model_of_the_demo_answers(monkeypatch):
     mlx_lm = pytest.importorskip("mlx_lm")
-    sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
     import paged_mlx
-    import smollm2
+    from paged_mlx.demo import smollm2
 
     try:
         model, tokenizer = smollm2.load()

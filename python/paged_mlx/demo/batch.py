@@ -3,20 +3,20 @@
 All prompts begin with the same system prompt: its pages are stored once and shared. The
 same batch runs through mlx-lm's own caches beside it, and every token is compared.
 
-    python examples/demo.py [--tokens N] [--plain]
+    paged-mlx demo [--tokens N] [--plain]
 """
 
-import argparse
 import copy
 import sys
 import time
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-import paged_mlx
-import smollm2
-from demo_screen import make_screen
 from mlx_lm.generate import BatchGenerator
+
+import paged_mlx
+from paged_mlx.demo import smollm2
+from paged_mlx.demo.screen import make_screen
 
 SYSTEM = """You are Ada, a friendly guide in a science museum for children. Visitors ask \
 short questions and you answer each of them in two or three plain sentences. You never use \
@@ -34,9 +34,14 @@ QUESTIONS = [
 PAGE_SIZE = 16
 
 
-def main() -> int:
-    arguments = read_arguments()
-    screen = make_screen(plain=arguments.plain or not sys.stdout.isatty())
+def run(tokens: int, plain: bool) -> int:
+    """Run the demo; 0: all tokens are equal, 1: they are not, 2: there is no model to be had.
+
+    Args:
+        tokens: Of each answer, at most.
+        plain: Lines of text, no live display.
+    """
+    screen = make_screen(plain=plain or not sys.stdout.isatty())
     started = time.perf_counter()
     try:
         model, tokenizer = smollm2.load(screen.say)
@@ -44,22 +49,12 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     with paged_mlx.enable(model, page_size=PAGE_SIZE) as paged:
-        run = Run(model, tokenizer, paged, arguments.tokens, screen)
-        run.prefill()
-        run.generate()
-    screen.report(run)
+        batch = Batch(model, tokenizer, paged, tokens, screen)
+        batch.prefill()
+        batch.generate()
+    screen.report(batch)
     screen.say(f"{time.perf_counter() - started:.0f} s in all")
-    return 0 if run.all_equal else 1
-
-
-def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, default=40, help="tokens of each answer (40)")
-    parser.add_argument("--plain", action="store_true", help="lines of text, no live display")
-    arguments = parser.parse_args()
-    if arguments.tokens < 1:
-        parser.error(f"--tokens must be at least 1; got {arguments.tokens}")
-    return arguments
+    return 0 if batch.all_equal else 1
 
 
 @dataclass
@@ -95,7 +90,7 @@ class Memory:
     stock: int = 0
 
 
-class Run:
+class Batch:
     """The questions as one batch, twice: on pages, and on mlx-lm's own caches.
 
     Attributes:
@@ -193,10 +188,3 @@ def split_prompts(tokenizer) -> tuple[list[int], list[list[int]]]:
     while len({prompt[common] for prompt in prompts}) == 1:
         common += 1
     return prompts[0][:common], [prompt[common:] for prompt in prompts]
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")

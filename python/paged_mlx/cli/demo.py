@@ -1,0 +1,25 @@
+"""``paged-mlx demo``: a real model answers on pages."""
+
+from __future__ import annotations
+
+from paged_mlx.cli.options import count, needs_mlx_lm, parser
+
+DESCRIPTION = """\
+SmolLM2-135M-Instruct answers four questions as one batch, its K and V in pages, and beside
+it on mlx-lm's own caches: every token is compared. The first run downloads the model (93 MB)
+into the user's cache, later ones need no network."""
+EXAMPLES = """
+paged-mlx demo
+paged-mlx demo --tokens 12 --plain
+"""
+
+
+def main(arguments: list[str]) -> int:
+    options = parser("demo", DESCRIPTION, EXAMPLES)
+    options.add_argument("--tokens", type=count, default=40, help="tokens of each answer (40)")
+    options.add_argument("--plain", action="store_true", help="lines of text, no live display")
+    chosen = options.parse_args(arguments)
+    needs_mlx_lm()
+    from paged_mlx.demo.batch import run
+
+    return run(chosen.tokens, chosen.plain)

@@ -1,0 +1,70 @@
+"""What a user can mend, said in one sentence, and the options that all commands share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import textwrap
+
+
+class Mistake(Exception):
+    """The command cannot run as it was asked for; the message says what to do."""
+
+
+def parser(
+    command: str, description: str, examples: str = "", **options
+) -> argparse.ArgumentParser:
+    """The parser of one command.
+
+    Args:
+        command: Its name.
+        description: What it does, in a paragraph.
+        examples: Lines to copy.
+    """
+    return argparse.ArgumentParser(
+        prog=f"paged-mlx {command}",
+        description=description,
+        epilog=f"examples:\n{textwrap.indent(examples.strip(), '  ')}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+
+
+def needs_mlx_lm() -> None:
+    """Refuse to go on without mlx-lm.
+
+    Raises:
+        Mistake: It is not installed.
+    """
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise Mistake("mlx-lm is not installed: pip install mlx-lm")
+
+
+def count(text: str) -> int:
+    """A whole number from 1, as an option's type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers from 1 with commas between them, as an option's type."""
+    return [count(part) for part in text.split(",")]
+
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def size(text: str) -> int:
+    """Bytes, as ``500MB``, ``2GiB`` or a number, as an option's type."""
+    word = text.strip().lower().removesuffix("b")
+    digits = word.rstrip("kmgi")
+    try:
+        value = int(float(digits) * _UNITS[word[len(digits) :]])
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be bytes, as 500MB or 2GiB; got {text}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 byte; got {text}")
+    return value

@@ -1,0 +1,139 @@
+"""``paged-mlx generate`` and ``chat``: mlx-lm's own commands, on pages."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+
+from mlx_lm_folder import write_model  # noqa: E402
+from paged_mlx.cli import main as commands  # noqa: E402
+from paged_mlx.cli import mains  # noqa: E402
+
+PROMPT = ["--prompt", "Why is the sky blue?", "--max-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", seed=5, num_hidden_layers=2)
+
+
+def main(*words):
+    try:
+        return commands.main(list(map(str, words)))
+    except SystemExit as end:
+        return end.code or 0
+
+
+def stock(folder, capsys, monkeypatch, *words):
+    """What mlx-lm's own command prints."""
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.generate", "--model", str(folder), *words])
+    mains.module("generate").main()
+    return capsys.readouterr().out
+
+
+def answer(out: str) -> str:
+    """The answer, without the speeds that are printed after it."""
+    return out.split("==========")[1]
+
+
+def test_the_answer_is_mlx_lms_and_every_call_read_pages(folder, capsys, monkeypatch):
+    expected = stock(folder, capsys, monkeypatch, *PROMPT)
+    for _ in "twice":
+        assert main("generate", "--model", folder, *PROMPT) == 0
+        out, err = capsys.readouterr()
+        assert answer(out) == answer(expected)
+        assert f"loading {folder}" in err
+        # A prompt in chunks, then 12 passes; 2 layers each.
+        assert "attention calls read pages; " in err and " MiB of pages" in err
+        assert "gathered" not in err
+
+
+def test_options_of_pages_reach_the_pages(folder, capsys):
+    words = [*PROMPT, "--page-size", "8", "--num-pages", "40", "--prefix-cache"]
+    assert main("generate", "--model", folder, *words) == 0
+    err = capsys.readouterr().err
+    assert "prompt tokens were cached" in err
+    assert main("generate", "--model", folder, *PROMPT, "--num-pages", "1") == 1
+    err = capsys.readouterr().err
+    assert "num_pages of" in err and "Traceback" not in err
+
+
+def test_a_draft_is_paged_too(folder, tmp_path, capsys, monkeypatch):
+    draft = write_model(tmp_path / "draft", seed=7)
+    words = [*PROMPT, "--draft-model", str(draft)]
+    expected = stock(folder, capsys, monkeypatch, *words)
+    assert main("generate", "--model", folder, *words) == 0
+    out, err = capsys.readouterr()
+    assert answer(out) == answer(expected)
+    assert err.count("attention calls read pages") == 2
+
+
+def test_nothing_of_mlx_lm_stays_replaced(folder, capsys):
+    generate = mains.module("generate")
+    before = generate.load
+    main("generate", "--model", folder, *PROMPT)
+    assert generate.load is before
+    main("generate", "--model", folder / "no", *PROMPT)
+    assert generate.load is before
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_model_that_is_not_there_is_one_sentence(command, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for model in (tmp_path / "nowhere", tmp_path / "empty"):
+        assert main(command, "--model", model) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"paged-mlx {command}: the model {model} cannot be loaded: ")
+
+
+def test_a_model_without_k_and_v_is_one_sentence(tmp_path, capsys):
+    folder = write_model(tmp_path / "rwkv7", "rwkv7")
+    assert main("generate", "--model", folder, *PROMPT) == 2
+    assert "model must have a cache of K and V" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_one_sentence(folder, tmp_path, capsys):
+    words = ["--prompt-cache-file", tmp_path / "none.safetensors"]
+    assert main("generate", "--model", folder, *PROMPT, *words) == 1
+    err = capsys.readouterr().err
+    assert "none.safetensors" in err and "Traceback" not in err
+
+
+def test_help_has_both_kinds_of_options(capsys):
+    assert main("generate", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--page-size" in shown and "--draft-model" in shown
+
+
+def test_a_chat_goes_on_over_turns_and_ends_with_q_and_with_the_input(folder, capsys, monkeypatch):
+    for ending in ("q\n", ""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hello\nWhy?\n{ending}"))
+        assert main("chat", "--model", folder, "--max-tokens", "5", "--temp", "0") == 0
+        out, err = capsys.readouterr()
+        assert out.count("5 tokens") + out.count("5 tok") >= 2 or "Generation" in out
+        assert "attention calls read pages" in err
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_a_long_answer_with_a_word(folder, tmp_path):
+    """From another folder, without a network."""
+    words = ["generate", "--model", str(folder), "--prompt", "Go", "--max-tokens", "1000000"]
+    words += ["--extra-eos-token", "~"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "paged_mlx", *words], cwd=tmp_path, env=environment, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if process.returncode != 0:  # else the model has ended by itself
+        assert process.returncode == 130 and err.endswith("stopped\n") and "Traceback" not in err
+    assert json.dumps(list(map(str, tmp_path.iterdir()))) == "[]"
