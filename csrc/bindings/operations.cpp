@@ -1,4 +1,5 @@
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
@@ -65,18 +66,28 @@ WriteMode write_mode(bool alias) {
 } // namespace
 
 void bind_operations(nb::module_& m) {
-  m.def("paged_attention", &paged_attention, "q"_a, "k_pages"_a, "v_pages"_a, "plan"_a,
-        "scale"_a = nb::none(), "cap"_a = nb::none(), "alibi_slopes"_a = nb::none(),
-        "sinks"_a = nb::none(), "mask"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none(),
-        "(out, lse, k_pages', v_pages') of one step.");
+  m.def(
+      "paged_attention",
+      [](const mx::array& q, const Arrays& pages, const mx::array& plan, std::optional<float> scale,
+         std::optional<float> cap, const std::optional<mx::array>& alibi_slopes,
+         const std::optional<mx::array>& sinks, const std::optional<mx::array>& mask,
+         const FormatNames& formats, mx::StreamOrDevice s) {
+        return paged_attention(q, pages, plan, scale, cap, alibi_slopes, sinks, mask,
+                               page_formats("paged_attention", formats), s);
+      },
+      "q"_a, "pages"_a, "plan"_a, "scale"_a = nb::none(), "cap"_a = nb::none(),
+      "alibi_slopes"_a = nb::none(), "sinks"_a = nb::none(), "mask"_a = nb::none(), nb::kw_only(),
+      "formats"_a = FormatNames(), "stream"_a = nb::none(), "[out, lse, *pages'] of one step.");
   m.def(
       "write_pages",
-      [](const mx::array& k, const mx::array& v, const mx::array& k_pages, const mx::array& v_pages,
-         const mx::array& slots, bool alias, mx::StreamOrDevice s) {
-        return write_pages(k, v, k_pages, v_pages, slots, write_mode(alias), s);
+      [](const Arrays& tokens, const Arrays& pages, const mx::array& slots, bool alias,
+         const FormatNames& formats, mx::StreamOrDevice s) {
+        return write_pages(tokens, pages, slots, write_mode(alias),
+                           page_formats("write_pages", formats), s);
       },
-      "k"_a, "v"_a, "k_pages"_a, "v_pages"_a, "slot_mapping"_a, nb::kw_only(), "alias"_a = false,
-      "stream"_a = nb::none(), "(k_pages', v_pages') with new tokens in their slots.");
+      "tokens"_a, "pages"_a, "slot_mapping"_a, nb::kw_only(), "alias"_a = false,
+      "formats"_a = FormatNames(), "stream"_a = nb::none(),
+      "[*pages'] with new tokens, [k, v], in their slots.");
   m.def(
       "copy_pages",
       [](const std::vector<mx::array>& pools, const mx::array& pairs, bool alias,
@@ -91,10 +102,18 @@ void bind_operations(nb::module_& m) {
       },
       "kept"_a.none(), "shape"_a, "fill"_a, "dtype"_a, nb::kw_only(), "stream"_a = nb::none(),
       "New memory for pages: those kept, and pages full of `fill`.");
-  m.def("gather_pages", &gather_pages, "k_pages"_a, "v_pages"_a, "block_tables"_a, "context_lens"_a,
-        "length"_a, nb::kw_only(), "page_starts"_a = nb::none(), "page_lens"_a = nb::none(),
-        "stream"_a = nb::none(),
-        "(k, v, k_pages', v_pages'), K and V of each sequence made contiguous.");
+  m.def(
+      "gather_pages",
+      [](const Arrays& pages, const mx::array& block_tables, const mx::array& context_lens,
+         int length, const std::optional<mx::array>& page_starts,
+         const std::optional<mx::array>& page_lens, const FormatNames& formats,
+         mx::StreamOrDevice s) {
+        return gather_pages(pages, block_tables, context_lens, length, page_starts, page_lens,
+                            page_formats("gather_pages", formats), s);
+      },
+      "pages"_a, "block_tables"_a, "context_lens"_a, "length"_a, nb::kw_only(),
+      "page_starts"_a = nb::none(), "page_lens"_a = nb::none(), "formats"_a = FormatNames(),
+      "stream"_a = nb::none(), "[k, v, *pages'], K and V of each sequence made contiguous.");
   m.def("merge_states", &merge_states, "outs"_a, "lses"_a, nb::kw_only(), "stream"_a = nb::none(),
         "(out, lse) of the union of parts of a context.");
 }

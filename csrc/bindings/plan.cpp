@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -158,8 +159,9 @@ void bind_plan(nb::module_& m) {
       "Raise ValueError unless the tables cover the whole contexts; NO_PAGE is allowed.");
   m.def(
       "attention_geometry",
-      [](const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
-        const PlanGeometry g = attention_geometry(q, k_pages, v_pages);
+      [](const mx::array& q, const std::vector<mx::array>& pages, const FormatNames& formats) {
+        const PlanGeometry g =
+            attention_geometry(q, pages, page_formats("paged_attention", formats));
         nb::dict d;
         d["tokens"] = g.num_tokens;
         d["num_q_heads"] = g.num_q_heads;
@@ -168,7 +170,7 @@ void bind_plan(nb::module_& m) {
         d["num_pages"] = g.num_pages;
         return d;
       },
-      "q"_a, "k_pages"_a, "v_pages"_a,
+      "q"_a, "pages"_a, "formats"_a = FormatNames(),
       "Heads, page size and counts, after checking shapes and dtypes.");
 }
 

@@ -18,13 +18,14 @@ namespace {
 
 constexpr const char* kOp = "paged_attention";
 
-enum Input { kQ, kKPages, kVPages, kPlan, kFirstOption };
-enum Output { kOut, kLse, kKNext, kVNext, kNumOutputs, kPartialOut = kNumOutputs, kPartialState };
+enum Input { kQ, kPages };         // then the plan and the options
+enum Output { kOut, kLse, kNext }; // then the results of partitions, of a node that hands them on
 
-ShapeCheck check_arrays(const mx::array& q, const mx::array& k_pages, const mx::array& v_pages) {
+ShapeCheck check_arrays(const mx::array& q, const std::vector<mx::array>& pages,
+                        PageFormats formats) {
   ShapeCheck shape(kOp);
   shape("q", q, {"tokens", "num_q_heads", "head_dim"});
-  check_pages(kOp, shape, q, k_pages, v_pages);
+  check_pages(kOp, shape, q, pages, formats);
   return shape;
 }
 
@@ -62,23 +63,30 @@ PlanGeometry geometry_of(const ShapeCheck& shape, const std::optional<mx::array>
 // One node; attention whose work is long is a chain of them.
 class PagedAttention : public PagesPrimitive {
  public:
-  PagedAttention(mx::Stream stream, AttentionOptions options, Part part)
-      : PagesPrimitive(stream), options_(options), part_(part) {}
+  PagedAttention(mx::Stream stream, AttentionOptions options, PageFormats formats, int v_head_dim,
+                 Part part)
+      : PagesPrimitive(stream),
+        options_(options),
+        formats_(formats),
+        v_head_dim_(v_head_dim),
+        part_(part) {}
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    const auto &q = inputs[kQ], &v_pages = inputs[kVPages];
-    std::vector<mx::Shape> shapes = {{q.shape(0), q.shape(1), v_pages.shape(3)},
-                                     {q.shape(0), q.shape(1)},
-                                     inputs[kKPages].shape(),
-                                     v_pages.shape()};
-    for (auto& partial : partial_shapes(part_, q.shape(1), v_pages.shape(3))) {
+    const auto& q = inputs[kQ];
+    std::vector<mx::Shape> shapes = {{q.shape(0), q.shape(1), v_head_dim_},
+                                     {q.shape(0), q.shape(1)}};
+    for (int i = kPages; i < plan_at(); i++) {
+      shapes.push_back(inputs[i].shape());
+    }
+    for (auto& partial : partial_shapes(part_, q.shape(1), v_head_dim_)) {
       shapes.push_back(std::move(partial));
     }
     return shapes;
   }
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& node = static_cast<const PagedAttention&>(other);
-    return options_ == node.options_ && part_ == node.part_;
+    return options_ == node.options_ && formats_ == node.formats_ &&
+        v_head_dim_ == node.v_head_dim_ && part_ == node.part_;
   }
   const char* name() const override {
     return "PagedAttention";
@@ -93,23 +101,31 @@ class PagedAttention : public PagesPrimitive {
     int alibi, sinks, mask;
   };
   OptionalInputs optional_inputs() const {
-    int next = kFirstOption;
+    int next = plan_at() + 1;
     OptionalInputs at;
     at.alibi = options_.alibi ? next++ : -1;
     at.sinks = options_.sinks ? next++ : -1;
     at.mask = options_.mask != MaskKind::none ? next++ : -1;
     return at;
   }
+  int plan_at() const {
+    return kPages + num_arrays(formats_);
+  }
+  int partial_at() const { // among the outputs
+    return kNext + num_arrays(formats_);
+  }
   PlanGeometry geometry(const Arrays& inputs) const;
   auto launch(const Arrays& inputs) const;
   cpu::AttentionArgs cpu_args(const Arrays& inputs, Arrays& outputs) const;
 
   AttentionOptions options_;
+  PageFormats formats_;
+  int v_head_dim_;
   Part part_;
 };
 
 PlanGeometry PagedAttention::geometry(const Arrays& inputs) const {
-  const auto &q = inputs[kQ], &k = inputs[kKPages];
+  const auto &q = inputs[kQ], &k = inputs[kPages];
   const int mask = optional_inputs().mask;
   const int mask_keys = mask < 0 ? -1 : inputs[mask].shape(2);
   return {q.shape(0), q.shape(1), k.shape(1), k.shape(2), k.shape(0), mask_keys};
@@ -118,9 +134,9 @@ PlanGeometry PagedAttention::geometry(const Arrays& inputs) const {
 auto PagedAttention::launch(const Arrays& inputs) const {
   metal::AttendCall call{};
   call.dtype = cpu_dtype(inputs[kQ].dtype());
-  call.words = inputs[kPlan].data<int32_t>();
+  call.words = inputs[plan_at()].data<int32_t>();
   call.head_dim = inputs[kQ].shape(2);
-  call.v_head_dim = inputs[kVPages].shape(3);
+  call.v_head_dim = v_head_dim_;
   call.options = options_;
   call.items = part_.items;
   const OptionalInputs at = optional_inputs();
@@ -128,20 +144,21 @@ auto PagedAttention::launch(const Arrays& inputs) const {
     call.mask_head_stride = head_stride(inputs[at.mask]);
     call.mask_token_stride = inputs[at.mask].shape(2);
   }
-  return [call, at, part = part_, geometry = geometry(inputs), words = inputs[kPlan].size()](
-             metal::Encoder& encoder, auto in, auto out) mutable {
+  return [call, at, part = part_, plan = plan_at(), partial = partial_at(),
+          geometry = geometry(inputs),
+          words = inputs[plan_at()].size()](metal::Encoder& encoder, auto in, auto out) mutable {
     check_plan(kOp, call.words, words, geometry);
     call.q = in(kQ);
-    call.k_pages = in(kKPages);
-    call.v_pages = in(kVPages);
-    call.plan = in(kPlan);
+    call.k_pages = in(kPages);
+    call.v_pages = in(kPages + 1);
+    call.plan = in(plan);
     call.out = out(kOut);
     call.lse = out(kLse);
     call.alibi_slopes = at.alibi < 0 ? nullptr : in(at.alibi);
     call.sinks = at.sinks < 0 ? nullptr : in(at.sinks);
     call.mask = at.mask < 0 ? nullptr : in(at.mask);
-    call.partial_out = part.num_partials ? out(kPartialOut) : nullptr;
-    call.partial_state = part.num_partials ? out(kPartialState) : nullptr;
+    call.partial_out = part.num_partials ? out(partial) : nullptr;
+    call.partial_state = part.num_partials ? out(partial + 1) : nullptr;
     metal::attend(encoder, call);
   };
 }
@@ -152,13 +169,13 @@ cpu::AttentionArgs PagedAttention::cpu_args(const Arrays& inputs, Arrays& output
   cpu::AttentionArgs args{};
   args.dtype = cpu_dtype(inputs[kQ].dtype());
   args.q = inputs[kQ].data<char>();
-  args.k_pages = inputs[kKPages].data<char>();
-  args.v_pages = inputs[kVPages].data<char>();
-  args.plan = inputs[kPlan].data<int32_t>();
+  args.k_pages = inputs[kPages].data<char>();
+  args.v_pages = inputs[kPages + 1].data<char>();
+  args.plan = inputs[plan_at()].data<int32_t>();
   args.out = outputs[kOut].data<char>();
   args.lse = outputs[kLse].data<float>();
   args.head_dim = inputs[kQ].shape(2);
-  args.v_head_dim = inputs[kVPages].shape(3);
+  args.v_head_dim = v_head_dim_;
   args.options = options_;
   args.alibi_slopes = optional(at.alibi);
   args.sinks = optional(at.sinks);
@@ -170,7 +187,7 @@ cpu::AttentionArgs PagedAttention::cpu_args(const Arrays& inputs, Arrays& output
 }
 
 void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
-  take_memory(part_, inputs, outputs, kKNext,
+  take_memory(part_, inputs, outputs, {kNext, size_t(num_arrays(formats_))},
               [](mx::array& output) { output.set_data(mx::allocator::malloc(output.nbytes())); });
   if (runs_kernels(stream())) {
     return run_kernels(inputs, outputs, launch(inputs));
@@ -181,7 +198,7 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
   // mx.compile may have put another plan in the place of the one that was checked.
   run_on_cpu(inputs, outputs,
              [args = cpu_args(inputs, outputs), geometry = geometry(inputs),
-              words = inputs[kPlan].size()]() {
+              words = inputs[plan_at()].size()]() {
                check_plan(kOp, args.plan, words, geometry);
                cpu::attend(args);
              });
@@ -189,20 +206,20 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
 
 } // namespace
 
-PlanGeometry attention_geometry(const mx::array& q, const mx::array& k_pages,
-                                const mx::array& v_pages) {
-  return geometry_of(check_arrays(q, k_pages, v_pages), std::nullopt);
+PlanGeometry attention_geometry(const mx::array& q, const std::vector<mx::array>& pages,
+                                PageFormats formats) {
+  return geometry_of(check_arrays(q, pages, formats), std::nullopt);
 }
 
-std::vector<mx::array> paged_attention(const mx::array& q, const mx::array& k_pages,
-                                       const mx::array& v_pages, const mx::array& plan,
-                                       std::optional<float> scale, std::optional<float> cap,
+std::vector<mx::array> paged_attention(const mx::array& q, const std::vector<mx::array>& pages,
+                                       const mx::array& plan, std::optional<float> scale,
+                                       std::optional<float> cap,
                                        const std::optional<mx::array>& alibi_slopes,
                                        const std::optional<mx::array>& sinks,
-                                       const std::optional<mx::array>& mask,
+                                       const std::optional<mx::array>& mask, PageFormats formats,
                                        mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
-  ShapeCheck shape = check_arrays(q, k_pages, v_pages);
+  ShapeCheck shape = check_arrays(q, pages, formats);
   check_plan(kOp, plan, geometry_of(shape, mask));
   AttentionOptions options;
   options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
@@ -211,8 +228,12 @@ std::vector<mx::array> paged_attention(const mx::array& q, const mx::array& k_pa
     check_number(kOp, "softcap", *cap, true);
     options.softcap = *cap;
   }
-  std::vector<mx::array> inputs = {mx::contiguous(q, false, s), row_contiguous(k_pages, s),
-                                   row_contiguous(v_pages, s), plan};
+  std::vector<mx::array> inputs = {mx::contiguous(q, false, s)};
+  inputs.reserve(5 + pages.size());
+  for (const mx::array& array : pages) {
+    inputs.push_back(row_contiguous(array, s));
+  }
+  inputs.push_back(plan);
   if (alibi_slopes) {
     options.alibi = true;
     inputs.push_back(per_head(kOp, "alibi_slopes", *alibi_slopes, shape, s));
@@ -226,14 +247,19 @@ std::vector<mx::array> paged_attention(const mx::array& q, const mx::array& k_pa
     inputs.push_back(normal_mask(*mask, shape, s));
   }
   const auto parts = parts_of(plan, shape.at("head_dim") + shape.at("v_head_dim"), s);
-  auto outputs = chain(parts, inputs, kKNext, [&](const Part& part, auto part_inputs) {
-    const auto node = std::make_shared<PagedAttention>(s, options, part);
-    std::vector<mx::Dtype> dtypes = {q.dtype(), mx::float32, q.dtype(), q.dtype()};
+  const PagesAt at{kNext, pages.size()};
+  auto outputs = chain(parts, inputs, at, [&](const Part& part, auto part_inputs) {
+    const auto node =
+        std::make_shared<PagedAttention>(s, options, formats, shape.at("v_head_dim"), part);
+    std::vector<mx::Dtype> dtypes = {q.dtype(), mx::float32};
+    for (const mx::array& array : pages) {
+      dtypes.push_back(array.dtype());
+    }
     auto shapes = node->output_shapes(part_inputs);
     dtypes.resize(shapes.size(), mx::float32);
     return mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(part_inputs));
   });
-  outputs.erase(outputs.begin() + kNumOutputs, outputs.end());
+  outputs.erase(outputs.begin() + kNext + pages.size(), outputs.end());
   return outputs;
 }
 

@@ -4,6 +4,8 @@
 
 #include "mlx/ops.h"
 
+#include "ops/page_arrays.h"
+
 namespace paged_mlx {
 
 namespace {
@@ -17,13 +19,11 @@ void check_head_dim(const char* op, const char* name, int head_dim) {
 
 } // namespace
 
-void check_pages(const char* op, ShapeCheck& shape, const mx::array& q, const mx::array& k_pages,
-                 const mx::array& v_pages) {
-  shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
-  shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
+void check_pages(const char* op, ShapeCheck& shape, const mx::array& q,
+                 const std::vector<mx::array>& pages, PageFormats formats) {
+  check_page_shapes(op, shape, pages, formats);
   check_float(op, "q", q);
-  check_dtype(op, "k_pages", k_pages, q.dtype(), "the dtype of q");
-  check_dtype(op, "v_pages", v_pages, q.dtype(), "the dtype of q");
+  check_page_dtypes(op, pages, formats, q.dtype(), "the dtype of q");
   check_head_dim(op, "q", shape.at("head_dim"));
   check_head_dim(op, "v_pages", shape.at("v_head_dim"));
   if (shape.at("num_kv_heads") == 0 || shape.at("num_q_heads") % shape.at("num_kv_heads") != 0) {
@@ -33,7 +33,7 @@ void check_pages(const char* op, ShapeCheck& shape, const mx::array& q, const mx
          std::to_string(shape.at("num_q_heads")));
   }
   if (shape.at("page_size") == 0) {
-    fail(op, "k_pages must have a page_size of at least 1", shape_string(k_pages));
+    fail(op, "k_pages must have a page_size of at least 1", shape_string(pages[0]));
   }
 }
 

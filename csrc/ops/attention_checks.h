@@ -2,9 +2,12 @@
 // std::invalid_argument.
 #pragma once
 
+#include <vector>
+
 #include "mlx/array.h"
 #include "mlx/utils.h"
 
+#include "page_format.h"
 #include "plan_format.h"
 #include "shape_check.h"
 
@@ -16,9 +19,9 @@ struct PlanGeometry {
   int mask_keys; // columns of the mask; -1: no mask
 };
 
-// Pages of K and V, for a q whose num_q_heads and head_dim `shape` knows.
-void check_pages(const char* op, ShapeCheck& shape, const mx::array& q, const mx::array& k_pages,
-                 const mx::array& v_pages);
+// The arrays of a layer's pages, for a q whose num_q_heads and head_dim `shape` knows.
+void check_pages(const char* op, ShapeCheck& shape, const mx::array& q,
+                 const std::vector<mx::array>& pages, PageFormats formats);
 
 // The words of a plan.
 void check_plan(const char* op, const int32_t* words, size_t num_words,

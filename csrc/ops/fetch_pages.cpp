@@ -6,6 +6,7 @@
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
+#include "ops/page_arrays.h"
 #include "ops/page_rows.h"
 #include "shape_check.h"
 
@@ -63,10 +64,8 @@ FetchedPages fetch_pages(const std::shared_ptr<const FetchTables>& tables, const
                          const std::optional<mx::array>& v, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape(kOp);
-  shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
-  shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
-  check_float(kOp, "k_pages", k_pages);
-  check_dtype(kOp, "v_pages", v_pages, k_pages.dtype(), "the dtype of k_pages");
+  check_page_shapes(kOp, shape, {k_pages, v_pages}, {});
+  check_page_dtypes(kOp, {k_pages, v_pages}, {});
   const bool wants_tokens = tables->num_tokens > 0;
   if (k.has_value() != wants_tokens || v.has_value() != wants_tokens) {
     fail(kOp, "k and v must be given if the tables have new tokens, and only then", "others");

@@ -2,6 +2,7 @@
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
+#include "ops/page_arrays.h"
 #include "ops/page_rows.h"
 #include "ops/pages.h"
 #include "ops/primitive.h"
@@ -85,19 +86,18 @@ class GatherPages : public PagesPrimitive {
 
 } // namespace
 
-std::vector<mx::array> gather_pages(const mx::array& k_pages, const mx::array& v_pages,
+std::vector<mx::array> gather_pages(const std::vector<mx::array>& pages,
                                     const mx::array& block_tables, const mx::array& context_lens,
                                     int length, const std::optional<mx::array>& page_starts,
-                                    const std::optional<mx::array>& page_lens,
+                                    const std::optional<mx::array>& page_lens, PageFormats formats,
                                     mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape("gather_pages");
-  shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
-  shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
+  check_page_shapes("gather_pages", shape, pages, formats);
+  const auto &k_pages = pages[0], &v_pages = pages[1];
   shape("block_tables", block_tables, {"batch", "max_pages"});
   shape("context_lens", context_lens, {"batch"});
-  check_float("gather_pages", "k_pages", k_pages);
-  check_dtype("gather_pages", "v_pages", v_pages, k_pages.dtype(), "the dtype of k_pages");
+  check_page_dtypes("gather_pages", pages, formats);
   check_dtype("gather_pages", "block_tables", block_tables, mx::int32, "page ids");
   check_dtype("gather_pages", "context_lens", context_lens, mx::int32, "lengths");
   std::vector<mx::array> inputs = {row_contiguous(k_pages, s), row_contiguous(v_pages, s),

@@ -8,6 +8,7 @@
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
+#include "ops/page_arrays.h"
 #include "ops/page_rows.h"
 #include "ops/primitive.h"
 #include "shape_check.h"
@@ -234,18 +235,20 @@ int64_t buffer_copies() {
   return g_buffer_copies;
 }
 
-std::vector<mx::array> write_pages(const mx::array& k, const mx::array& v, const mx::array& k_pages,
-                                   const mx::array& v_pages, const mx::array& slots, WriteMode mode,
-                                   mx::StreamOrDevice s_) {
+std::vector<mx::array> write_pages(const std::vector<mx::array>& tokens,
+                                   const std::vector<mx::array>& pages, const mx::array& slots,
+                                   WriteMode mode, PageFormats formats, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape("write_pages");
-  shape("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"});
-  shape("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "v_head_dim"});
+  check_page_shapes("write_pages", shape, pages, formats);
+  if (tokens.size() != 2) {
+    fail("write_pages", "tokens must hold k and v", std::to_string(tokens.size()) + " arrays");
+  }
+  const auto &k = tokens[0], &v = tokens[1], &k_pages = pages[0], &v_pages = pages[1];
   shape("k", k, {"tokens", "num_kv_heads", "head_dim"});
   shape("v", v, {"tokens", "num_kv_heads", "v_head_dim"});
   shape("slot_mapping", slots, {"tokens"});
-  check_float("write_pages", "k_pages", k_pages);
-  check_dtype("write_pages", "v_pages", v_pages, k_pages.dtype(), "the dtype of k_pages");
+  check_page_dtypes("write_pages", pages, formats);
   check_dtype("write_pages", "k", k, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("write_pages", "v", v, k_pages.dtype(), "the dtype of k_pages");
   check_dtype("write_pages", "slot_mapping", slots, mx::int32, "slot numbers");
@@ -274,10 +277,9 @@ std::vector<mx::array> copy_pages(const std::vector<mx::array>& pools, const mx:
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
   for (const auto& pool : pools) {
-    if (pool.ndim() != 4 || pool.shape(0) != pools[0].shape(0)) {
+    if (pool.ndim() < 3 || pool.shape(0) != pools[0].shape(0)) {
       fail("copy_pages",
-           "every array of pools must have shape [num_pages, num_kv_heads, page_size, head_dim], "
-           "num_pages alike",
+           "every array of pools must have shape [num_pages, num_kv_heads, ...], num_pages alike",
            shape_string(pool));
     }
     shapes.push_back(pool.shape());

@@ -8,6 +8,8 @@
 #include "mlx/array.h"
 #include "mlx/utils.h"
 
+#include "page_format.h"
+
 namespace paged_mlx {
 
 namespace mx = mlx::core;
@@ -21,12 +23,12 @@ enum class WriteMode {
 // Whole buffers copied so far because a write could not be done in place.
 int64_t buffer_copies();
 
-// k [tokens, num_kv_heads, head_dim] and v [tokens, num_kv_heads, v_head_dim]
-// go to slots (int32 [tokens]; -1 skips) of k_pages and v_pages. Returns the
-// next versions of the pages.
-std::vector<mx::array> write_pages(const mx::array& k, const mx::array& v, const mx::array& k_pages,
-                                   const mx::array& v_pages, const mx::array& slots, WriteMode mode,
-                                   mx::StreamOrDevice s = {});
+// `tokens`, k [tokens, num_kv_heads, head_dim] and v [tokens, num_kv_heads, v_head_dim],
+// go to slots (int32 [tokens]; -1 skips) of a layer's pages. Returns the next versions of
+// their arrays.
+std::vector<mx::array> write_pages(const std::vector<mx::array>& tokens,
+                                   const std::vector<mx::array>& pages, const mx::array& slots,
+                                   WriteMode mode, PageFormats formats, mx::StreamOrDevice s = {});
 
 // Page pairs[i, 0] of every array goes to page pairs[i, 1]. pairs: int32 [n,
 // 2]; no page is both a source and a target, none a target twice. Returns the
@@ -35,13 +37,13 @@ std::vector<mx::array> copy_pages(const std::vector<mx::array>& pools, const mx:
                                   WriteMode mode, mx::StreamOrDevice s = {});
 
 // K and V of each sequence, contiguous: {k [batch, num_kv_heads, length,
-// head_dim], v, k_pages', v_pages'}. Row j of a sequence is position j; rows
+// head_dim], v, pages'...}. Row j of a sequence is position j; rows
 // past its context and rows of NO_PAGE are 0. With page_starts and page_lens
 // (int32 [batch, max_pages]) the table is ragged.
-std::vector<mx::array> gather_pages(const mx::array& k_pages, const mx::array& v_pages,
+std::vector<mx::array> gather_pages(const std::vector<mx::array>& pages,
                                     const mx::array& block_tables, const mx::array& context_lens,
                                     int length, const std::optional<mx::array>& page_starts,
-                                    const std::optional<mx::array>& page_lens,
+                                    const std::optional<mx::array>& page_lens, PageFormats formats,
                                     mx::StreamOrDevice s = {});
 
 } // namespace paged_mlx

@@ -34,19 +34,28 @@ std::vector<Part> parts_of(const mx::array& plan, int dims, mx::Stream s);
 // Shapes of the partial results that a part hands on, out and state; none where it does not.
 std::vector<mx::Shape> partial_shapes(const Part& part, int num_q_heads, int v_head_dim);
 
-// A chain of nodes. Inputs 1 and 2 of each are the pages; outputs `next` and `next` + 1 are
-// their next versions. The other outputs of a node are the last inputs of the one after it.
+// Which inputs and outputs of a node are a layer's pages: inputs 1, 2, ..., and outputs `next`,
+// `next` + 1, ..., their next versions.
+struct PagesAt {
+  size_t next, count;
+
+  bool has(size_t output) const {
+    return output - next < count;
+  }
+};
+
+// A chain of nodes. Outputs of a node that are no pages are the last inputs of the one after it.
 // make(part, inputs) makes a node's outputs.
 template <typename Make>
 std::vector<mx::array> chain(const std::vector<Part>& parts, const std::vector<mx::array>& inputs,
-                             size_t next, Make make) {
+                             PagesAt pages, Make make) {
   std::vector<mx::array> made = make(parts.front(), inputs);
   for (size_t p = 1; p < parts.size(); p++) {
     std::vector<mx::array> handed_on = inputs;
-    handed_on[1] = made[next];
-    handed_on[2] = made[next + 1];
     for (size_t i = 0; i < made.size(); i++) {
-      if (i != next && i != next + 1) {
+      if (pages.has(i)) {
+        handed_on[1 + i - pages.next] = made[i];
+      } else {
         handed_on.push_back(made[i]);
       }
     }
@@ -59,11 +68,11 @@ std::vector<mx::array> chain(const std::vector<Part>& parts, const std::vector<m
 // memory that allocate(output) gives its outputs where it is the first.
 template <typename Allocate>
 void take_memory(const Part& part, const std::vector<mx::array>& inputs,
-                 std::vector<mx::array>& outputs, size_t next, Allocate allocate) {
-  size_t from = inputs.size() - (outputs.size() - 2);
+                 std::vector<mx::array>& outputs, PagesAt pages, Allocate allocate) {
+  size_t from = inputs.size() - (outputs.size() - pages.count);
   for (size_t i = 0; i < outputs.size(); i++) {
-    if (i == next || i == next + 1) {
-      outputs[i].copy_shared_buffer(inputs[1 + i - next]);
+    if (pages.has(i)) {
+      outputs[i].copy_shared_buffer(inputs[1 + i - pages.next]);
     } else if (part.is_first()) {
       allocate(outputs[i]);
     } else {

@@ -19,6 +19,7 @@ constexpr const char* kOp = "write_attend";
 
 enum Input { kQ, kKPages, kVPages, kPlan, kK, kV, kSlots };
 enum Output { kOut, kKNext, kVNext, kNumOutputs, kPartialOut = kNumOutputs, kPartialState };
+constexpr PagesAt kPages{kKNext, 2};
 
 int num_tokens(const mx::array& q) {
   return q.shape(0) * q.shape(2);
@@ -125,7 +126,7 @@ auto WriteAttend::launch(const Arrays& inputs) const {
 }
 
 void WriteAttend::eval(const Arrays& inputs, Arrays& outputs) {
-  take_memory(part_, inputs, outputs, kKNext, allocate_output);
+  take_memory(part_, inputs, outputs, kPages, allocate_output);
   if (device() == mx::Device::gpu) {
     return run_kernels(inputs, outputs, launch(inputs));
   }
@@ -177,7 +178,7 @@ std::vector<mx::array> write_attend(const mx::array& q, const mx::array& k_pages
   const auto s = mx::to_stream(s_);
   ShapeCheck shape(kOp);
   shape("q", q, {"q_batch", "num_q_heads", "q_tokens", "head_dim"});
-  check_pages(kOp, shape, q, k_pages, v_pages);
+  check_pages(kOp, shape, q, {k_pages, v_pages}, {});
   check_not_traced(kOp, "q", q, k_pages);
   check_number(kOp, "scale", scale, false);
   check_plan(kOp, plan, geometry_of(q, k_pages));
@@ -206,7 +207,7 @@ std::vector<mx::array> write_attend(const mx::array& q, const mx::array& k_pages
     inputs.push_back(per_head(kOp, "sinks", *sinks, shape, s));
   }
   const auto parts = parts_of(plan, q.shape(3) + v_pages.shape(3), s);
-  auto outputs = chain(parts, inputs, kKNext, [&](const Part& part, auto part_inputs) {
+  auto outputs = chain(parts, inputs, kPages, [&](const Part& part, auto part_inputs) {
     const auto node = std::make_shared<WriteAttend>(s, options, writes, part);
     std::vector<mx::Dtype> dtypes(kNumOutputs, q.dtype());
     auto shapes = node->output_shapes(part_inputs);

@@ -34,10 +34,12 @@ _FIELDS = 3  # of a plan's row, before the pages
 
 
 def paged_attention(
-    q, k_pages, v_pages, plan, scale=None, cap=None, alibi_slopes=None, sinks=None, mask=None, *, stream=None
+    q, pages, plan, scale=None, cap=None, alibi_slopes=None, sinks=None, mask=None, *,
+    formats=(None, None), stream=None,
 ):  # fmt: skip
-    """``(out, lse, k_pages, v_pages)`` of one step."""
-    geometry = attention_geometry(q, k_pages, v_pages)
+    """``[out, lse, *pages]`` of one step."""
+    geometry = attention_geometry(q, pages, formats)
+    k_pages, v_pages = pages
     options = _options("paged_attention", q, scale, cap, alibi_slopes, sinks, mask)
     with mx.stream(stream or mx.default_device()):
         traced = is_tracer(plan)
@@ -244,8 +246,11 @@ def _check_parts(outs, lses) -> None:
 # Pages
 
 
-def write_pages(k, v, k_pages, v_pages, slot_mapping, *, alias=False, stream=None):
-    """``[k_pages', v_pages']`` with new tokens in their slots."""
+def write_pages(
+    tokens, pages, slot_mapping, *, alias=False, formats=(None, None), stream=None
+):  # fmt: skip
+    """``[*pages']`` with new tokens, ``[k, v]``, in their slots."""
+    (k, v), (k_pages, v_pages) = tokens, pages
     _check_write(k, v, k_pages, v_pages, slot_mapping)
     with mx.stream(stream or mx.default_device()):
         return [_scatter(k, k_pages, slot_mapping), _scatter(v, v_pages, slot_mapping)]
@@ -295,9 +300,11 @@ def copy_pages(pools, pairs, *, alias=False, stream=None):
 
 
 def gather_pages(
-    k_pages, v_pages, block_tables, context_lens, length, *, page_starts=None, page_lens=None, stream=None
+    pages, block_tables, context_lens, length, *, page_starts=None, page_lens=None,
+    formats=(None, None), stream=None,
 ):  # fmt: skip
-    """``[k, v, k_pages, v_pages]``, K and V of each sequence made contiguous."""
+    """``[k, v, *pages]``, K and V of each sequence made contiguous."""
+    k_pages, v_pages = pages
     _check_pages("gather_pages", _Shapes("gather_pages"), k_pages, v_pages)
     with mx.stream(stream or mx.default_device()):
         tables, lens = np.array(block_tables), np.array(context_lens)
@@ -565,8 +572,9 @@ def check_tables(op, block_tables, context_lens, page_starts, page_lens, num_pag
     step.check(num_pages, allow_no_page=True)
 
 
-def attention_geometry(q, k_pages, v_pages) -> dict[str, int]:
+def attention_geometry(q, pages, formats=(None, None)) -> dict[str, int]:
     """Heads, page size and counts, after checking shapes and dtypes."""
+    k_pages, v_pages = pages
     op, shape = "paged_attention", _Shapes("paged_attention")
     shape("q", q, "tokens", "num_q_heads", "head_dim")
     _check_float(op, "q", q)
@@ -721,11 +729,10 @@ def write_attend(q, k_pages, v_pages, plan, k, v, slots, scale, sinks=None, stre
 
     if k is not None:
         k, v = by_token("k", k, "head_dim"), by_token("v", v, "v_head_dim")
-        k_pages, v_pages = write_pages(k, v, k_pages, v_pages, slots, stream=stream)
+        k_pages, v_pages = write_pages([k, v], [k_pages, v_pages], slots, stream=stream)
     tokens = q.swapaxes(1, 2).reshape(-1, q.shape[1], q.shape[3])
-    out = paged_attention(tokens, k_pages, v_pages, plan, scale, None, None, sinks, stream=stream)[
-        0
-    ]
+    pages = [k_pages, v_pages]
+    out, *_ = paged_attention(tokens, pages, plan, scale, None, None, sinks, stream=stream)
     out = out.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
     return out, k_pages, v_pages
 

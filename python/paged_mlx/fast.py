@@ -234,7 +234,7 @@ def paged_attention(
     made = plan if isinstance(plan, AttentionPlan) else None
     words = plan if made is None else made.array
     out, lse, _, _ = operations.paged_attention(
-        q, k_pages, v_pages, words, *options, stream=stream, plan=made
+        q, [k_pages, v_pages], words, *options, stream=stream, plan=made
     )
     return (out, lse) if return_lse else out
 
@@ -275,7 +275,7 @@ def write_pages(
     """
     check_array("write_pages", "k_pages", k_pages)
     slots = slot_array("write_pages", slot_mapping, k_pages)
-    return tuple(operations.write_pages(k, v, k_pages, v_pages, slots, stream=stream))
+    return tuple(operations.write_pages([k, v], [k_pages, v_pages], slots, stream=stream))
 
 
 def copy_pages(
@@ -335,7 +335,8 @@ def gather_pages(
     arrays = gather_inputs(
         "gather_pages", k_pages, block_tables, context_lens, page_starts, page_lens
     )
-    k, v, _, _ = operations.gather_pages(k_pages, v_pages, *arrays[:3], **arrays[3], stream=stream)
+    pages = [k_pages, v_pages]
+    k, v, *_ = operations.gather_pages(pages, *arrays[:3], **arrays[3], stream=stream)
     return k, v
 
 
@@ -396,7 +397,7 @@ def _own_plan(
 ) -> AttentionPlan:
     """The plan of one call, for the sizes of its arrays."""
     op = "paged_attention"
-    sizes = operations.check_attention(q, k_pages, v_pages)
+    sizes = operations.check_attention(q, [k_pages, v_pages])
     cu = tables.cu_seqlens_q
     tokens = len(tables.block_tables) if cu is None else cu[-1] if cu.ndim == 1 and cu.size else 0
     if tables.block_tables.ndim == 2 and tokens != sizes["tokens"]:

@@ -187,13 +187,13 @@ def _prove_attention(case: Case, variant: Variant, stream) -> bool:
         workers=0,
         kernels=True,
     )
-    arrays = [_to_mlx(a, case.dtype) for a in (problem.q, problem.k_pages, problem.v_pages)]
+    q, *pages = (_to_mlx(a, case.dtype) for a in (problem.q, problem.k_pages, problem.v_pages))
     scoring: dict[str, Any] = {
         name: mx.array(value) if isinstance(value, np.ndarray) else value
         for name, value in problem.scoring.items()
     }
     options = AttentionOptions(**scoring)
-    out, lse, *_ = _ext.paged_attention(*arrays, plan.array(), *options, stream=stream)
+    out, lse, *_ = _ext.paged_attention(q, pages, plan.array(), *options, stream=stream)
     return _finds_its_pages(problem.judge(decode(_from_mlx(out), case.dtype), np.array(lse)))
 
 
@@ -204,8 +204,10 @@ def _finds_its_pages(verdict: Verdict) -> bool:
 
 def _prove_write(case: Case, variant: Variant, stream) -> bool:
     (k, v, k_pages, v_pages, slots), expected = moves.write(case)
-    arrays = (_to_mlx(a, case.dtype) for a in (k, v, k_pages, v_pages))
-    found = _ext.write_pages(*arrays, mx.array(slots), stream=stream)
+    tokens, pages = (
+        [_to_mlx(a, case.dtype) for a in arrays] for arrays in ((k, v), (k_pages, v_pages))
+    )
+    found = _ext.write_pages(tokens, pages, mx.array(slots), stream=stream)
     return moves.difference([_from_mlx(a) for a in found], expected) is None
 
 
@@ -218,7 +220,7 @@ def _prove_copy(case: Case, variant: Variant, stream) -> bool:
 
 def _prove_gather(case: Case, variant: Variant, stream) -> bool:
     problem, expected = moves.gather(case)
-    k_pages, v_pages = (_to_mlx(a, case.dtype) for a in (problem.k_pages, problem.v_pages))
+    pages = [_to_mlx(a, case.dtype) for a in (problem.k_pages, problem.v_pages)]
     ragged = {
         name: mx.array(getattr(problem, name))
         for name in ("page_starts", "page_lens")
@@ -226,7 +228,7 @@ def _prove_gather(case: Case, variant: Variant, stream) -> bool:
     }
     tables = mx.array(problem.block_tables), mx.array(problem.context_lens)
     length = int(problem.context_lens.max())
-    found = _ext.gather_pages(k_pages, v_pages, *tables, length, **ragged, stream=stream)
+    found = _ext.gather_pages(pages, *tables, length, **ragged, stream=stream)
     return moves.difference([_from_mlx(a) for a in found[:2]], expected) is None
 
 

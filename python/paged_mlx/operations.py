@@ -63,11 +63,11 @@ def proven(
     return guarded
 
 
-def check_attention(q, k_pages, v_pages) -> dict[str, int]:
+def check_attention(q, pages) -> dict[str, int]:
     """The sizes of attention's arrays, after checking shapes and dtypes."""
-    for name, value in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
-        check_array("paged_attention", name, value)
-    return _ext.attention_geometry(q, k_pages, v_pages)
+    _check_arrays("paged_attention", q=q)
+    _check_pages("paged_attention", pages)
+    return _ext.attention_geometry(q, pages)
 
 
 def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Variant]:
@@ -90,19 +90,23 @@ def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Va
 
 
 def _attention_kind(arguments, options, plan):
-    q, _, _, _, _, cap, slopes, sinks, mask = arguments
+    q, _, _, _, cap, slopes, sinks, mask = arguments
     without = cap is None, slopes is None, sinks is None, mask is None or mask.dtype
     return q.shape[1], None if plan is None else plan.work, without
 
 
-def _attention_geometry(q, k_pages, v_pages, *_):
-    return q.dtype, q.shape[-1], k_pages.shape[1:], v_pages.shape[1:]
+def _attention_geometry(q, pages, *_):
+    return q.dtype, q.shape[-1], *(array.shape[1:] for array in pages)
 
 
-def _attention_variants(q, k_pages, v_pages, words, *options, plan):
-    _ext.attention_geometry(q, k_pages, v_pages)  # checks them
+def _attention_variants(q, pages, words, *options, plan):
+    _ext.attention_geometry(q, pages)  # checks them
     work = None if plan is None else plan.work
-    return attention_variants(q, k_pages, v_pages, work, AttentionOptions(*options).kinds)
+    return attention_variants(q, *pages, work, AttentionOptions(*options).kinds)
+
+
+def _write_attend_geometry(q, k_pages, v_pages, *_):
+    return _attention_geometry(q, (k_pages, v_pages))
 
 
 def _write_attend_kind(arguments, options, plan):
@@ -134,9 +138,9 @@ def _no_kind(arguments, options, plan):
     return None
 
 
-def _write_variants(k, v, k_pages, v_pages, slots, *, plan, **options):
-    _ext.write_pages(k, v, k_pages, v_pages, slots, **options)
-    return [_mover("write_pages", k_pages, v_pages)]
+def _write_variants(tokens, pages, slots, *, plan, **options):
+    _ext.write_pages(tokens, pages, slots, **options)
+    return [_mover("write_pages", *pages)]
 
 
 def _copy_geometry(pools, pairs):
@@ -156,9 +160,9 @@ def _gather_kind(arguments, options, plan):
     return options.get("page_starts") is None
 
 
-def _gather_variants(k_pages, v_pages, *tables, plan, **options):
-    _ext.gather_pages(k_pages, v_pages, *tables, **options)
-    return [_mover("gather_pages", k_pages, v_pages, options.get("page_starts") is not None)]
+def _gather_variants(pages, *tables, plan, **options):
+    _ext.gather_pages(pages, *tables, **options)
+    return [_mover("gather_pages", *pages, options.get("page_starts") is not None)]
 
 
 def _merge_geometry(outs, lses):
@@ -177,29 +181,55 @@ def _mover(op, k_pages, v_pages, ragged=False) -> Variant:
     return Variant(op, _name(k_pages.dtype), *dims, ragged=ragged)
 
 
-def _pages_at(first: int) -> Callable[..., tuple]:
-    """The geometry of K's and V's pages, which are the arguments from ``first`` on."""
-
-    def geometry(*arguments):
-        k_pages, v_pages = arguments[first : first + 2]
-        return k_pages.dtype, k_pages.shape[1:], v_pages.shape[1:]
-
-    return geometry
+def _pages_geometry(pages) -> tuple:
+    return pages[0].dtype, *(array.shape[1:] for array in pages)
 
 
-def _arrays(op: str, *names: str) -> Callable[..., None]:
-    """Refuses leading arguments that are no arrays."""
-
-    def check(*arguments):
-        for name, value in zip(names, arguments):
-            check_array(op, name, value)
-
-    return check
+def _write_geometry(tokens, pages, slots):
+    return _pages_geometry(pages)
 
 
-def _check_attention(q, k_pages, v_pages, words, *options):
-    _arrays("paged_attention", "q", "k_pages", "v_pages", "plan")(q, k_pages, v_pages, words)
+def _gather_geometry(pages, *tables):
+    return _pages_geometry(pages)
+
+
+def _fetch_geometry(fetches, layer, source, tables, k_pages, v_pages, k, v):
+    return _pages_geometry((k_pages, v_pages))
+
+
+def _check_arrays(op: str, **arrays) -> None:
+    for name, value in arrays.items():
+        check_array(op, name, value)
+
+
+def _check_pages(op: str, pages) -> None:
+    for name, value in zip(("k_pages", "v_pages"), pages):
+        check_array(op, name, value)
+
+
+def _check_attention(q, pages, words, *options):
+    _check_arrays("paged_attention", q=q)
+    _check_pages("paged_attention", pages)
+    _check_arrays("paged_attention", plan=words)
     AttentionOptions(*options).check("paged_attention")
+
+
+def _check_write_attend(q, *_):
+    _check_arrays("write_attend", q=q)
+
+
+def _check_write(tokens, pages, slots):
+    k, v = tokens
+    _check_arrays("write_pages", k=k, v=v)
+    _check_pages("write_pages", pages)
+
+
+def _check_gather(pages, *tables):
+    _check_pages("gather_pages", pages)
+
+
+def _check_nothing(*arguments):
+    """Of arguments whose types their callers have checked."""
 
 
 def _name(dtype: mx.Dtype) -> str:
@@ -216,30 +246,30 @@ paged_attention = proven(
 write_attend = proven(
     "write_attend",
     _write_attend_kind,
-    _attention_geometry,
+    _write_attend_geometry,
     _write_attend_variants,
-    _arrays("write_attend", "q"),
+    _check_write_attend,
 )(_ext.write_attend)
-fetch_pages = proven(
-    "fetch_pages", _fetch_kind, _pages_at(4), _fetch_variants, _arrays("fetch_pages")
-)(_ext.Fetches.fetch)
+fetch_pages = proven("fetch_pages", _fetch_kind, _fetch_geometry, _fetch_variants, _check_nothing)(
+    _ext.Fetches.fetch
+)
 write_pages = proven(
     "write_pages",
     _no_kind,
-    _pages_at(2),
+    _write_geometry,
     _write_variants,
-    _arrays("write_pages", "k", "v", "k_pages", "v_pages"),
+    _check_write,
 )(_ext.write_pages)
-copy_pages = proven("copy_pages", _no_kind, _copy_geometry, _copy_variants, _arrays("copy_pages"))(
+copy_pages = proven("copy_pages", _no_kind, _copy_geometry, _copy_variants, _check_nothing)(
     _ext.copy_pages
 )
 gather_pages = proven(
     "gather_pages",
     _gather_kind,
-    _pages_at(0),
+    _gather_geometry,
     _gather_variants,
-    _arrays("gather_pages", "k_pages", "v_pages"),
+    _check_gather,
 )(_ext.gather_pages)
-merge_states = proven(
-    "merge_states", _no_kind, _merge_geometry, _merge_variants, _arrays("merge_states")
-)(_ext.merge_states)
+merge_states = proven("merge_states", _no_kind, _merge_geometry, _merge_variants, _check_nothing)(
+    _ext.merge_states
+)

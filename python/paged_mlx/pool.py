@@ -418,13 +418,13 @@ class PagePool:
         size = self.page_size
         first = np.array(page_ids, np.int32)[:, None] * size
         slots = mx.array((first + np.arange(size, dtype=np.int32)).ravel())
-        k, v = (
+        tokens = [
             mx.full((slots.size, self.num_kv_heads, head_dim), self.wipe_freed or 0.0, self.dtype)
             for head_dim in (self.head_dim, self.v_head_dim)
-        )
+        ]
         for arrays in self.state:
             arrays[:] = operations.write_pages(
-                k, v, *arrays, slots, alias=True, stream=self.stream, known=self.known
+                tokens, arrays, slots, alias=True, stream=self.stream, known=self.known
             )
         self._fold_writes()
         self._tokens_stored[list(page_ids)] = 0
@@ -557,7 +557,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         check_array("PagePool.write", "k", k)
         _refuse_capture("PagePool.write", arrays[0], k)
         written = operations.write_pages(
-            k, v, *arrays, slots.array, alias=True, stream=pool.stream, known=pool.known
+            [k, v], arrays, slots.array, alias=True, stream=pool.stream, known=pool.known
         )
         if pool.canary is not None:
             if slots.values is None:
@@ -625,7 +625,6 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         """
         pool = self.pool
         arrays = pool.state[self.index]
-        k_pages, v_pages = arrays
         made = plan if isinstance(plan, AttentionPlan) else None
         words = plan if made is None else made.array
         options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
@@ -633,14 +632,14 @@ class PoolLayer(Mapping[int, "PageBlock"]):
             check_array("PagePool.attend", "q", q)
             must = "plan must be an AttentionPlan, from pool.plan(...), or its array"
             fail("PagePool.attend", must, kind_of(words))
-        if _ext.is_tracer(q) or _ext.is_stale(k_pages):
-            _refuse_capture("PagePool.attend", k_pages, q)
+        if _ext.is_tracer(q) or _ext.is_stale(arrays[0]):
+            _refuse_capture("PagePool.attend", arrays[0], q)
             if not _ext.is_tracer(words):
                 must = "plan must be an input of the compiled function, passed as plan.array"
                 found = "a plan captured from outside, good for one step only"
                 fail("PagePool.attend", must, found)
         out, lse, *arrays[:] = operations.paged_attention(
-            q, k_pages, v_pages, words, *options, stream=pool.stream, known=pool.known, plan=made
+            q, arrays, words, *options, stream=pool.stream, known=pool.known, plan=made
         )
         return (out, lse) if return_lse else out
 
@@ -661,7 +660,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
             "PagePool.gather", arrays[0], block_tables, context_lens, page_starts, page_lens
         )
         k, v, *arrays[:] = operations.gather_pages(
-            *arrays, *inputs[:3], **inputs[3], stream=self.pool.stream, known=self.pool.known
+            arrays, *inputs[:3], **inputs[3], stream=self.pool.stream, known=self.pool.known
         )
         return k, v
 

@@ -410,6 +410,6 @@ def test_a_bad_gather_is_refused(change, message):
 def test_a_traced_slot_outside_the_pool_is_an_error_at_evaluation(beyond):
     num_pages, _, page_size, _ = pages().shape
     slots = mx.array([num_pages * page_size + beyond], mx.int32)
-    write = mx.compile(lambda k, pages, slots: _ext.write_pages(k, k, pages, pages, slots))
+    write = mx.compile(lambda k, pages, slots: _ext.write_pages([k, k], [pages, pages], slots))
     with pytest.raises(RuntimeError, match="slot_mapping must be less than"):
         mx.eval(write(rows(1), pages(), slots))

@@ -52,7 +52,7 @@ class Step:
         self.q = normal(self.starts[-1], 4, DIM, seed=3)
 
     def attend(self):
-        return _ext.paged_attention(self.q, *self.pages, self.plan.array, DIM**-0.5)
+        return _ext.paged_attention(self.q, self.pages, self.plan.array, DIM**-0.5)
 
     def write_attend(self):
         k, v = normal(1, HEADS, 3, DIM, seed=4), normal(1, HEADS, 3, DIM, seed=5)
@@ -130,7 +130,7 @@ def test_a_write_waits_for_every_node_that_reads(tmp_path):
         step = Step()
         out, _, *pages = step.attend()
         k = mx.zeros((96, HEADS, DIM), mx.float16)
-        later = _ext.write_pages(k, k, *pages, mx.arange(96, dtype=mx.int32), alias=True)
+        later = _ext.write_pages([k, k], pages, mx.arange(96, dtype=mx.int32), alias=True)
         mx.eval(later[0])  # the write alone is asked for
         expected = np.array(out)
     with nodes_of(0):

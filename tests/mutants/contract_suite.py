@@ -29,13 +29,13 @@ def _step() -> np.ndarray:
     mx.eval(pages)
     tokens, slots = _normal(_PAGES * _PAGE, _HEADS, _DIM), mx.arange(_PAGES * _PAGE, dtype=mx.int32)
     mx.eval(tokens, slots)
-    pages = _ext.write_pages(tokens, tokens, *pages, slots, alias=True)
+    pages = _ext.write_pages([tokens, tokens], pages, slots, alias=True)
     plan = fast.plan(
         [np.arange(_PAGES)], [_PAGES * _PAGE], num_q_heads=4, num_kv_heads=_HEADS,
         page_size=_PAGE, fixed_partition=32, dtype=mx.float32,
     )  # fmt: skip
-    out, _, *pages = _ext.paged_attention(_normal(1, 4, _DIM), *pages, plan.array, _DIM**-0.5)
-    pages = _ext.write_pages(tokens * 2, tokens * 2, *pages, slots, alias=True)
+    out, _, *pages = _ext.paged_attention(_normal(1, 4, _DIM), pages, plan.array, _DIM**-0.5)
+    pages = _ext.write_pages([tokens * 2, tokens * 2], pages, slots, alias=True)
     mx.eval(out, pages)
     return np.array(out)
 

@@ -36,8 +36,8 @@ _FAULTS = {
         ),
         (
             "attentions of other options are one",
-            "return options_ == node.options_ && part_ == node.part_;",
-            "return part_ == node.part_;",
+            "return options_ == node.options_ && formats_",
+            "return formats_",
             "compiled_graphs.attentions_that_differ_in_an_option_stay_two",
         ),
         (
@@ -60,8 +60,8 @@ _FAULTS = {
         ),
         (
             "K and V change places on the CPU",
-            "args.k_pages = inputs[kKPages].data<char>();\n  args.v_pages = inputs[kVPages].data<char>();",
-            "args.k_pages = inputs[kVPages].data<char>();\n  args.v_pages = inputs[kKPages].data<char>();",
+            "args.k_pages = inputs[kPages].data<char>();\n  args.v_pages = inputs[kPages + 1].data<char>();",
+            "args.k_pages = inputs[kPages + 1].data<char>();\n  args.v_pages = inputs[kPages].data<char>();",
             "chapter.a_block_of_positions_attends_causally_across_pages",
         ),
         (
@@ -72,14 +72,14 @@ _FAULTS = {
         ),
         (
             "q that is sliced is read as it lies",
-            "mx::contiguous(q, false, s), row_contiguous(k_pages, s)",
-            "q, row_contiguous(k_pages, s)",
+            "inputs = {mx::contiguous(q, false, s)};",
+            "inputs = {q};",
             "fast.arrays_need_not_be_contiguous",
         ),
         (
             "pages that are sliced are read as they lie",
-            "mx::contiguous(q, false, s), row_contiguous(k_pages, s),",
-            "mx::contiguous(q, false, s), k_pages,",
+            "inputs.push_back(row_contiguous(array, s));",
+            "inputs.push_back(array);",
             "fast.arrays_need_not_be_contiguous",
         ),
         (
@@ -89,18 +89,20 @@ _FAULTS = {
             "fast.a_bad_call_is_a_typed_error",
         ),
     ],
+    "ops/page_arrays.cpp": [
+        (
+            "pages of another dtype are taken",
+            '  check_dtype(op, "v_pages", pages[1], dtype, why);\n',
+            "",
+            "fast.a_bad_call_is_a_typed_error",
+        ),
+    ],
     "ops/attention_checks.cpp": [
         (
             "slopes and sinks are read as they lie",
             "return mx::contiguous(mx::astype(a, mx::float32, s), false, s);",
             "return mx::astype(a, mx::float32, s);",
             "input_layouts.a_pool_reads_options_of_any_layout_as_their_values",
-        ),
-        (
-            "pages of another dtype are taken",
-            '  check_dtype(op, "v_pages", v_pages, q.dtype(), "the dtype of q");\n',
-            "",
-            "fast.a_bad_call_is_a_typed_error",
         ),
         (
             "a plan for other heads is taken",

@@ -31,8 +31,8 @@ _FAULTS = {
         ),
         (
             "written K and V change places",
-            "operations.write_pages(k, v, k_pages, v_pages, slots, stream=stream)",
-            "operations.write_pages(v, k, k_pages, v_pages, slots, stream=stream)",
+            "operations.write_pages([k, v], [k_pages, v_pages], slots, stream=stream)",
+            "operations.write_pages([v, k], [k_pages, v_pages], slots, stream=stream)",
             "fast.a_bad_write_is_refused",
         ),
         (

@@ -112,9 +112,8 @@ class LazyPool(PagePool):
         assert k is not None and v is not None
         arrays = self._state[i]
         arrays[:] = operations.write_pages(
-            _by_token(k, self),
-            _by_token(v, self),
-            *arrays,
+            [_by_token(k, self), _by_token(v, self)],
+            arrays,
             source.step.slot_array,
             alias=True,
             stream=self.stream,
