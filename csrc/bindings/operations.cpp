@@ -1,3 +1,4 @@
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -15,6 +16,7 @@
 #include "ops/pages.h"
 #include "ops/pool_memory.h"
 #include "ops/primitive.h"
+#include "ops/routes.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -119,6 +121,8 @@ void bind_operations(nb::module_& m) {
 }
 
 void bind_diagnostics(nb::module_& m) {
+  m.def("route_counts", &route_counts,
+        "How often each operation ran so far, and items of each kind: {name: {where: count}}.");
   m.def("buffer_copies", &buffer_copies,
         "Whole buffers copied so far because a write could not be done in place.");
   m.def(

@@ -115,7 +115,7 @@ class PagedAttention : public PagesPrimitive {
     return kNext + num_arrays(formats_);
   }
   PlanGeometry geometry(const Arrays& inputs) const;
-  auto launch(const Arrays& inputs) const;
+  auto launch(const Arrays& inputs);
   cpu::AttentionArgs cpu_args(const Arrays& inputs, Arrays& outputs) const;
 
   AttentionOptions options_;
@@ -131,7 +131,7 @@ PlanGeometry PagedAttention::geometry(const Arrays& inputs) const {
   return {q.shape(0), q.shape(1), k.shape(1), k.shape(2), k.shape(0), mask_keys};
 }
 
-auto PagedAttention::launch(const Arrays& inputs) const {
+auto PagedAttention::launch(const Arrays& inputs) {
   metal::AttendCall call{};
   call.dtype = cpu_dtype(inputs[kQ].dtype());
   call.words = inputs[plan_at()].data<int32_t>();
@@ -145,9 +145,12 @@ auto PagedAttention::launch(const Arrays& inputs) const {
     call.mask_token_stride = inputs[at.mask].shape(2);
   }
   return [call, at, part = part_, plan = plan_at(), partial = partial_at(),
-          geometry = geometry(inputs),
+          place = place_of_kernels(device()), geometry = geometry(inputs),
           words = inputs[plan_at()].size()](metal::Encoder& encoder, auto in, auto out) mutable {
     check_plan(kOp, call.words, words, geometry);
+    if (part.is_last()) {
+      count_items(call.words, place);
+    }
     call.q = in(kQ);
     call.k_pages = in(kPages);
     call.v_pages = in(kPages + 1);
@@ -200,6 +203,7 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
              [args = cpu_args(inputs, outputs), geometry = geometry(inputs),
               words = inputs[plan_at()].size()]() {
                check_plan(kOp, args.plan, words, geometry);
+               count_items(args.plan, Place::cpu);
                cpu::attend(args);
              });
 }

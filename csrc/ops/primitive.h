@@ -9,6 +9,7 @@
 #include "mlx/primitives.h"
 
 #include "ops/dispatch.h"
+#include "ops/routes.h"
 
 namespace paged_mlx {
 
@@ -48,6 +49,8 @@ class PagesPrimitive : public mx::Primitive {
 
 template <typename Task>
 void PagesPrimitive::run_on_cpu(const Arrays& inputs, Arrays& outputs, Task task) {
+  static auto& calls = *new RouteCount(name()); // a Task is of one operation
+  calls.add(Place::cpu);
   auto& encoder = mx::cpu::get_command_encoder(stream());
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
@@ -60,6 +63,8 @@ void PagesPrimitive::run_on_cpu(const Arrays& inputs, Arrays& outputs, Task task
 
 template <typename Launch>
 void PagesPrimitive::run_kernels(const Arrays& inputs, Arrays& outputs, Launch launch) {
+  static auto& calls = *new RouteCount(name());
+  calls.add(place_of_kernels(device()));
   if (device() == mx::Device::gpu) {
     dispatch_on_gpu(name(), stream(), inputs, outputs, std::move(launch));
   } else {

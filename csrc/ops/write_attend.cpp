@@ -68,7 +68,7 @@ class WriteAttend : public PagesPrimitive {
   int sinks_at() const {
     return !options_.sinks ? -1 : has_tokens_ ? kSlots + 1 : kK;
   }
-  auto launch(const Arrays& inputs) const;
+  auto launch(const Arrays& inputs);
 
   AttentionOptions options_;
   bool has_tokens_;
@@ -87,7 +87,7 @@ void allocate_output(mx::array& out) {
   }
 }
 
-auto WriteAttend::launch(const Arrays& inputs) const {
+auto WriteAttend::launch(const Arrays& inputs) {
   const auto &q = inputs[kQ], &k_pages = inputs[kKPages], &v_pages = inputs[kVPages];
   metal::WritePagesCall write{};
   write.tokens = writes() ? inputs[kSlots].shape(0) : 0;
@@ -102,10 +102,13 @@ auto WriteAttend::launch(const Arrays& inputs) const {
   attend.options = options_;
   attend.items = part_.items;
   const size_t lse_bytes = size_t(num_tokens(q)) * q.shape(1) * sizeof(float);
-  return [write, attend, lse_bytes, part = part_, sinks = sinks_at(),
-          geometry = geometry_of(q, k_pages),
+  return [write, attend, lse_bytes, part = part_, place = place_of_kernels(device()),
+          sinks = sinks_at(), geometry = geometry_of(q, k_pages),
           words = inputs[kPlan].size()](metal::Encoder& encoder, auto in, auto out) mutable {
     check_plan(kOp, attend.words, words, geometry);
+    if (part.is_last()) {
+      count_items(attend.words, place);
+    }
     attend.k_pages = write.k_pages = out(kKNext);
     attend.v_pages = write.v_pages = out(kVNext);
     if (write.tokens > 0) {
@@ -162,6 +165,7 @@ void WriteAttend::eval(const Arrays& inputs, Arrays& outputs) {
              [args, writers, slots, geometry = geometry_of(inputs[kQ], inputs[kKPages]),
               words = inputs[kPlan].size()]() {
                check_plan(kOp, args.plan, words, geometry);
+               count_items(args.plan, Place::cpu);
                write_slots(kOp, "slots", writers, slots);
                cpu::attend(args);
              });

@@ -15,6 +15,7 @@ so that attention under ``mx.compile``, which cannot read it, can compute with i
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import numpy as np
 from paged_mlx.errors import fail
 from paged_mlx.options import AttentionOptions, has_kernel
 
+_calls: Counter[str] = Counter()  # of each operation, named as the native module names it
 _NEVER = -(2**30)  # the position of a slot that holds no token
 _MARK = 0x706C616E  # what a plan begins with
 _HEADER = 5
@@ -38,6 +40,7 @@ def paged_attention(
     formats=(None, None), stream=None,
 ):  # fmt: skip
     """``[out, lse, *pages]`` of one step."""
+    _calls["PagedAttention"] += 1
     geometry = attention_geometry(q, pages, formats)
     k_pages, v_pages = pages
     options = _options("paged_attention", q, scale, cap, alibi_slopes, sinks, mask)
@@ -717,7 +720,7 @@ def descriptor(a) -> int:
 
 def write_attend(q, k_pages, v_pages, plan, k, v, slots, scale, sinks=None, stream=None):
     """``(out, k_pages', v_pages')``: k and v go to their slots, then q attends."""
-
+    _calls["WriteAttend"] += 1
     op, shape = "write_attend", _Shapes("write_attend")
     shape("q", q, "batch", "num_q_heads", "length", "head_dim")
 
@@ -762,6 +765,11 @@ def is_stale(a) -> bool:
 
 def is_pending(a) -> bool:
     return False
+
+
+def route_counts() -> dict[str, dict[str, int]]:
+    """How often each attention was built so far; MLX's own operations run it."""
+    return {name: {"mlx": count} for name, count in _calls.items()}
 
 
 def buffer_copies() -> int:

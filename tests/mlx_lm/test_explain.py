@@ -137,3 +137,22 @@ def test_the_mask_of_a_batch_is_the_windows():
         assert batch.step.first_column == 0
         seen = [[17 <= j <= 40 for j in range(columns)], [j == 40 for j in range(columns)]]
         assert mask[:, 0, 0].tolist() == seen
+
+
+def test_an_enabled_model_says_which_routes_each_layer_has_taken():
+    model = zoo.tiny("gemma3_text")
+    assert explain(model).calls == {}
+    with enable(model, page_size=8) as paged:
+        zoo.single(model, zoo.prompt(20, seed=1), max_tokens=5, chunk=32)  # 2 + 5 passes
+        found = explain(model)
+        calls = 3 * 7
+        assert found.calls == paged.routes == {"pages": calls}
+        assert [layer.calls for layer in found.layers] == [{"pages": 7}] * 3
+        assert str(found).endswith(f"calls so far: {calls} pages")
+        x = mx.random.normal((1, 2, 5, 8))
+        k, v = model.make_cache()[2].update_and_fetch(x, x)
+        mx.fast.scaled_dot_product_attention(x, k, v, scale=1.0, mask=None)
+        declined = "gather: attention is not causal"
+        assert explain(model).layers[2].calls == {"pages": 7, declined: 1}
+        assert f"{calls} pages, 1 {declined}" in str(explain(model))
+    assert explain(model).calls == {}

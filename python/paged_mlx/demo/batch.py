@@ -9,14 +9,15 @@ same batch runs through mlx-lm's own caches beside it, and every token is compar
 import copy
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
-import paged_mlx
 from paged_mlx.demo import smollm2
 from paged_mlx.demo.screen import make_screen
+from paged_mlx.mlx_lm import enable
 
 SYSTEM = """You are Ada, a friendly guide in a science museum for children. Visitors ask \
 short questions and you answer each of them in two or three plain sentences. You never use \
@@ -48,7 +49,7 @@ def run(tokens: int, plain: bool) -> int:
     except RuntimeError as error:  # no network, no room: one sentence says it
         print(error, file=sys.stderr)
         return 2
-    with paged_mlx.enable(model, page_size=PAGE_SIZE) as paged:
+    with enable(model, page_size=PAGE_SIZE) as paged:
         batch = Batch(model, tokenizer, paged, tokens, screen)
         batch.prefill()
         batch.generate()
@@ -62,7 +63,7 @@ class Answer:
     """One question's answer: tokens from pages, and those of mlx-lm's own caches."""
 
     question: str
-    decode: object
+    decode: Callable[[list[int]], str]
     tokens: list[int] = field(default_factory=list)
     stock_tokens: list[int] = field(default_factory=list)
     finished: bool = False

@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -154,7 +155,7 @@ def columns_together(weight: mx.array) -> mx.array:
 
 def convert(gguf: Path, target: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the tokenizer's files."""
-    tensors, metadata = mx.load(str(gguf), return_metadata=True)
+    tensors, metadata = cast(tuple[dict, dict], mx.load(str(gguf), return_metadata=True))
     target.mkdir()
     config = model_config(metadata, tied="output.weight" not in tensors)
     weights = model_weights(tensors, config)

@@ -24,6 +24,7 @@ from paged_mlx._native import BUILT, _ext, backend
 from paged_mlx.machine.cache import write_whole
 from paged_mlx.machine.cold_start import MODELS, first_token
 from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
+from paged_mlx.machine.routes import in_words, kernel_routes
 from paged_mlx.reference.case import with_options
 from paged_mlx.reference.dtypes import NAMES
 from paged_mlx.testing import Backend, Case, Check, backends, report, run_suite, small
@@ -72,7 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     say("\n" + _verdict(result, right))
     if not mx.metal.is_available():
         say("\nOn a Mac, look at:\n" + "\n".join(f"- {what}: {how}" for what, how in TO_LOOK_AT))
-    text = report.to_json(result, **about, measured=[asdict(finding) for finding in findings])
+    ran = kernel_routes()
+    say("\nWhat ran:\n" + in_words(ran))
+    text = report.to_json(
+        result, **about, routes=ran, measured=[asdict(finding) for finding in findings]
+    )
     if options.json == "-":
         print(text)
     elif path := options.json or (None if right else REPORT):

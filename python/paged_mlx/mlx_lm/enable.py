@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import logging
-from collections import Counter
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -11,10 +10,11 @@ import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail, whole_number
-from paged_mlx.forward.group import FRESH_PROMPT, LayerGroup
+from paged_mlx.forward.group import LayerGroup
 from paged_mlx.forward.hook import ATTENTION
 from paged_mlx.forward.identity import Identity
 from paged_mlx.forward.passes import Passes
+from paged_mlx.forward.routes import FRESH, GATHER, PAGES, routes_of
 from paged_mlx.forward.sequence import History, Sequence
 from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
@@ -376,27 +376,25 @@ class PagedModel:
         )
 
     @property
+    def routes(self) -> dict[str, int]:
+        """Attention calls so far by route: "pages", "fresh prompt", or "gather: " and the reason."""
+        return routes_of(self.groups.values())
+
+    @property
     def paged_calls(self) -> int:
         """Attention calls that read the pages."""
-        return self._calls().get(None, 0)
+        return self.routes.get(PAGES, 0)
 
     @property
     def gathered_calls(self) -> dict[str, int]:
         """Attention calls that went through a gather, by reason."""
-        others = (None, FRESH_PROMPT)
-        return {reason: count for reason, count in self._calls().items() if reason not in others}
+        gathers = {route: n for route, n in self.routes.items() if route.startswith(GATHER)}
+        return {route.removeprefix(GATHER): n for route, n in gathers.items()}
 
     @property
     def fresh_prompt_calls(self) -> int:
         """Attention calls of fresh prompts, whose K and V were written and not read."""
-        return self._calls().get(FRESH_PROMPT, 0)
-
-    def _calls(self) -> Counter:
-        calls: Counter = Counter()
-        for group in self.groups.values():
-            for (_, reason), count in group.calls.items():
-                calls[reason] += count
-        return calls
+        return self.routes.get(FRESH, 0)
 
     @property
     def nbytes(self) -> int:

@@ -1,12 +1,14 @@
 """Which layers of a model read pages, and why the others do not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from paged_mlx.forward.hook import ATTENTION
+from paged_mlx.forward.routes import routes_of
 from paged_mlx.mlx_lm.enable import PagedModel
 from paged_mlx.mlx_lm.layout import CachePlace
+from paged_mlx.mlx_lm.model_seam import paged_model_of
 
 OWN_ATTENTION = "the model computes attention itself, from gathered K and V"
 NOT_WRITTEN = "nothing was written to it"
@@ -21,24 +23,36 @@ class LayerRoute:
         window: Keys a token may see; None: all, or it is no cache of K and V.
         is_paged: Whether attention reads its pages.
         reason: Why not.
+        calls: Attention calls so far by route, of a model that is enabled; see
+            ``PagedModel.routes``.
     """
 
     name: str
     window: int | None
     is_paged: bool
     reason: str | None = None
+    calls: dict[str, int] = field(default_factory=dict)
 
     def __str__(self):
         window = f"window {self.window}" if self.window else ""
-        return f"{self.name:>5}  {window:<12} {'paged' if self.is_paged else self.reason}"
+        calls = ", ".join(f"{count} {route}" for route, count in self.calls.items())
+        so_far = f"  (calls so far: {calls})" if calls else ""
+        return f"{self.name:>5}  {window:<12} {'paged' if self.is_paged else self.reason}{so_far}"
 
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """How every cache of a model is read."""
+    """How every cache of a model is read.
+
+    Attributes:
+        model: Its family.
+        layers: One for each cache.
+        calls: Attention calls so far by route, of a model that is enabled.
+    """
 
     model: str
     layers: list[LayerRoute]
+    calls: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_paged(self) -> int:
@@ -46,7 +60,9 @@ class Explanation:
 
     def __str__(self):
         title = f"{self.model}: {self.num_paged} of {len(self.layers)} layers read pages"
-        return "\n".join([title, *map(str, self.layers)])
+        calls = ", ".join(f"{count} {route}" for route, count in self.calls.items())
+        end = [f"calls so far: {calls}"] if calls else []
+        return "\n".join([title, *map(str, self.layers), *end])
 
     __repr__ = __str__
 
@@ -54,7 +70,8 @@ class Explanation:
 def explain(model) -> Explanation:
     """Say for each layer of a model of mlx-lm whether it reads pages, and why not.
 
-    Builds the graph of a prompt and of a step, and evaluates neither.
+    Builds the graph of a prompt and of a step, and evaluates neither. Of a model that is enabled
+    it says too which routes its attention has taken so far.
 
     Raises:
         ValueError: No cache of the model can be paged.
@@ -68,18 +85,23 @@ def explain(model) -> Explanation:
             model(mx.zeros((1, tokens), mx.int32), cache=cache)
     finally:
         ATTENTION.uninstall()
-    routes = list(_routes(paged, paged.layout.places, ""))
-    return Explanation(type(model).__module__.removeprefix("mlx_lm.models."), routes)
+    in_use = paged_model_of(model)
+    routes = list(_routes(paged, in_use, paged.layout.places, ""))
+    family = type(model).__module__.removeprefix("mlx_lm.models.")
+    return Explanation(family, routes, {} if in_use is None else in_use.routes)
 
 
-def _routes(paged, places, prefix):
+def _routes(paged, in_use, places, prefix):
     for i, place in enumerate(places):
         name = f"{prefix}{i}"
         if isinstance(place, CachePlace):
             reason = _reason(paged.groups[place.window], place.layer)
-            yield LayerRoute(name, place.window, reason is None, reason)
+            calls = {}
+            if in_use is not None:
+                calls = routes_of([in_use.groups[place.window]], place.layer)
+            yield LayerRoute(name, place.window, reason is None, reason, calls)
         elif isinstance(place, list):
-            yield from _routes(paged, place, f"{name}.")
+            yield from _routes(paged, in_use, place, f"{name}.")
         else:
             yield LayerRoute(name, None, False, place)
 
