@@ -63,8 +63,10 @@ def test_a_batch_is_trimmed_by_a_number_for_each_row():
         for layer in batch:
             with pytest.raises(ValueError, match="n must have a number for each of 3 sequences"):
                 layer.trim([1, 2])
-            with pytest.raises(ValueError, match=r"\[trim\] n must be"):
-                layer.trim([1, -2, 0])
+            for bad in ([1, -2, 0], [1, 0.5, 0], [[1], [2], [0]], mx.array(-1)):
+                with pytest.raises(ValueError, match=r"\[trim\] n must be"):
+                    layer.trim(bad)
+            assert layer.trim(mx.array(0)) == 0
             assert layer.lens.tolist() == [20, 9, 14]
         assert [layer.trim([7, 0, 3]) for layer in batch] == [[7, 0, 3]] * 3
         alone = [[layer.extract(i) for layer in batch] for i in range(3)]
@@ -91,6 +93,22 @@ def test_a_refused_trim_changes_nothing_in_any_layer():
         mx.eval(model(mx.array([[3]]), cache=cache))
 
 
+def test_a_trim_that_one_row_refuses_changes_no_row_of_a_batch():
+    model = zoo.tiny("gemma3_text")
+    prompts = [zoo.prompt(n, seed=n) for n in (90, 30)]
+    with enable(model, page_size=8, retain=8) as paged:
+        rows = [paged.make_cache() for _ in prompts]
+        for prompt, cache in zip(prompts, rows):
+            zoo.single(model, prompt, 1, cache=cache)
+        batch = [layers[0].merge(list(layers)) for layers in zip(*rows)]
+        before = [layer.lens.tolist() for layer in batch]
+        for layer in batch:
+            with pytest.raises(ValueError, match="n must leave the window's pages in place"):
+                layer.trim([50, 3])
+        assert [layer.lens.tolist() for layer in batch] == before
+        assert [layer.trim([3, 20]) for layer in batch] == [[3, 20]] * 3
+
+
 def test_rows_named_again_are_kept_as_forks():
     model = zoo.tiny("llama")
     prompts = [zoo.prompt(n, seed=n) for n in (20, 9)]
@@ -103,6 +121,12 @@ def test_rows_named_again_are_kept_as_forks():
         for layer in batch:
             with pytest.raises(ValueError, match="batch_indices must be below 2"):
                 layer.filter([2])
+            for bad in ([-1], [0.5]):
+                with pytest.raises(ValueError, match=r"\[filter\] batch_indices must be a whole"):
+                    layer.filter(bad)
+            for bad in (-1, 2):
+                with pytest.raises(ValueError, match=r"\[extract\] idx must be"):
+                    layer.extract(bad)
             layer.filter([1, 1, 0])
         model(mx.array([[3], [5], [7]]), cache=batch)
         alone = [[layer.extract(i) for layer in batch] for i in range(3)]

@@ -6,7 +6,7 @@ own file that only return something.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from types import FunctionType, ModuleType
 
 import pytest
 
-from .mutant import Mutant
+from .mutant import ROOT, Mutant
 
 MODULES = (
     "conformance.test_fast",
@@ -39,6 +39,7 @@ MODULES = (
     "prefix.test_prefix_cache",
     "conformance.test_input_layouts",
     "conformance.test_not_finite",
+    "mlx_lm.test_speculative_batch",
 )
 
 
@@ -46,11 +47,20 @@ def cases(mutant: Mutant) -> dict[str, Callable[[], str | None]]:
     """The suite, by name: ``module.function`` without the ``test_`` of either."""
     found = {}
     for name in MODULES:
-        module = importlib.import_module(name)
+        module = _imported(name)
         for function in _tests(module):
             case = f"{_plain(name.partition('.')[2])}.{_plain(function.__name__)}"
             found[case] = partial(_run, module, function)
     return found
+
+
+def _imported(name: str) -> ModuleType:
+    """A test file as a module, also where its folder has the name of a package."""
+    path = ROOT.joinpath("tests", *name.split(".")).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _plain(name: str) -> str:

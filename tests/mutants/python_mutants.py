@@ -242,6 +242,62 @@ _FAULTS = {
             "previous.a_plan_of_other_options_is_not_the_step_before",
         ),
     ],
+    "mlx_lm/speculative.py": [
+        (
+            "every row is cut to the shortest",
+            "        layers[0].trim(over)\n",
+            "        layers[0].trim([max(over)] * len(over))\n",
+            "speculative_batch.a_row_keeps_as_many_drafts_as_alone",
+        ),
+        (
+            "a draft is kept unseen",
+            "drafted[accepted] == chosen[accepted]",
+            "(drafted[accepted] == chosen[accepted] or accepted == 1)",
+            "speculative_batch.a_row_keeps_as_many_drafts_as_alone",
+        ),
+        (
+            "padding is written as tokens",
+            "prepare(lengths=counts, right_padding=padding)",
+            "prepare(lengths=counts, right_padding=[0] * len(counts))",
+            "speculative_batch.prompts_come_and_go_at_any_time_and_pages_go_with_them",
+        ),
+        (
+            "a draft continues the first of several tokens",
+            "logits[mx.arange(len(new)), mx.array(counts) - 1]",
+            "logits[mx.arange(len(new)), 0 * mx.array(counts)]",
+            "speculative_batch.a_row_keeps_as_many_drafts_as_alone",
+        ),
+        (
+            "pages of rejected tokens are kept",
+            "                    row.truncate(window, length)\n",
+            "                    pass\n",
+            "speculative_batch.a_known_beginning_is_reused_and_a_rollback_copies_no_page",
+        ),
+        (
+            "tokens behind a stop token are answered",
+            "new = new[: stops[0] + 1] if stops else new",
+            "new = new",
+            "speculative_batch.a_stop_token_ends_a_row_also_among_accepted_drafts",
+        ),
+        (
+            "prompts join without pages",
+            "while n and not self._has_room(",
+            "while n < 0 and not self._has_room(",
+            "speculative_batch.on_a_limited_pool_prompts_wait_and_none_is_lost",
+        ),
+        (
+            "a repetition ends with the prompt",
+            "(tokens[end : end + most] * most)[:most]",
+            "tokens[end : end + most]",
+            "speculative_batch.look_up_copies_what_followed_the_longest_match_last",
+        ),
+        (
+            "tokens that the model cannot read are drafted",
+            "counts)[..., : self._vocabulary]",
+            "counts)",
+            "speculative_batch.a_vocabulary_that_is_padded_further_gives_no_draft_that_the_model_cannot_read",
+        ),
+    ],
 }
 
 MUTANTS = [

@@ -16,6 +16,10 @@ versions.check(mlx_lm.__version__)
 from paged_mlx.mlx_lm.cache import BatchPagedKVCache, PagedKVCache  # noqa: E402
 from paged_mlx.mlx_lm.enable import PagedModel, enable  # noqa: E402
 from paged_mlx.mlx_lm.explain import Explanation, LayerRoute, explain  # noqa: E402
+from paged_mlx.mlx_lm.speculative import (  # noqa: E402
+    SpeculativeBatchGenerator,
+    speculative_batch_generate,
+)
 from paged_mlx.mlx_lm.store import PromptStore  # noqa: E402
 
 __all__ = [
@@ -25,6 +29,8 @@ __all__ = [
     "PagedKVCache",
     "PagedModel",
     "PromptStore",
+    "SpeculativeBatchGenerator",
     "enable",
     "explain",
+    "speculative_batch_generate",
 ]

@@ -74,14 +74,6 @@ class PagedKVCache(stock._BaseCache):
         self._advanced(num_tokens)
         return handles
 
-    def count(self, num_tokens: int) -> None:
-        """Take part in a pass as a layer that has no K and V."""
-        step = self._step(num_tokens)
-        step.served.add(self.layer)
-        self.group.passes.served(step)
-        self.step, self.lens, self.stored = step, step.ends, False
-        self._advanced(num_tokens)
-
     def keys_and_values(self):
         """K and V of the whole context as lazy gathers."""
         if self.step is self.group.newest and self.lens is self.step.ends:
@@ -91,10 +83,6 @@ class PagedKVCache(stock._BaseCache):
 
     def _step(self, num_tokens: int):
         return self.group.step(self, num_tokens)
-
-    def counts(self, num_tokens: int) -> list[int]:
-        """How many tokens of a row of the input, so long, are each sequence's: no padding."""
-        return [num_tokens] * len(self.rows)
 
     def _advanced(self, num_tokens: int) -> None:
         """Told of the tokens of each step, padding included."""
@@ -225,8 +213,10 @@ class PagedKVCache(stock._BaseCache):
             ValueError: ``n`` is negative or not a number for each sequence, or a window's pages
                 of that position were freed; nothing has changed, in no layer.
         """
-        each = isinstance(n, (list, tuple, np.ndarray, mx.array))
-        asked = [whole_number("trim", "n", m) for m in (np.array(n).tolist() if each else [n])]
+        if isinstance(n, (np.ndarray, mx.array)):
+            n = n.tolist()
+        each = isinstance(n, (list, tuple))
+        asked = [whole_number("trim", "n", m) for m in (n if each else [n])]
         if each and len(asked) != len(self.rows):
             fail("trim", f"n must have a number for each of {len(self.rows)} sequences", len(asked))
         if each:
@@ -393,11 +383,6 @@ class BatchPagedKVCache(PagedKVCache):
             counts = np.clip(self.remaining, 0, num_tokens).astype(np.int32)
         return self.group.step(self, num_tokens, counts)
 
-    def counts(self, num_tokens):
-        if self.remaining is None:
-            return super().counts(num_tokens)
-        return np.clip(self.remaining, 0, num_tokens).tolist()
-
     def _check_batch(self, batch):
         must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
         fail("update_and_fetch", must, batch)
@@ -442,7 +427,8 @@ class BatchPagedKVCache(PagedKVCache):
         Raises:
             ValueError: There is no such sequence; nothing has changed.
         """
-        keep = [whole_number("filter", "batch_indices", int(i)) for i in batch_indices]
+        keep = np.array(batch_indices).tolist()
+        keep = [whole_number("filter", "batch_indices", i) for i in keep]
         if max(keep, default=0) >= max(1, len(self.rows)):
             fail("filter", f"batch_indices must be below {len(self.rows)}", max(keep))
         again = [i in keep[:place] for place, i in enumerate(keep)]
@@ -462,6 +448,7 @@ class BatchPagedKVCache(PagedKVCache):
 
     def extract(self, idx: int) -> PagedKVCache:
         """A cache of one sequence, on the same pages."""
+        idx = whole_number("extract", "idx", idx, 0, len(self.rows) - 1)
         rows = [self.rows[idx].fork_for(self)]
         cache = PagedKVCache(self.group, self.layer, rows, self.lens[idx : idx + 1])
         cache.stored = True
