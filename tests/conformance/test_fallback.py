@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from paged_mlx import fallback
 
@@ -19,6 +20,58 @@ def test_everything_that_the_package_takes_from_the_native_module_has_a_stand_in
     }
     assert "paged_attention" in taken
     assert {name for name in taken if not hasattr(fallback, name)} == set()
+
+
+def test_a_tracer_is_known_and_nothing_is_evaluated():
+    given = mx.ones((2, 3))
+    told = []
+
+    @mx.compile
+    def traced(x):
+        told.extend(map(fallback.is_tracer, (x, x + 1, given, given + 1)))
+        return x
+
+    traced(given)
+    assert told == [True, True, False, False]
+    big = mx.ones((1024, 1024)) + 1
+    before = mx.get_active_memory()
+    assert not fallback.is_tracer(big)
+    assert mx.get_active_memory() == before
+
+
+def test_without_compiling_no_array_is_a_tracer():
+    mx.disable_compile()
+    try:
+        assert not fallback.is_tracer(mx.ones(3))
+    finally:
+        mx.enable_compile()
+
+
+def test_a_tracer_that_outlives_its_trace_is_stale():
+    kept = []
+
+    @mx.compile
+    def traced(x):
+        kept.append(x)
+        return mx.array(float(fallback.is_tracer(x) and not fallback.is_stale(x)))
+
+    assert traced(mx.ones(3)) == 1
+    assert fallback.is_stale(kept[0]) and not fallback.is_stale(mx.ones(3))
+
+
+def test_every_write_that_copies_pages_is_counted():
+    pages = mx.zeros((64, 2, 16, 64))
+    token = mx.ones((1, 2, 64))
+    mx.eval(pages, token)
+    versions, before = [(pages, pages)], fallback.buffer_copies()
+    memory = mx.get_active_memory()
+    for slot in range(3):
+        slots = mx.array([slot], mx.int32)
+        versions.append(fallback.write_pages([token] * 2, versions[-1], slots))
+    mx.eval(versions)  # every version is held, so each is a copy
+    assert (mx.get_active_memory() - memory) // pages.nbytes == 6
+    assert fallback.buffer_copies() - before == 6
+    assert [int(k.sum()) // 128 for k, _ in versions] == [0, 1, 2, 3]
 
 
 @pytest.mark.native

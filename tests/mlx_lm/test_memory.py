@@ -168,13 +168,3 @@ def test_memory_is_estimated_and_given_back():
         paged.check()
     with enable(model, page_size=8, num_pages=20) as paged:
         assert not paged.estimate([200], 10).fits
-
-
-def test_ranks_that_would_decide_alone_are_refused(monkeypatch):
-    class Two:
-        def size(self):
-            return 2
-
-    monkeypatch.setattr(mx.distributed, "init", Two)
-    with pytest.raises(ValueError, match=r"\[enable\] prefix_cache must be False.*ranks"):
-        enable(zoo.tiny("llama"), prefix_cache=True)

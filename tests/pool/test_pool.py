@@ -152,7 +152,6 @@ def test_a_compiled_step_follows_the_plan_it_is_given():
     assert float(first[0, 0, 0]) == 1 and float(second[0, 0, 0]) == 5
 
 
-@pytest.mark.native
 def test_a_pool_captured_by_compile_unnamed_is_refused():
     pool = make_pool()
 
@@ -169,7 +168,6 @@ def test_a_pool_captured_by_compile_unnamed_is_refused():
     assert mx.all(attend(pool, 1) == 4)
 
 
-@pytest.mark.native
 def test_a_plan_captured_by_compile_is_refused():
     pool = make_pool()
     plan = decode_plan([[0]], [1])

@@ -163,7 +163,6 @@ def test_what_does_not_fit_is_refused(change, message):
         step.write_attend()
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_an_array_that_is_being_traced_is_refused(name):
     step = Step()
@@ -177,7 +176,6 @@ def test_an_array_that_is_being_traced_is_refused(name):
         mx.compile(traced)(given)
 
 
-@pytest.mark.native
 def test_handles_of_traced_tokens_are_refused():
     step = Step()
 

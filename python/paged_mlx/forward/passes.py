@@ -65,6 +65,7 @@ class Passes:
         self.stores: weakref.WeakSet = weakref.WeakSet()
         self.starved: weakref.WeakSet = weakref.WeakSet()
         self.aside: weakref.WeakSet = weakref.WeakSet()
+        self.is_shared = False  # other ranks compute the same passes, and must do so alike
         self.computes = True  # explain builds passes that are never computed
         self._turns = threading.Condition(self.lock)
         self._queue: deque = deque()  # threads that wait for their turn
@@ -222,7 +223,9 @@ class Passes:
 
     def attended(self, step, queries: mx.array) -> None:
         """A layer has attended, or will from a gather: if it was the last, the pass is built."""
-        if step.of_pass.num_served >= self.num_layers and threading.active_count() > 1:
+        if step.of_pass.num_served >= self.num_layers and (
+            self.is_shared or threading.active_count() > 1
+        ):
             if not _ext.is_tracer(queries):
                 self.end()
 

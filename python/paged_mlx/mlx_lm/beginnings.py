@@ -99,7 +99,7 @@ def _begin(paged, prompt_cache: list, prompt: list[int], chunk: int, upto: int =
         How many tokens of the prompt it holds then: less than all.
     """
     whole = _whole(paged, prompt_cache, prompt)
-    if whole is None:
+    if not paged.ranks.all("the cache is known", whole is not None):
         return 0
     start, prefixes = len(whole) - len(prompt), paged.prefixes
     known = prefixes.begin(whole, prompt_cache)
@@ -155,7 +155,9 @@ def _speculative_generate_step(before):
                     drafts = 0
                     if _prompts_of(draft) is not None:
                         drafts = _begin(paged_model_of(draft), theirs, prompt, chunk)
-                    known = _begin(paged_model_of(model), ours, prompt, chunk, upto=drafts)
+                    paged = paged_model_of(model)
+                    _, upto = paged.ranks.spread("the draft's tokens", drafts)
+                    known = _begin(paged, ours, prompt, chunk, upto=upto)
                     _read(draft, theirs, prompt[:known], drafts, chunk)
                 given["prompt"], given["prompt_cache"] = mx.array(prompt)[known:], ours + theirs
         with contextlib.closing(before(*call.args, **call.kwargs)) as steps:
@@ -201,7 +203,7 @@ def _prompt(before):
 def _without_known(batch, prompts, tokens: list[list[int]]) -> list[list[int]]:
     """The tokens of a pass that are not known; what several rows begin with is read once."""
     prefixes, rest = prompts.prefixes, []
-    whole = [_whole(prompts.paged, batch.prompt_cache, new, i) for i, new in enumerate(tokens)]
+    whole = _wholes(batch, prompts, tokens)
     _read_common(batch, prompts, [each for each in whole if each is not None])
     for row, (new, each) in enumerate(zip(tokens, whole)):
         if each is None:
@@ -213,6 +215,13 @@ def _without_known(batch, prompts, tokens: list[list[int]]) -> list[list[int]]:
         batch.tokens[row] += new[:known]
         rest.append(new[known:])
     return rest
+
+
+def _wholes(batch, prompts, tokens: list[list[int]]) -> list[list[int] | None]:
+    """All tokens that each row will hold; None where some rank does not know those it holds."""
+    whole = [_whole(prompts.paged, batch.prompt_cache, new, i) for i, new in enumerate(tokens)]
+    known = prompts.paged.ranks.least("rows are known", *[each is not None for each in whole])
+    return [each if ours else None for each, ours in zip(whole, known)]
 
 
 def _read_common(batch, prompts, whole: list[list[int]]) -> None:
@@ -243,8 +252,7 @@ def _pieces(batch, prompts, tokens: list[list[int]]) -> list[list[list[int]]]:
     if prompts.prefixes.checkpoints is None:
         return [tokens]
     cuts = {max(map(len, tokens))}
-    for row, new in enumerate(tokens):
-        whole = _whole(prompts.paged, batch.prompt_cache, new, row)
+    for row, (new, whole) in enumerate(zip(tokens, _wholes(batch, prompts, tokens))):
         if whole is not None:
             keys = next(layers_of(batch.prompt_cache)).rows[row].history.keys
             begun = [*whole, NO_TOKEN]  # a prompt that goes on as known ones do does not part here

@@ -74,6 +74,14 @@ class PagedKVCache(stock._BaseCache):
         self._advanced(num_tokens)
         return handles
 
+    def count(self, num_tokens: int) -> None:
+        """Take part in a pass as a layer that has no K and V."""
+        step = self._step(num_tokens)
+        step.served.add(self.layer)
+        self.group.passes.served(step)
+        self.step, self.lens, self.stored = step, step.ends, False
+        self._advanced(num_tokens)
+
     def keys_and_values(self):
         """K and V of the whole context as lazy gathers."""
         if self.step is self.group.newest and self.lens is self.step.ends:
@@ -83,6 +91,10 @@ class PagedKVCache(stock._BaseCache):
 
     def _step(self, num_tokens: int):
         return self.group.step(self, num_tokens)
+
+    def counts(self, num_tokens: int) -> list[int]:
+        """How many tokens of a row of the input, so long, are each sequence's: no padding."""
+        return [num_tokens] * len(self.rows)
 
     def _advanced(self, num_tokens: int) -> None:
         """Told of the tokens of each step, padding included."""
@@ -382,6 +394,11 @@ class BatchPagedKVCache(PagedKVCache):
         if self.remaining is not None:
             counts = np.clip(self.remaining, 0, num_tokens).astype(np.int32)
         return self.group.step(self, num_tokens, counts)
+
+    def counts(self, num_tokens):
+        if self.remaining is None:
+            return super().counts(num_tokens)
+        return np.clip(self.remaining, 0, num_tokens).tolist()
 
     def _check_batch(self, batch):
         must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"

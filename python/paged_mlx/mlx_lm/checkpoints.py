@@ -15,6 +15,8 @@ from mlx_lm.models import cache as stock
 
 from paged_mlx.prefix.cache import PrefixCache
 
+SHARE_OF_CHECKPOINTS = 16  # one in so many bytes of the memory limit
+
 _times = itertools.count(1)
 
 
@@ -143,12 +145,13 @@ def padding_is_seen(model, make_cache) -> bool:
     prompts tells.
     """
     alone, batch = make_cache(), _merged([make_cache(), make_cache()])
-    model(mx.array([[1, 2]]), cache=alone)
+    outputs = [model(mx.array([[1, 2]]), cache=alone)]
     for cache in batch:
         cache.prepare(lengths=[2, 4], right_padding=[2, 0])
-    model(mx.array([[1, 2, 0, 0], [1, 2, 3, 4]]), cache=batch)
+    outputs.append(model(mx.array([[1, 2, 0, 0], [1, 2, 3, 4]]), cache=batch))
     for cache in batch:
         cache.finalize()
+    mx.eval(outputs)  # wholly: other ranks wait for what this one sends
     pairs = [
         (expected, found[:1])
         for ours, theirs in zip(states_of(alone), states_of(batch))

@@ -19,11 +19,16 @@ from paged_mlx.forward.sequence import History, Sequence
 from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
+from paged_mlx.mlx_lm.checkpoints import SHARE_OF_CHECKPOINTS, states_of
+from paged_mlx.mlx_lm.counted_states import count_tokens_beside_states
 from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
 from paged_mlx.mlx_lm.prefixes import PromptPrefixes, keys_of, layers_of
 from paged_mlx.mlx_lm.prompt_files import from_stock, load, save, to_stock
 from paged_mlx.mlx_lm.prompts import Prompts, seam_of
+from paged_mlx.mlx_lm.ranks import Ranks
+from paged_mlx.mlx_lm.ranks import seam_of as seam_of_ranks
+from paged_mlx.mlx_lm.store import RANK_SEAMS as STORE_OF_RANKS
 from paged_mlx.mlx_lm.store import SEAMS as STORE
 from paged_mlx.mlx_lm.waiting import seams as waiting_seams
 
@@ -72,6 +77,7 @@ def enable(
     if paged_model_of(model) is not None:
         fail("enable", "model must not be enabled already", type(model).__name__)
     paged = PagedModel(model, page_size, num_pages, retain, prefix_cache, max_bytes)
+    paged.meet()
     paged.enable()
     return paged
 
@@ -93,6 +99,9 @@ class PagedModel:
         prefixes: PromptPrefixes: with ``prefix_cache=True``, or once ``begin`` or ``remember``
             were called; else None.
         prompts: Runs the model's calls with ``prefix_cache=True``; else None.
+        ranks: The ranks that compute the model together.
+        has_states: Whether the model has recurrent states, on any rank.
+        checkpoint_bytes: Bytes that checkpoints of them may take.
     """
 
     def __init__(self, model, page_size, num_pages, retain, prefix_cache=False, max_bytes=None):
@@ -101,19 +110,31 @@ class PagedModel:
             if value is not None:
                 whole_number("enable", name, value, int(name != "retain"))
         self.is_limited = num_pages is not None or max_bytes is not None
-        self.max_bytes = max_bytes
+        self.num_pages, self.max_bytes = num_pages, max_bytes
+        self.page_size, self.retain, self.prefix_cache = page_size, retain, prefix_cache
         self.model = model
         self._make_cache = MakeCache(self)
         self._seams = contextlib.ExitStack()
+        self.ranks = Ranks(model)
+        self.has_states = any(True for _ in states_of(self.stock_cache()))
+        self.checkpoint_bytes = memory_limit() // SHARE_OF_CHECKPOINTS
+        self._build()
+
+    def _build(self) -> None:
+        """Make everything that depends on the layers of the model, as this rank has them."""
         caches = self.stock_cache()
         self.layout = Layout.of(caches)
+        counts_alone = not self.layout.num_layers and self.ranks.size > 1 and self.has_states
+        if counts_alone:
+            self.layout.num_layers = {None: 0}
         if not self.layout.num_layers:
             fail("enable", "model must have a cache of K and V that can be paged", caches[:1])
-        if prefix_cache:
+        if self.prefix_cache:
             self._check_prefixes_can_be_shared("prefix_cache must be False")
+        page_size, num_pages, max_bytes = self.page_size, self.num_pages, self.max_bytes
         first = 1 if max_bytes is not None else FIRST_PAGES
         first, most = (num_pages, num_pages) if num_pages else (first, NO_LIMIT // page_size)
-        unhurried = most if prefix_cache and num_pages is None else first
+        unhurried = most if self.prefix_cache and num_pages is None else first
         self.groups = {
             window: LayerGroup(
                 num_layers,
@@ -122,23 +143,64 @@ class PagedModel:
                 most,
                 min(unhurried, PAGES_BEFORE_EVICTION),
                 window,
-                retain,
+                self.retain,
             )
             for window, num_layers in self.layout.num_layers.items()
         }
-        self.passes = Passes(self.groups, model)
+        self.passes = Passes(self.groups, self.model)
+        self.passes.is_shared = self.ranks.size > 1
         for group in self.groups.values():
             group.passes = self.passes
-            group.grows_past_memory = not self.is_limited
-        found = probe_geometry(model, caches, self.layout.places)
+            group.grows_past_memory = not self.is_limited or self.ranks.size > 1
+        found = probe_geometry(self.model, caches, self.layout.places)
         self.passes.num_layers = len(found)
         for (window, layer), geometry in found.items():
             self.groups[window].geometry[layer] = geometry
         self._limit(max_bytes)
         self.prefixes = self.prompts = self._identity = None
-        if prefix_cache:
-            self._known_prefixes()
+        if self.prefix_cache:
+            self.prefixes = PromptPrefixes(self)
             self.prompts = Prompts(self)
+
+    def meet(self) -> None:
+        """Agree with the other ranks of a shared model on options and budgets: the smallest of
+        all. Done once, before the model's first prompt, when it is sharded or in a pipeline.
+
+        Raises:
+            ValueError: Options differ, or the model cannot be enabled on some rank.
+        """
+        if self.ranks.have_met:
+            return
+        if self.ranks.size == 1:
+            self.ranks = Ranks(self.model)
+        if self.ranks.size == 1:
+            return
+        self.ranks.have_met = True
+        self._agree_on_options()
+        error = None
+        try:
+            self._build()
+        except ValueError as raised:
+            error = raised
+        if not self.ranks.all("the model can be enabled", error is None):
+            raise error or ValueError(
+                "[enable] model must be one that every rank can enable; got another"
+            )
+
+    def _agree_on_options(self) -> None:
+        limits = self.num_pages, self.max_bytes
+        options = [self.page_size, -1 if self.retain is None else self.retain, self.prefix_cache]
+        options += [limit is None for limit in limits]
+        for option in map(int, options):
+            least, most = self.ranks.spread("options", option)
+            if least != most:
+                must = "page_size, retain, prefix_cache and which limits there are must be the same"
+                fail("enable", f"{must} on all ranks", options)
+        self.has_states = self.ranks.any("states", self.has_states)
+        budgets = [limit or NO_LIMIT for limit in limits] + [self.checkpoint_bytes]
+        num_pages, max_bytes, self.checkpoint_bytes = self.ranks.least("budgets", *budgets)
+        self.num_pages = num_pages if limits[0] is not None else None
+        self.max_bytes = max_bytes if limits[1] is not None else None
 
     def _limit(self, max_bytes: int | None) -> None:
         """Hold all pages to so many bytes."""
@@ -154,6 +216,7 @@ class PagedModel:
             fail("enable", f"max_bytes must be at least {page}, a page of each layer", max_bytes)
 
     def _known_prefixes(self) -> PromptPrefixes:
+        self.meet()
         if self.prefixes is None:
             self._check_prefixes_can_be_shared("model must be one whose prefixes can be shared")
             self.prefixes = PromptPrefixes(self)
@@ -165,9 +228,6 @@ class PagedModel:
             for cache, reason in unpaged(self.stock_cache(), self.layout.places)
             if kind_of(cache) != "ArraysCache"
         ]
-        ranks = mx.distributed.init().size()
-        if ranks > 1:
-            fail("enable", f"{must}, because ranks would decide alone what is known", ranks)
         if others:
             fail("enable", f"{must}, because not all that it remembers is in pages", others[0])
 
@@ -187,6 +247,9 @@ class PagedModel:
         self._make_cache.install()
         self._seams.callback(self._make_cache.uninstall)
         seams = [ATTENTION]
+        of_ranks = [seam_of_ranks(self.model), *STORE_OF_RANKS]
+        if Ranks.are_several():
+            seams += of_ranks
         if self.prompts is not None:
             seams += [seam_of(self.model), *BEGINNINGS]
         if self.is_limited:
@@ -230,6 +293,7 @@ class PagedModel:
         Args:
             keys: ExtraKeys that K and V will depend on besides tokens.
         """
+        self.meet()
         history = History()
         history.keys = keys
         sequence = Sequence(self.groups, history=history)
@@ -237,7 +301,10 @@ class PagedModel:
         def paged(place):
             return PagedKVCache(self.groups[place.window], place.layer, [sequence])
 
-        return build(self.layout.places, self.stock_cache(), paged)
+        caches = build(self.layout.places, self.stock_cache(), paged)
+        if not any(self.layout.num_layers.values()):
+            count_tokens_beside_states(caches, PagedKVCache(self.groups[None], 0, [sequence]))
+        return caches
 
     def begin(self, tokens: list[int], key=None) -> tuple[list, list[int]]:
         """A prompt cache with the cached beginning of ``tokens``, and the tokens left to compute.
@@ -259,7 +326,8 @@ class PagedModel:
         return prompt_cache, tokens[known:]
 
     def known(self, tokens: list[int], key=None) -> int:
-        """How many of the first ``tokens``, less than all, ``begin`` would not leave to compute."""
+        """How many of the first ``tokens``, less than all, ``begin`` would not leave to compute;
+        of a model that several ranks share, on every rank."""
         return self._known_prefixes().known([int(token) for token in tokens], keys_of(key))
 
     def remember(self, tokens: list[int], prompt_cache: list) -> None:
@@ -320,14 +388,26 @@ class PagedModel:
     @property
     def identity(self) -> Identity:
         """The model as it is now: weights, configuration and rank."""
+        self.meet()
         if self.prefixes is not None:
             self.prefixes.notice_changes()
             return self.prefixes.identity
         if self._identity is None or self._identity.has_changed():
-            self._identity = Identity(self.model)
+            self._identity = Identity(self.model, self.ranks.place)
         return self._identity
 
     # Memory
+
+    def has_pages(self, rows: list) -> bool:
+        """Whether this rank has pages for ``rows``: (sequence, tokens held, tokens to come)."""
+        self.passes.reclaim()
+        more = 0
+        for group in self.groups.values():
+            missing = group.pages_missing(sum(group.pages_to_go(*row) for row in rows))
+            if missing > group.max_pages - group.allocator.total_pages:
+                return False
+            more += missing * group.page_bytes
+        return self.max_bytes is None or more == 0 or more <= self.max_bytes - self.nbytes
 
     def estimate(self, lengths: list[int], max_new_tokens: int) -> Estimate:
         """Bytes of the pages of sequences with prompts of ``lengths``, and whether they fit.

@@ -77,7 +77,7 @@ def explain(model) -> Explanation:
         ValueError: No cache of the model can be paged.
     """
     paged = PagedModel(model, page_size=8, num_pages=1, retain=None)
-    paged.passes.computes = False
+    paged.passes.computes, paged.ranks.have_met = False, True  # nobody else is asked
     ATTENTION.install()  # the model itself is left as it is: another thread may use it
     try:
         cache = paged.make_cache()

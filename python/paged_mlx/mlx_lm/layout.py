@@ -89,7 +89,7 @@ def _build(place, cache, make):
 
 
 class GeometryProbe(stock.KVCache):
-    """Takes down what a layer writes, and keeps nothing."""
+    """Takes down what a layer writes; in a pipeline models order what it returns after what they send."""
 
     def __init__(self, place, found: dict):
         super().__init__()
@@ -98,6 +98,7 @@ class GeometryProbe(stock.KVCache):
 
     def update_and_fetch(self, keys, values):
         self._found[self._place.window, self._place.layer] = geometry_of(keys, values)
+        self.keys, self.values = keys, values
         return keys, values
 
 

@@ -15,6 +15,11 @@ def paged_model_of(model):
     return paged if paged is not None and paged.model is model else None
 
 
+def enabled_models() -> list:
+    """The ``PagedModel`` of every model that is enabled."""
+    return list(_enabled.values())
+
+
 def stock_caches(model) -> list:
     """The caches that mlx-lm makes for a model that does not make its own."""
     return [stock.KVCache() for _ in model.layers]

@@ -6,16 +6,15 @@ from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
 from paged_mlx.forward.identity import Identity
-from paged_mlx.machine.memory import memory_limit
 from paged_mlx.mlx_lm.cache import PagedKVCache
-from paged_mlx.mlx_lm.checkpoints import Checkpoints, states_of
+from paged_mlx.mlx_lm.checkpoints import Checkpoints
+from paged_mlx.mlx_lm.counted_states import CountedStates
 from paged_mlx.pages.table import PageTable
 from paged_mlx.prefix.cache import PrefixCache
 from paged_mlx.prefix.hash import ExtraKey
 
 log = logging.getLogger("paged_mlx")
 
-SHARE_OF_CHECKPOINTS = 16  # one in so many bytes of the memory limit
 NO_TOKEN = -1  # a token that no prompt has: after it nothing is left to compute
 
 
@@ -34,18 +33,19 @@ class PromptPrefixes:
         self._paged = paged
         self._passes = paged.passes
         self._lock = paged.passes.lock
+        self._ranks = paged.ranks
         self.caches = {
             window: PrefixCache(group.allocator, window=window)
             for window, group in paged.groups.items()
         }
         self.checkpoints = None
-        if any(True for _ in states_of(paged.stock_cache())):
+        if paged.has_states:
             beside = self.caches.get(None) or next(iter(self.caches.values()))
-            self.checkpoints = Checkpoints(beside, memory_limit() // SHARE_OF_CHECKPOINTS)
+            self.checkpoints = Checkpoints(beside, paged.checkpoint_bytes)
         self.tokens_asked = self.tokens_reused = 0
         self.declined: dict[str, int] = {}
         self.generation = 0
-        self.identity = Identity(paged.model)
+        self.identity = Identity(paged.model, paged.ranks.place)
         paged.passes.on_retired = self._remember_retired
 
     # Finding
@@ -57,12 +57,14 @@ class PromptPrefixes:
             self._passes.reclaim()
             for sequence in list(self._passes.sequences):
                 self._remember_running(sequence)
-            return self._longest(tokens, keys, self.checkpoints)
+            return self._ranks.longest(
+                tokens, lambda begun: self._longest(begun, keys, self.checkpoints)
+            )
 
     def parting(self, tokens: list[int], keys=()) -> int:
         """Where ``tokens`` part from those whose pages are known: a good place for a checkpoint."""
         with self._lock:
-            return self._longest(tokens, keys, None)
+            return self._ranks.least("parting", self._longest(tokens, keys, None))[0]
 
     def _longest(self, tokens: list[int], keys, checkpoints: Checkpoints | None) -> int:
         length = max(0, len(tokens) - 1)
@@ -201,7 +203,7 @@ class PromptPrefixes:
         """Forget everything if K and V of the model are others now."""
         if self.identity.has_changed():
             self.reset()
-            self.identity = Identity(self._paged.model)
+            self.identity = Identity(self._paged.model, self._ranks.place)
 
     def __repr__(self):
         pages = {window: cache.num_pages for window, cache in self.caches.items()}
@@ -224,5 +226,7 @@ def layers_of(prompt_cache):
     for cache in prompt_cache or ():
         if isinstance(cache, stock.CacheList):
             yield from layers_of(cache.caches)
+        elif isinstance(cache, CountedStates):
+            yield cache.tokens
         elif isinstance(cache, PagedKVCache):
             yield cache

@@ -157,6 +157,7 @@ def _one_sequence(x: mx.array, pool) -> mx.array:
 
 # Metadata of files: the tokens, if they are known, which model K and V are of, and a checksum.
 TOKENS, MODEL, CHECKSUM = "paged_mlx_tokens", "paged_mlx_model", "paged_mlx_checksum"
+RANK = "paged_mlx_rank"  # of a model that several ranks share
 
 
 def save(path: str, prompt_cache: list, identity, tokens: list[int] | None, metadata) -> None:
@@ -169,6 +170,8 @@ def save(path: str, prompt_cache: list, identity, tokens: list[int] | None, meta
     """
     plain = to_stock(prompt_cache)
     told = {MODEL: identity.digest}
+    if identity.place[1] > 1:
+        told[RANK] = _place(identity)
     if tokens:
         told[TOKENS] = pack_tokens(tokens).hex()
     told[CHECKSUM] = _checksum(plain, told)
@@ -191,18 +194,23 @@ def load(paged, path: str) -> tuple[list, dict, list[int]]:
         ValueError: The file is damaged, of another model, or of another kind.
     """
     plain, metadata = _read(path)
-    told = {key: metadata.pop(key) for key in (TOKENS, MODEL, CHECKSUM) if key in metadata}
+    told = {key: metadata.pop(key) for key in (TOKENS, MODEL, CHECKSUM, RANK) if key in metadata}
     checksum = told.pop(CHECKSUM, None)
     if (told or checksum) and checksum != _checksum(plain, told):
         fail("load", "path must be a file as it was saved, but its checksum differs", repr(path))
+    ours = _place(paged.identity)
+    if told and told.get(RANK, "0 of 1") != ours:
+        fail("load", f"path must be a file of this rank, {ours}", f"{path!r} of {told.get(RANK)}")
     prompt_cache = from_stock(paged, plain)
     if told and told.get(MODEL) != paged.identity.digest:
-        must = (
-            "path must be a file of this model: of the same weights, adapters, configuration and "
-            "rank"
-        )
+        must = "path must be a file of this model: of the same weights, adapters, configuration"
         fail("load", must, f"{path!r} of another")
     return prompt_cache, metadata, list(unpack_tokens(bytes.fromhex(told.get(TOKENS, ""))))
+
+
+def _place(identity) -> str:
+    rank, size = identity.place
+    return f"{rank} of {size}"
 
 
 def _checksum(plain: list, told: dict) -> str:

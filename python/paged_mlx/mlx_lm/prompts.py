@@ -9,11 +9,9 @@ import inspect
 import logging
 
 import mlx.core as mx
-import numpy as np
 
 from paged_mlx.errors import fail
 from paged_mlx.forward.seams import Seam
-from paged_mlx.mlx_lm.cache import BatchPagedKVCache
 from paged_mlx.mlx_lm.checkpoints import padding_is_seen, rows_of
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import layers_of
@@ -72,11 +70,8 @@ class Prompts:
         if others or tokens is None or len(tokens) != len(layers[0].rows):
             self.prefixes.decline("the call has other inputs than tokens")
             return Call(self, None, prompt_cache, [])
-        first, width = layers[0], tokens.shape[1]
-        counts = np.full(len(first.rows), width)
-        if isinstance(first, BatchPagedKVCache) and first.remaining is not None:
-            counts = np.clip(first.remaining, 0, width)
-        rows = zip(first.rows, first.lens.tolist(), counts.tolist())
+        first = layers[0]
+        rows = zip(first.rows, first.lens.tolist(), first.counts(tokens.shape[1]))
         return Call(self, tokens, prompt_cache, list(rows))
 
     def note(self, call: "Call") -> None:
@@ -103,17 +98,21 @@ class Prompts:
 
     def _may_remember(self, call: "Call") -> bool:
         counts = {count for _, _, count in call.rows}
+        if len(call.rows) > 1 and self.padding_is_seen():
+            return False
         if len(counts) > 1 and not self.paged.is_wholly_paged:
             self.prefixes.decline("attention that reads no pages may see padding")
             return False
-        return len(call.rows) == 1 or not self.padding_is_seen()
+        return True
 
     def padding_is_seen(self) -> bool:
         """Whether the model's recurrent states are wrong in a batch that mlx-lm has padded."""
         if self._padding_is_seen is None:
             model = self.paged.model
-            self._padding_is_seen = self.prefixes.checkpoints is not None and padding_is_seen(
-                model, self.paged.stock_cache
+            self._padding_is_seen = self.prefixes.checkpoints is not None and (
+                self.paged.ranks.any(
+                    "padding is seen", padding_is_seen(model, self.paged.stock_cache)
+                )
             )
             if self._padding_is_seen:
                 log.warning(

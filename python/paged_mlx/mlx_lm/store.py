@@ -3,7 +3,21 @@
 from mlx_lm.models import cache as stock
 
 from paged_mlx.forward.seams import Seam
+from paged_mlx.mlx_lm.model_seam import enabled_models
 from paged_mlx.mlx_lm.prefixes import layers_of
+
+
+def _fetch_nearest_cache(before):
+    def fetch_nearest_cache(self, model, tokens):
+        found, rest = before(self, model, tokens)
+        for paged in enabled_models():
+            if paged.ranks.size > 1:
+                held = len(tokens) - len(rest)
+                least, most = paged.ranks.spread(f"stored of {len(tokens)} tokens", held)
+                return (found, rest) if least == most else (None, tokens)
+        return found, rest
+
+    return fetch_nearest_cache
 
 
 def put_aside(store, tokens: list[int], prompt_cache: list) -> list[int]:
@@ -34,7 +48,7 @@ def _insert_cache(before):
     return insert_cache
 
 
-SEAMS = []  # older versions of mlx-lm keep the store elsewhere
+SEAMS, RANK_SEAMS = [], []  # older versions of mlx-lm keep the store elsewhere
 PromptStore = None
 if hasattr(stock, "LRUPromptCache"):
     SEAMS.append(
@@ -44,6 +58,15 @@ if hasattr(stock, "LRUPromptCache"):
             _insert_cache,
             "`prefix_cache=True`, `num_pages` or `max_bytes`",
             "files a cache under the tokens that it holds",
+        )
+    )
+    RANK_SEAMS.append(
+        Seam(
+            stock.LRUPromptCache,
+            "fetch_nearest_cache",
+            _fetch_nearest_cache,
+            "there are several ranks",
+            "finds what is filed on all of them",
         )
     )
 

@@ -32,13 +32,16 @@ def check_fits(function: str, paged, num_tokens: int) -> None:
     Raises:
         ValueError: With how many pages would do.
     """
-    for group in paged.groups.values():
-        needed, most = group.pages_for(num_tokens + 1), group.most_pages
-        if needed > most:
-            must = f"num_pages must be at least {needed} for a prompt of {num_tokens} tokens"
-            if paged.max_bytes is not None:
-                must = f"max_bytes must have room for {needed} pages of a prompt of {num_tokens} tokens"
-            fail(function, must, most)
+    paged.meet()
+    needs = [(group.pages_for(num_tokens + 1), group.most_pages) for group in paged.groups.values()]
+    needed, most = max(needs, key=lambda need: need[0] - need[1])
+    if not paged.ranks.all(f"a prompt of {num_tokens} tokens fits", needed <= most):
+        must = f"num_pages must be at least {needed} for a prompt of {num_tokens} tokens"
+        if paged.max_bytes is not None:
+            must = f"max_bytes must have room for {needed} pages of a prompt of {num_tokens} tokens"
+        if needed <= most:
+            must = f"every rank must have pages for a prompt of {num_tokens} tokens"
+        fail(function, must, most)
 
 
 def _insert_segments(before):
@@ -73,7 +76,8 @@ def _next(before):
             return [], [ended]
         waiting = queue.hold_back()
         try:
-            return before(self)
+            with paged.ranks.admitted():
+                return before(self)
         finally:
             self._unprocessed_sequences.extend(waiting)
 
@@ -97,7 +101,7 @@ class Queue:
     """What a generator may do in its next step."""
 
     def __init__(self, generator, paged):
-        self._generator, self._paged = generator, paged
+        self._generator, self._paged, self._ranks = generator, paged, paged.ranks
         self._answering, self._reading = _batches(generator)
         self._progress = generator._currently_processing
         self._waiting = generator._unprocessed_sequences
@@ -105,7 +109,7 @@ class Queue:
     def make_room(self):
         """Have pages for the next step of what runs; return the last response of a sequence that
         has filled the pool."""
-        while not self._has_pages(self._next_tokens()):
+        while not self._next_has_pages():
             if not self._give_back() and not self._put_back_youngest():
                 return self._end_the_last()
         return None
@@ -163,15 +167,16 @@ class Queue:
         ]
 
     def _has_pages(self, rows: list) -> bool:
-        self._paged.passes.reclaim()
-        more = 0
-        for group in self._paged.groups.values():
-            missing = group.pages_missing(sum(group.pages_to_go(*row) for row in rows))
-            if missing > group.max_pages - group.allocator.total_pages:
-                return False
-            more += missing * group.page_bytes
-        most = self._paged.max_bytes
-        return most is None or more == 0 or more <= most - self._paged.nbytes
+        return self._ranks.all("pages for a prompt", self._paged.has_pages(rows))
+
+    def _next_has_pages(self) -> bool:
+        rows = self._next_tokens()
+        if self._ranks.size == 1:
+            return self._paged.has_pages(rows)
+        of_sequences = tuple(self._answering.uids), tuple(self._reading.uids)
+        return self._ranks.may_step(
+            of_sequences, self._paged, rows, is_decode=not self._reading.uids
+        )
 
     # Making room
 
@@ -187,7 +192,7 @@ class Queue:
                 return True
         passes = self._paged.passes
         ours = {row for layer in _layers(self._generator) for row in layer.rows}
-        return passes.take_from(passes.aside, ours)
+        return self._ranks.any("pages put aside", passes.take_from(passes.aside, ours))
 
     def _give_back_waiting(self) -> bool:
         """Have the youngest prompt that waits with a cache, whose tokens are known, wait without."""
