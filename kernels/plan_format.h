@@ -22,8 +22,8 @@ namespace paged_mlx {
 
 #define PAGED_MLX_PLAN_MAGIC 0x504c4e31
 
-// Which body attends an item. Items are stored kind by kind, and inside a kind
-// longest first.
+// Which body attends an item. Items are stored kind by kind, those of a kind over
+// sealed pages first and then those over open pages, longest first of each.
 enum PlanKind {
   kVectorItem = 0, // one or two rows per KV head
   kTileItem = 1,   // a few rows: decode of a head group, a short verify
@@ -48,7 +48,8 @@ struct PlanHeader {
   int row_tokens;  // int       [num_row_tokens]  query token of each row token
   int positions;   // int       [num_tokens]      position of the token in its sequence
   int row_ends;    // int       [num_tokens]      one past the last key it may see
-  int pages;       // int       [num_pages]       page ids, item after item
+  int pages;       // int       [num_pages]       page ids, item after item; of open pages their
+                   //                             number in the arrays of open pages
   int page_starts; // int       [num_pages]       position of the page's first token; 0: not ragged
   int page_lens;   // int       [num_pages]       tokens of the sequence in the page; 0: not ragged
   int merges;      // PlanMerge [num_merges]
@@ -59,8 +60,12 @@ struct PlanHeader {
   int page_size;
   int causal;         // 0 or 1; already applied to row_ends
   int sliding_window; // keys a token may see, itself included; 0: no window
-  int max_page_id;    // largest page id named, -1 when there is none
+  int max_page_id;    // largest id of a sealed page named, -1 when there is none
   int max_row_end;    // longest context named
+
+  // Open pages, of a pool whose format seals pages: they lie in arrays of their own.
+  int max_open_page;                 // largest open page named, -1 when there is none
+  int num_open_items[kNumPlanKinds]; // of num_items, those over open pages
 };
 
 // X(name) for each field of a header that is one number, but for `magic`.
@@ -69,7 +74,7 @@ struct PlanHeader {
   X(num_words) X(num_tokens) X(num_row_tokens) X(num_pages) X(num_partials) X(num_merges) \
   X(num_parts) X(items) X(row_tokens) X(positions) X(row_ends) X(pages) X(page_starts) \
   X(page_lens) X(merges) X(parts) X(num_q_heads) X(num_kv_heads) X(page_size) X(causal) \
-  X(sliding_window) X(max_page_id) X(max_row_end)
+  X(sliding_window) X(max_page_id) X(max_row_end) X(max_open_page)
 // clang-format on
 
 // Row r of an item and a KV head is query head (kv_head * gqa_factor + r %

@@ -49,10 +49,12 @@ StepArrays step_of(std::string op, const Ints& block_tables, const Ints& context
 nb::dict header_dict(const PlanHeader& h) {
 #define PAGED_MLX_COUNT(name) +1
   static_assert(sizeof(PlanHeader) ==
-                sizeof(int) * (1 + kNumPlanKinds PAGED_MLX_PLAN_FIELDS(PAGED_MLX_COUNT)));
+                sizeof(int) * (1 + 2 * kNumPlanKinds PAGED_MLX_PLAN_FIELDS(PAGED_MLX_COUNT)));
 #undef PAGED_MLX_COUNT
   nb::dict d;
   d["num_items"] = nb::make_tuple(h.num_items[0], h.num_items[1], h.num_items[2]);
+  d["num_open_items"] =
+      nb::make_tuple(h.num_open_items[0], h.num_open_items[1], h.num_open_items[2]);
 #define PAGED_MLX_FIELD(name) d[#name] = h.name;
   PAGED_MLX_PLAN_FIELDS(PAGED_MLX_FIELD)
 #undef PAGED_MLX_FIELD
@@ -81,9 +83,10 @@ void bind_plan(nb::module_& m) {
              const std::optional<Ints>& page_lens, int num_pages, int num_q_heads, int num_kv_heads,
              int page_size, bool causal, int sliding_window, mx::Dtype dtype, int head_dim,
              int v_head_dim, bool share_prefixes, int fixed_partition, int workers, int cores,
-             bool kernels) {
+             bool kernels, int num_sealed_pages, const FormatNames& formats) {
             PlanInput geometry;
             geometry.num_pages = num_pages;
+            geometry.num_sealed_pages = num_sealed_pages < 0 ? INT32_MAX : num_sealed_pages;
             geometry.num_q_heads = num_q_heads;
             geometry.num_kv_heads = num_kv_heads;
             geometry.page_size = page_size;
@@ -94,13 +97,14 @@ void bind_plan(nb::module_& m) {
                 geometry,
                 target_of({kernels, workers, cores, cpu_dtype(dtype), head_dim, v_head_dim,
                            num_kv_heads > 0 ? num_q_heads / num_kv_heads : 1}),
-                {share_prefixes, fixed_partition});
+                {share_prefixes, fixed_partition,
+                 kernels && page_formats(op.c_str(), formats).rotates()});
           },
           nb::kw_only(), "op"_a, "block_tables"_a, "context_lens"_a, "cu_seqlens_q"_a.none(),
           "page_starts"_a.none(), "page_lens"_a.none(), "num_pages"_a, "num_q_heads"_a,
           "num_kv_heads"_a, "page_size"_a, "causal"_a, "sliding_window"_a, "dtype"_a, "head_dim"_a,
           "v_head_dim"_a, "share_prefixes"_a, "fixed_partition"_a, "workers"_a, "cores"_a = 0,
-          "kernels"_a)
+          "kernels"_a, "num_sealed_pages"_a = -1, "formats"_a = FormatNames())
       .def(
           "advance",
           [](const StepPlan& self, std::string op, const Ints& block_tables,

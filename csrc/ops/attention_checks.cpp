@@ -59,6 +59,12 @@ void check_plan(const char* op, const int32_t* words, size_t num_words, const Pl
              "), the pages of the pool",
          std::to_string(plan.max_page_id));
   }
+  if (plan.max_open_page >= g.num_open_pages) {
+    fail(op,
+         "block_tables must hold open pages in [0, " + std::to_string(g.num_open_pages) +
+             "), those of the pool",
+         std::to_string(plan.max_open_page));
+  }
   if (g.mask_keys >= 0 && plan.max_row_end > g.mask_keys) {
     fail(op,
          "mask must have a column for each key of the longest context (" +

@@ -16,7 +16,8 @@ namespace paged_mlx {
 // What a plan must agree with, checked where the plan's words are first read.
 struct PlanGeometry {
   int num_tokens, num_q_heads, num_kv_heads, page_size, num_pages;
-  int mask_keys; // columns of the mask; -1: no mask
+  int mask_keys;      // columns of the mask; -1: no mask
+  int num_open_pages; // in arrays of their own
 };
 
 // The arrays of a layer's pages, for a q whose num_q_heads and head_dim `shape` knows.

@@ -1,6 +1,5 @@
 // The next step of the same pages: new positions, the same items.
 #include <algorithm>
-#include <cstring>
 
 #include "segments.h"
 
@@ -52,8 +51,10 @@ int sequence_of(const PlanInput& in, int token) {
 
 // Every sequence of the item has the item's pages where the item reads them, and as many
 // keys in them.
-bool same_item_pages(const int32_t* words, const PlanItem& item, int entry, const PlanInput& next) {
+bool same_item_pages(const int32_t* words, const PlanItem& item, bool open, int entry,
+                     const PlanInput& next) {
   const PlanHeader& h = header_of(words);
+  const int first = open ? next.num_sealed_pages : 0; // id of page 0
   if (entry + item.page_count > next.max_pages) {
     return false;
   }
@@ -67,8 +68,9 @@ bool same_item_pages(const int32_t* words, const PlanItem& item, int entry, cons
       return false;
     }
     const int32_t* row = next.block_tables + int64_t(s) * next.max_pages + entry;
-    if (std::memcmp(row, words + h.pages + item.page_begin, item.page_count * sizeof(int32_t)) !=
-        0) {
+    const int32_t* const pages = words + h.pages + item.page_begin;
+    if (!std::equal(pages, pages + item.page_count, row,
+                    [first](int32_t page, int32_t id) { return page + first == id; })) {
       return false;
     }
   }
@@ -132,9 +134,13 @@ bool can_advance(const int32_t* words, const PlanNotes& notes, const PlanInput& 
     }
   }
   const auto* items = reinterpret_cast<const PlanItem*>(words + h.items);
-  for (int i = 0; i < num_items(h); i++) {
-    if (!same_item_pages(words, items[i], notes.entry_begins[i], next)) {
-      return false;
+  for (int kind = 0, i = 0, end = 0; kind < kNumPlanKinds; kind++) {
+    end += h.num_items[kind];
+    for (; i < end; i++) {
+      const bool open = i >= end - h.num_open_items[kind];
+      if (!same_item_pages(words, items[i], open, notes.entry_begins[i], next)) {
+        return false;
+      }
     }
   }
   return true;

@@ -20,7 +20,22 @@ PageRange piece(const PlanInput& input, const PageRange& whole, int entry_begin,
   range.entry_end = entry_end_;
   range.key_begin = std::max(whole.key_begin, entry_start(input, whole.sequence, entry_begin));
   range.key_end = std::min(whole.key_end, entry_end(input, whole.sequence, entry_end_ - 1));
+  range.open =
+      input.is_open(input.block_tables[int64_t(range.sequence) * input.max_pages + entry_begin]);
   return range;
+}
+
+// Adds [entry_begin, entry_end), cut where sealed and open pages meet.
+void add_pieces(const PlanInput& input, const PageRange& whole, int entry_begin, int entry_end,
+                std::vector<PageRange>& pieces) {
+  const int32_t* const pages = input.block_tables + int64_t(whole.sequence) * input.max_pages;
+  int begin = entry_begin;
+  for (int e = entry_begin + 1; e <= entry_end; e++) {
+    if (e == entry_end || input.is_open(pages[e]) != input.is_open(pages[begin])) {
+      pieces.push_back(piece(input, whole, begin, e));
+      begin = e;
+    }
+  }
 }
 
 // Pieces whose first keys are multiples of `partition`: the same for a range
@@ -33,7 +48,7 @@ std::vector<PageRange> cut_fixed(const PlanInput& input, const PageRange& range,
         entry_start(input, range.sequence, e) / partition !=
             entry_start(input, range.sequence, begin) / partition;
     if (boundary) {
-      pieces.push_back(piece(input, range, begin, e));
+      add_pieces(input, range, begin, e, pieces);
       begin = e;
     }
   }
@@ -67,7 +82,7 @@ std::vector<PageRange> cut(const PlanInput& input, const Segment& segment, doubl
   for (int i = 0; i < count; i++) {
     const int begin = range.entry_begin + int(int64_t(entries) * i / count);
     const int end = range.entry_begin + int(int64_t(entries) * (i + 1) / count);
-    pieces.push_back(piece(input, range, begin, end));
+    add_pieces(input, range, begin, end, pieces);
   }
   return pieces;
 }

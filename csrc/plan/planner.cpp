@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "segments.h"
 
@@ -26,8 +27,8 @@ struct Draft {
 class Writer {
  public:
   Writer(const PlanInput& input, const std::vector<Segment>& segments, std::vector<Draft>& drafts,
-         const TakeWords& take)
-      : in_(input), segments_(segments), drafts_(drafts), take_(take) {}
+         bool merges_all, const TakeWords& take)
+      : in_(input), segments_(segments), drafts_(drafts), merges_all_(merges_all), take_(take) {}
 
   void write() {
     number_partials();
@@ -47,6 +48,9 @@ class Writer {
   bool is_final(const Draft& draft) const {
     const TokenSet& all = tokens(draft);
     for (int i = 0; i < all.size(); i++) {
+      if (merges_all_) {
+        return false;
+      }
       if (part_counts_[all[i]] != 1) {
         return false;
       }
@@ -138,6 +142,7 @@ class Writer {
     h.num_parts = num_parts_;
     for (const Draft& draft : drafts_) {
       h.num_items[draft.kind]++;
+      h.num_open_items[draft.kind] += draft.range.open;
       h.num_pages += draft.range.entry_end - draft.range.entry_begin;
     }
     next_ = kHeaderWords;
@@ -156,7 +161,7 @@ class Writer {
     h.page_size = in_.page_size;
     h.causal = in_.causal;
     h.sliding_window = in_.sliding_window;
-    h.max_page_id = -1;
+    h.max_page_id = h.max_open_page = -1;
     words_ = take_(next_);
     header() = h;
     std::copy(row_tokens_.begin(), row_tokens_.end(), words_ + h.row_tokens);
@@ -207,12 +212,15 @@ class Writer {
     const int64_t from = int64_t(range.sequence) * in_.max_pages + range.entry_begin;
     const int count = range.entry_end - range.entry_begin;
     const int32_t* pages = in_.block_tables + from;
-    int most = h.max_page_id;
+    int32_t* const to = words_ + h.pages + page_at;
+    int& header_most = range.open ? h.max_open_page : h.max_page_id;
+    const int first = range.open ? in_.num_sealed_pages : 0;
+    int most = header_most;
     for (int i = 0; i < count; i++) {
-      most = std::max(most, pages[i]);
+      to[i] = pages[i] - first;
+      most = std::max(most, to[i]);
     }
-    h.max_page_id = most;
-    std::copy_n(pages, count, words_ + h.pages + page_at);
+    header_most = most;
     if (in_.ragged()) {
       std::copy_n(in_.page_starts + from, count, words_ + h.page_starts + page_at);
       std::copy_n(in_.page_lens + from, count, words_ + h.page_lens + page_at);
@@ -234,16 +242,17 @@ class Writer {
   const PlanInput& in_;
   const std::vector<Segment>& segments_;
   std::vector<Draft>& drafts_;
+  const bool merges_all_;
   const TakeWords& take_;
   int32_t* words_ = nullptr;
   std::vector<int> part_counts_, part_begins_, parts_, row_tokens_, row_begins_;
   int num_merges_ = 0, num_parts_ = 0, next_ = 0;
 };
 
-// Inside a kind, longest first: the last item to start is a short one.
+// Inside a kind, longest first: the last item to start is a short one. Open pages last.
 void sort_drafts(std::vector<Draft>& drafts) {
   std::stable_sort(drafts.begin(), drafts.end(), [](const Draft& a, const Draft& b) {
-    return a.kind != b.kind ? a.kind < b.kind : a.cost > b.cost;
+    return std::tuple(a.kind, a.range.open, -a.cost) < std::tuple(b.kind, b.range.open, -b.cost);
   });
 }
 
@@ -278,7 +287,7 @@ PlanNotes make_plan(const PlanInput& input, const PlanTarget& target, const Plan
     }
   }
   sort_drafts(drafts);
-  Writer(input, segments, drafts, take).write();
+  Writer(input, segments, drafts, options.merges_all, take).write();
   notes.entry_begins.reserve(drafts.size());
   for (const Draft& draft : drafts) {
     notes.entry_begins.push_back(draft.range.entry_begin);

@@ -29,7 +29,8 @@ struct PlanInput {
   const int32_t* cu_seqlens_q = nullptr; // [batch + 1]; null: one query token each
   const int32_t* page_starts = nullptr;  // [batch, max_pages]; null: pages are full but the last
   const int32_t* page_lens = nullptr;    // [batch, max_pages]; with page_starts
-  int num_pages = -1;                    // pages of the pool; -1: not known here
+  int num_pages = -1;                    // ids that tables may name; -1: not known here
+  int num_sealed_pages = INT32_MAX;      // ids from here on are open pages, number 0 on
   int num_q_heads = 1;
   int num_kv_heads = 1;
   int page_size = 16;
@@ -52,11 +53,15 @@ struct PlanInput {
   bool ragged() const {
     return page_starts != nullptr;
   }
+  bool is_open(int32_t page) const {
+    return page >= num_sealed_pages;
+  }
 };
 
 struct PlanOptions {
   bool share_prefixes = true;
   int fixed_partition = 0; // tokens; > 0: cut at multiples of it, share nothing
+  bool merges_all = false; // no item is final: results are finished as they are merged
 };
 
 // Why a run of pages that several sequences begin with is read once or not.

@@ -14,6 +14,7 @@ struct PageRange {
   int entry_end;
   int key_begin; // [key_begin, key_end), positions
   int key_end;
+  bool open = false; // pages that are not sealed; a piece has pages of one sort
 
   int num_keys() const {
     return key_end > key_begin ? key_end - key_begin : 0;

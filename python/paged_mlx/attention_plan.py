@@ -153,18 +153,27 @@ class AttentionPlan:
 
     @cached_property
     def items(self) -> list[dict]:
-        """The items, in the order they are stored: kind, tokens, pages and keys of each."""
+        """The items, in the order they are stored: kind, tokens, pages and keys of each.
+
+        Pages of an item over open pages are their numbers in the arrays of open pages.
+        """
         if not BUILT:
             return self._native.items()
         h, words = self._header, self._words
         kinds = np.repeat(KINDS, h["num_items"])
+        opens = [
+            i >= n - n_open
+            for n, n_open in zip(h["num_items"], h["num_open_items"])
+            for i in range(n)
+        ]
         rows = words[h["items"] :][: len(kinds) * _ITEM_FIELDS].reshape(-1, _ITEM_FIELDS)
         items = []
-        for kind, row in zip(kinds, rows):
+        for kind, is_open, row in zip(kinds, opens, rows):
             row_begin, row_count, page_begin, page_count, first, key_begin, key_end, partial = row
             items.append(
                 {
                     "kind": str(kind),
+                    "open": is_open,
                     "tokens": words[h["row_tokens"] + row_begin :][:row_count].tolist(),
                     "pages": words[h["pages"] + page_begin :][:page_count].tolist(),
                     "keys": (int(key_begin), int(key_end)),

@@ -67,8 +67,8 @@ _FAULTS = {
         ),
         (
             "the largest page id is the smallest",
-            "most = std::max(most, pages[i]);",
-            "most = std::min(most, pages[i]);",
+            "most = std::max(most, to[i]);",
+            "most = std::min(most, to[i]);",
             "a plan for a larger pool",
         ),
         (
@@ -85,15 +85,33 @@ _FAULTS = {
         ),
         (
             "shorter items first",
-            "a.kind < b.kind : a.cost > b.cost;",
-            "a.kind < b.kind : a.cost < b.cost;",
+            "a.range.open, -a.cost) < std::tuple(b.kind, b.range.open, -b.cost)",
+            "a.range.open, a.cost) < std::tuple(b.kind, b.range.open, b.cost)",
             "longest first",
         ),
         (
             "kinds are not kept apart",
-            "return a.kind != b.kind ? a.kind < b.kind : a.cost > b.cost;",
-            "return a.cost > b.cost;",
+            "std::tuple(a.kind, a.range.open, -a.cost) < std::tuple(b.kind, b.range.open, -b.cost)",
+            "a.cost > b.cost",
             "every kind",
+        ),
+        (
+            "open pages are listed among the sealed",
+            "h.num_open_items[draft.kind] += draft.range.open;",
+            "",
+            "open pages",
+        ),
+        (
+            "an open page keeps the id that tables give it",
+            "to[i] = pages[i] - first;",
+            "to[i] = pages[i];",
+            "open pages",
+        ),
+        (
+            "rotated values are finished where they are attended",
+            "if (merges_all_) {",
+            "if (false) {",
+            "rotated values",
         ),
     ],
     "partition.cpp": [
@@ -105,9 +123,15 @@ _FAULTS = {
         ),
         (
             "a page between two pieces is dropped",
-            "      begin = e;\n",
-            "      begin = e + (e < range.entry_end);\n",
+            "      add_pieces(input, range, begin, e, pieces);\n      begin = e;\n",
+            "      add_pieces(input, range, begin, e, pieces);\n      begin = e + (e < range.entry_end);\n",
             "partitions",
+        ),
+        (
+            "open and sealed pages are one item",
+            "e == entry_end || input.is_open(pages[e]) != input.is_open(pages[begin])",
+            "e == entry_end",
+            "open pages",
         ),
         (
             "a piece ends where the whole begins",
@@ -270,8 +294,8 @@ _FAULTS = {
         ),
         (
             "another last page goes unnoticed",
-            "words + h.pages + item.page_begin, item.page_count * sizeof(int32_t))",
-            "words + h.pages + item.page_begin, (item.page_count - 1) * sizeof(int32_t))",
+            "std::equal(pages, pages + item.page_count, row,",
+            "std::equal(pages, pages + item.page_count - 1, row,",
             "advance",
         ),
         (

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx.machine.thresholds import planned_with
-from plan_coverage import partial_slots
-from plan_steps import BAD_STEPS, assert_exact, distinct_tables, make
+from plan_coverage import expected_reads, partial_slots, planned_reads
+from plan_steps import BAD_STEPS, SEALED, assert_exact, distinct_tables, make, make_open
 from threadgroups import MODELS, items_of
 
 from .mutant import Mutant
@@ -41,6 +41,19 @@ def _exact(
 def _partitions_of_a_window():
     plan = _exact([50], page_size=4, window=13, fixed_partition=8)
     assert sorted(item["keys"][0] for item in plan.items) == [37, 40, 48]
+
+
+def _open_pages():
+    tables = [[3, 7, SEALED + 2], [5, SEALED, 6]]
+    plan = make_open(tables, [10, 12])
+    assert planned_reads(plan, SEALED) == expected_reads(tables, [10, 12], 4)
+    assert [item["pages"] for item in plan.items if item["open"]] == [[0], [2]]
+    assert plan._header["max_page_id"] == 7 and plan._header["max_open_page"] == 2
+
+
+def _rotated_values():
+    plan = make_open(distinct_tables([9, 3], 4), [9, 3], kernels=True, formats=("q8", "q4"))
+    assert plan.num_merges == 2
 
 
 def _busy_workers():
@@ -219,6 +232,8 @@ CASES: dict[str, Callable[[], object]] = {
     "prefill, window": lambda: _exact([70, 9], query_lens=[9, 2], page_size=4, window=6),
     "partitions": lambda: _exact([50, 9, 33], page_size=4, fixed_partition=8),
     "partitions of a window": _partitions_of_a_window,
+    "open pages": _open_pages,
+    "rotated values": _rotated_values,
     "16 workers": _busy_workers,
     "a short step": _short_step,
     "a short step of a large GPU": _large_gpu,

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 
-def planned_reads(plan) -> list[Counter]:
+def planned_reads(plan, num_sealed_pages=0) -> list[Counter]:
     """For each query token, how often each (page, offset in page, position) is read."""
     h, words = plan._header, np.array(plan.array)
     positions = words[h["positions"] :][: h["num_tokens"]]
@@ -13,10 +13,12 @@ def planned_reads(plan) -> list[Counter]:
     window = h["sliding_window"]
     reads = [Counter() for _ in range(h["num_tokens"])]
     items = words[h["items"] :][: 8 * sum(h["num_items"])].reshape(-1, 8)
-    for row_begin, row_count, page_begin, page_count, first, key_begin, key_end, _ in items:
+    first_ids = [num_sealed_pages if item["open"] else 0 for item in plan.items]
+    for item, first_id in zip(items, first_ids):
+        row_begin, row_count, page_begin, page_count, first, key_begin, key_end, _ = item
         for token in words[h["row_tokens"] + row_begin :][:row_count]:
             for i in range(page_begin, page_begin + page_count):
-                page = words[h["pages"] + i]
+                page = words[h["pages"] + i] + first_id
                 start, length = first + (i - page_begin) * h["page_size"], h["page_size"]
                 if h["page_starts"]:
                     start = words[h["page_starts"] + i]

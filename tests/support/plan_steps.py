@@ -2,9 +2,14 @@
 
 from collections import Counter
 
+import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
+from paged_mlx._native import _ext
+from paged_mlx.attention_plan import AttentionPlan, Geometry, PlanOptions
 from plan_coverage import expected_reads, partial_slots, planned_reads
+
+SEALED = 100  # ids from here on are open pages, in the plans of make_open
 
 
 def distinct_tables(lens, page_size, shared_pages=0, first=0):
@@ -25,6 +30,29 @@ def make(tables, lens, *, q_heads=8, kv_heads=2, page_size=4, **options):
     return fast.plan(
         tables, lens, num_q_heads=q_heads, num_kv_heads=kv_heads, page_size=page_size, **options
     )
+
+
+def make_open(
+    tables, lens, *, cu=None, starts=None, page_lens=None, kv_heads=2, page_size=4, **options
+):
+    """The plan of a pool with ``SEALED`` sealed pages."""
+    arguments = dict(
+        num_pages=-1, causal=True, sliding_window=0, share_prefixes=True, fixed_partition=0,
+        workers=1, kernels=False, num_sealed_pages=SEALED,
+    ) | options  # fmt: skip
+    ints = {
+        name: None if values is None else np.array(values, np.int32)
+        for name, values in (
+            ("block_tables", tables), ("context_lens", lens), ("cu_seqlens_q", cu),
+            ("page_starts", starts), ("page_lens", page_lens),
+        )
+    }  # fmt: skip
+    native = _ext.NativePlan(
+        op="plan", num_q_heads=8, num_kv_heads=kv_heads, page_size=page_size, dtype=mx.float32,
+        head_dim=64, v_head_dim=64, **ints, **arguments,
+    )  # fmt: skip
+    geometry = Geometry(8, kv_heads, page_size, 64, 64, mx.float32)
+    return AttentionPlan(native, geometry, PlanOptions())
 
 
 def assert_exact(plan, tables, lens, page_size, **options):

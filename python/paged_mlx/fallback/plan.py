@@ -57,7 +57,8 @@ class NativePlan:
     def __init__(
         self, *, op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens, num_pages,
         num_q_heads, num_kv_heads, page_size, causal, sliding_window, dtype, head_dim, v_head_dim,
-        share_prefixes, fixed_partition, workers, cores=0, kernels=False,
+        share_prefixes, fixed_partition, workers, cores=0, kernels=False, num_sealed_pages=-1,
+        formats=(None, None),
     ):  # fmt: skip
         arrays = block_tables, context_lens, cu_seqlens_q, page_starts, page_lens
         step = Step(op, *arrays, page_size)
@@ -86,6 +87,7 @@ class NativePlan:
             self._items.append(
                 {
                     "kind": "tile",
+                    "open": False,
                     "tokens": list(range(first, last)),
                     "pages": pages[seen].tolist(),
                     "keys": (begin, context_len),
