@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": Command("cli.demo", "a real model answers on pages, each token compared with mlx-lm's"),
     "generate": Command("cli.generate", "mlx_lm.generate with K and V in pages"),
     "chat": Command("cli.chat", "mlx_lm.chat with K and V in pages"),
+    "serve": Command("cli.serve", "mlx_lm.server with K and V in pages, and a view of them"),
     "analyze": Command("cli.analyze", "how much memory paging and sharing save, for your lengths"),
     "doctor": Command("machine.doctor", "is paged attention right here? every kernel against the oracle"),
     "tune": Command("machine.tune", "measure the planner's thresholds here, and remember them"),

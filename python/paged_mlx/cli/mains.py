@@ -49,6 +49,7 @@ SEAMS = {
         _seam("chat", "load", "chat", "enables the model"),
         _seam("chat", "sharded_load", "chat", "enables the model"),
     ],
+    "server": [_seam("server", "run", "serve", "enables models, and serves their figures too")],
 }
 
 

@@ -77,30 +77,42 @@ if hasattr(stock, "LRUPromptCache"):
         ``ResponseGenerator(model_provider, PromptStore(paged))`` in place of mlx-lm's own.
 
         Args:
-            paged: The ``PagedModel`` that ``enable`` returned.
+            paged: The ``PagedModel`` that ``enable`` returned; may be set later, and to another as
+                the server loads another model. None: as mlx-lm's own store.
             max_size, max_bytes: Limits of the filed caches, as mlx-lm's.
+
+        Attributes:
+            tokens_asked, tokens_reused: Tokens of the prompts that were looked for, and those of
+                them that were found, filed here or in pages.
         """
 
-        def __init__(self, paged, max_size: int = 10, max_bytes: int = 1 << 63):
+        def __init__(self, paged=None, max_size: int = 10, max_bytes: int = 1 << 63):
             super().__init__(max_size, max_bytes)
-            self._paged = paged
+            self.paged = paged
+            self.tokens_asked = self.tokens_reused = 0
 
         def fetch_nearest_cache(self, model, tokens):
+            found, rest = self._longest(model, tokens)
+            self.tokens_asked += len(tokens)
+            self.tokens_reused += len(tokens) - len(rest)
+            return found, rest
+
+        def _longest(self, model, tokens):
             found, rest = super().fetch_nearest_cache(model, tokens)
-            held = len(tokens) - len(rest)
-            if found is not None and len(found) != len(self._paged.layout.places):
+            paged, held = self.paged, len(tokens) - len(rest)
+            if paged is None or found is not None and len(found) != len(paged.layout.places):
                 return found, rest  # with a draft's
-            if held < self._paged.known(tokens):
-                return self._paged.begin(tokens)
+            if held < paged.known(tokens):
+                return paged.begin(tokens)
             return found, rest
 
         def insert_cache(self, model, tokens, prompt_cache, **options):
             tokens = put_aside(self, tokens, prompt_cache)
             super().insert_cache(model, tokens, prompt_cache, **options)
-            if len(prompt_cache) == len(self._paged.layout.places):
-                self._paged.remember(tokens, prompt_cache)
+            if self.paged is not None and len(prompt_cache) == len(self.paged.layout.places):
+                self.paged.remember(tokens, prompt_cache)
 
         def trim_to(self, *, n_sequences=None, n_bytes=None):
             super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)
-            if n_bytes is not None:
-                self._paged.trim_prefixes(max(0, n_bytes))
+            if n_bytes is not None and self.paged is not None:
+                self.paged.trim_prefixes(max(0, n_bytes))
