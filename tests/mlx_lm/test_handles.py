@@ -66,9 +66,9 @@ def test_a_layer_is_one_node_that_writes_and_attends(paged, n, mask):
     k, v = cache.update_and_fetch(tokens(n, 2), tokens(n, 3))
     out = attend(tokens(n, 4, heads=4), k, v, mask)
     del k, v
-    assert nodes(out, *(array for pool in cache.group.pools for array in pool.built)) == [
-        "WriteAttend"
-    ]
+    assert nodes(
+        out, *(array for pool in cache.group.pools for pair in pool.versions() for array in pair)
+    ) == ["WriteAttend"]
     assert paged.gathered_calls == {}
 
 

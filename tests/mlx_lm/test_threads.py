@@ -133,32 +133,99 @@ def test_a_request_that_fails_keeps_no_other_thread_out(family, holds, when):
         paged.check()
 
 
-@pytest.mark.parametrize("prefix_cache", [False, True])
-def test_a_model_that_fails_in_the_middle_keeps_no_other_thread_out(prefix_cache, monkeypatch):
-    model, prompt = zoo.tiny("llama"), PROMPTS[0]
-    expected = generate(model, prompt)
-    last, calls = model.layers[-1].mlp, []
+def in_the_middle(monkeypatch, model, do):
+    """Have ``do(calls so far)`` called in the middle of each of the model's passes."""
+    middle, calls = model.layers[1].mlp, []
 
-    def raising(self, x, before=type(last).__call__):
-        if self is last:
+    def stopping(self, x, before=type(middle).__call__):
+        if self is middle:
             calls.append(1)
-            if len(calls) == 3:
-                raise Fault
+            do(len(calls))
         return before(self, x)
 
-    monkeypatch.setattr(type(last), "__call__", raising)
-    with enable(model, page_size=8, prefix_cache=prefix_cache) as paged:
+    monkeypatch.setattr(type(middle), "__call__", stopping)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_model_that_fails_in_the_middle_keeps_no_other_thread_out(kept, family, monkeypatch):
+    model, prompt = zoo.tiny(family), PROMPTS[0]
+    expected = generate(model, prompt)
+
+    def fails(call):
+        if call == 3:
+            raise Fault
+
+    with enable(model, page_size=8) as paged:
         first, other = futures.ThreadPoolExecutor(1), futures.ThreadPoolExecutor(1)
         with first, other:
+            in_the_middle(monkeypatch, model, fails)
             failed = first.submit(generate, model, prompt)
-            kept = failed.exception(timeout=60) if prefix_cache else None
-            futures.wait([failed])
-            del failed
+            assert isinstance(failed.exception(timeout=60), Fault)
+            if not kept:
+                del failed
             assert other.submit(generate, model, prompt).result(timeout=60) == expected
             assert first.submit(generate, model, prompt).result(timeout=60) == expected
             for thread in (first, other):
                 thread.submit(mx.synchronize).result()
-        assert kept is None or isinstance(kept, Fault)
+        paged.check()
+
+
+def test_a_pass_that_failed_before_there_was_another_thread_keeps_it_out_of_nothing(monkeypatch):
+    model, prompt = zoo.tiny("llama"), PROMPTS[0]
+    expected = generate(model, prompt)
+
+    def fails(call):
+        if call == 2:
+            raise Fault
+
+    with enable(model, page_size=8) as paged:
+        in_the_middle(monkeypatch, model, fails)
+        with pytest.raises(Fault) as held:
+            generate(model, prompt)
+        assert run_in_threads(lambda: generate(model, prompt)) == [expected]
+        assert held.value is not None and generate(model, prompt) == expected
+        paged.check()
+
+
+def test_a_model_that_attends_by_itself_keeps_no_other_thread_out():
+    model = zoo.tiny("gemma2")
+    expected = [generate(model, prompt) for prompt in PROMPTS[:2]]
+    with enable(model, page_size=8) as paged, futures.ThreadPoolExecutor(1) as other:
+        for _ in range(2):
+            cache = make_prompt_cache(model)
+            pending = model(mx.array([PROMPTS[0]]), cache=cache)  # nobody computes it
+            assert other.submit(generate, model, PROMPTS[1]).result(timeout=60) == expected[1]
+            mx.eval(pending)
+        other.submit(mx.synchronize).result()
+        assert generate(model, PROMPTS[0]) == expected[0]
+        paged.check()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_pass_goes_on_after_another_thread_has_gone_before(family, grows, monkeypatch):
+    model = zoo.tiny(family)
+    expected = [generate(model, prompt) for prompt in PROMPTS]
+    with enable(model, page_size=8) as paged, futures.ThreadPoolExecutor(1) as other:
+        before = {window: group.allocator.total_pages for window, group in paged.groups.items()}
+        held, found = [], []
+
+        def lets_another_go_first(call):
+            if threading.current_thread() is threading.main_thread() and call > 1:
+                for prompt in PROMPTS[1:]:
+                    found.append(other.submit(generate, model, prompt).result(timeout=60))
+                if grows:
+                    held.extend(make_prompt_cache(model) for _ in range(12))
+                    for cache in held[-12:]:
+                        other.submit(generate, model, PROMPTS[1], prompt_cache=cache).result(60)
+
+        in_the_middle(monkeypatch, model, lets_another_go_first)
+        assert generate(model, PROMPTS[0]) == expected[0]
+        assert found == expected[1:] * (len(found) // 3) and len(found) >= 6
+        other.submit(mx.synchronize).result()
+        for window, group in paged.groups.items():
+            assert (group.allocator.total_pages > before[window]) == grows
         paged.check()
 
 

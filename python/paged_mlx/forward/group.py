@@ -11,7 +11,7 @@ from paged_mlx.forward.gathered import LayerPlace, PagesOfLayer
 from paged_mlx.forward.lazy_pool import LazyPool
 from paged_mlx.forward.passes import Passes
 from paged_mlx.forward.step import Step
-from paged_mlx.pages.block_table import BlockTable, pack
+from paged_mlx.pages.block_table import pack
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.table import append_batch
 from paged_mlx.pool import MAX_BYTES
@@ -21,7 +21,6 @@ log = logging.getLogger("paged_mlx")
 MOST_AT_ONCE = 2048  # tokens of a prompt in one pass, mlx-lm's default
 GROWTH = 32  # pools grow by what is missing, and by one in so many pages at least
 FRESH_PROMPT = "a fresh prompt's own K and V go to MLX's attention"
-RECENT_STEPS = 4  # batches that step in turn: a prefill batch beside a decode batch
 
 
 class LayerGroup:
@@ -54,10 +53,10 @@ class LayerGroup:
         self.grows_past_memory = False  # the model has no limit of its own
         self.pools: list[LazyPool] = []
         self._placed: dict[int, LayerPlace] = {}
-        self._recent: list[tuple[Step, BlockTable]] = []
         self.newest: Step | None = None
         self.calls: Counter = Counter()  # (layer, why the pages were not read) -> attention calls
         self.narrow: dict[int, tuple] = {}  # layers whose pages are wider: (dims of K, of V)
+        self.written: set[int] = set()  # layers that have brought K and V
         self.attended: set[int] = set()  # layers whose attention asks for the pages
         self._offsets = (None, None)
         self.passes = Passes({window: self})  # of the model, with its other groups
@@ -102,6 +101,7 @@ class LayerGroup:
 
     def _convert(self, pool: LazyPool, dtype: mx.Dtype) -> None:
         """Hold K and V of a pool's layers in another dtype, as the model computes them now."""
+        self.passes.join()
         fresh = LazyPool(
             pool.num_layers,
             self.allocator.total_pages,
@@ -122,6 +122,7 @@ class LayerGroup:
             if place.pool is pool:
                 place.pool = fresh
                 self.geometry[layer] = (*self.geometry.get(layer, (0, 0, 0))[:3], dtype)
+        self.passes.keep()
 
     def placed(self, layer: int) -> tuple[LazyPool, int] | None:
         place = self._placed.get(layer)
@@ -137,10 +138,10 @@ class LayerGroup:
     def step(self, cache, num_tokens: int, counts=None) -> Step:
         """The pass that a cache's sequences are in, begun by the first layer that asks."""
         with self.passes.turn():
-            for step, _ in self._recent:
-                if step.joins(cache.layer, cache.names, cache.lens, num_tokens):
-                    self.passes.goes_on(step)
-                    return step
+            step = cache.rows[0].last_step.get(self.window)
+            if step is not None and step.joins(cache.layer, cache.names, cache.lens, num_tokens):
+                self.passes.goes_on(step)
+                return step
             try:
                 step = self._begin(cache, num_tokens, counts)
             except BaseException:
@@ -160,19 +161,22 @@ class LayerGroup:
         if self.window is not None and self.retain is not None:
             self._free_behind_window(tables, starts)
         counts_of_rows = [num_tokens] * len(rows) if counts is None else counts.tolist()
-        slots = self._append(tables, counts_of_rows, cache)
+        appended = self._append(tables, counts_of_rows, cache)
+        if appended.copies:
+            self.passes.keep()  # also for a pass that something raises in
         for put_by in (self.passes.starved, self.passes.aside):
             if put_by:
                 put_by.difference_update(rows)
-        before, packer = self._before(cache.names)
-        packed = packer.update(tables)
+        before = rows[0].last_step.get(window)
+        if before is None or before.names != cache.names:
+            before = None
         freed = min([table.num_freed for table in tables])
-        step = Step(cache, num_tokens, counts, slots, packed, freed, max(positions), before)
+        step = Step(
+            cache, num_tokens, counts, appended.slots, tables, freed, max(positions), before
+        )
         for row in rows:
             row.last_step[window] = step
         self.newest = step
-        self._recent.insert(0, (step, packer))
-        del self._recent[RECENT_STEPS:]
         self.peak_pages = max(self.peak_pages, self.allocator.num_used)
         return step
 
@@ -195,14 +199,6 @@ class LayerGroup:
             )
             fail("update_and_fetch", must, start)
 
-    def _before(self, names) -> tuple[dict, BlockTable]:
-        """Plans and packed tables of these rows' last pass, to be advanced."""
-        for i, (step, packer) in enumerate(self._recent):
-            if step.names == names:
-                del self._recent[i]
-                return step.plans, packer
-        return {}, BlockTable()
-
     def _free_behind_window(self, tables, starts) -> None:
         first = np.maximum(starts - (self.window - 1) - self.retain, 0)
         for table, position in zip(tables, first.tolist()):
@@ -219,7 +215,7 @@ class LayerGroup:
         self._grow(most, self.grow_first)
         while True:
             try:
-                return append_batch(tables, counts, self.allocator).slots
+                return append_batch(tables, counts, self.allocator)
             except OutOfPages:
                 if not self._make_room(most, cache):
                     self.passes.starved.update(cache.rows)
@@ -303,12 +299,13 @@ class LayerGroup:
         missing = wanted - self.allocator.num_free
         if missing <= 0 or most <= 0:
             return False
+        self.passes.join()
         try:
             ahead = 0 if self.passes.max_bytes is not None else -(-total // GROWTH)
             self.allocator.grow(min(max(missing, ahead), most))
         except OutOfPages:
             return False
-        self.passes.grown()
+        self.passes.keep()
         return True
 
     # K and V
@@ -332,6 +329,16 @@ class LayerGroup:
             return k_and_v
         return tuple(x[..., :dim] for x, dim in zip(k_and_v, self.narrow[layer]))
 
+    def bring(self, step: Step, parts: dict) -> None:
+        """Have what a pass has written so far in the memory that the pools have by now."""
+        step.route = None
+        pages = np.unique(step.slots[step.slots >= 0] // self.page_size)
+        for layer in step.served:
+            place = self._placed[layer]
+            part = parts.get(place.pool)
+            if part is not None and place.index not in part.waiting:
+                place.pool.bring(place.index, part, pages)
+
     def fetch_again(self, layer: int, step: Step):
         """K and V of a layer, as ``step`` has left them, as handles."""
         place = self._placed[layer]
@@ -340,8 +347,9 @@ class LayerGroup:
 
     def undo_newest(self) -> None:
         """Take the newest pass back in the caches that have taken part: it has added nothing."""
-        step, _ = self._recent.pop(0)
-        step.ends[:] = step.starts
+        step = self.newest
+        assert step is not None
+        step.undo()
         self.newest = None
         self._offsets = (None, None)
 
@@ -353,9 +361,10 @@ class LayerGroup:
         place = self._placed[layer]
         with self.passes.turn():
             held = lens - skipped * self.page_size
-            return self._narrowed(
-                layer, place.pool[place.index].gather(packed.block_tables[:, skipped:], held)
-            )
+            k, v = place.pool[place.index].gather(packed.block_tables[:, skipped:], held)
+            mx.async_eval(k, v)
+            self.passes.keep()
+            return self._narrowed(layer, (k, v))
 
     # Figures
 
@@ -380,7 +389,7 @@ class LayerGroup:
     @property
     def plans(self) -> list:
         """The attention plans of the newest pass."""
-        return list(self._recent[0][0].plans.values()) if self._recent else []
+        return list(self.newest.plans.values()) if self.newest is not None else []
 
     @property
     def pages_used(self) -> int:

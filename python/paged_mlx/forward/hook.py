@@ -30,31 +30,37 @@ def reading_pages(before):
     def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, **options):
         if type(k) is not GatheredKV or not ATTENTION.is_installed:
             return before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-        source = source_of(k, v)
-        if source is None:
-            place, step = k.source.place, k.source.step
-            reason = LATENT if v is k else NOT_ONE_LAYERS
-        else:
-            place, step = source.place, source.step
-            route = step.route
-            if route is None or not route.answers(source, q, mask):
-                route = find_route(source, q, mask)
-            reason = route.reason
-            if route.is_fresh_prompt and source.keys is not None:
-                reason = FRESH_PROMPT
-        group = place.group
-        group.calls[place.layer, reason] += 1
-        if reason is None:
-            out = attend(q, source, route.plan, scale, sinks)
-        elif reason is FRESH_PROMPT:
-            out = attend_fresh_prompt(q, source, scale, sinks)
-        else:
-            out = before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-        group.attended.add(place.layer)
-        group.passes.attended(step, q)
-        return out
+        group = k.source.place.group
+        with group.passes.turn():
+            return _attend(before, q, k, v, scale, mask, sinks, options)
 
     return scaled_dot_product_attention
+
+
+def _attend(before, q, k, v, scale, mask, sinks, options):
+    source = source_of(k, v)
+    if source is None:
+        place, step = k.source.place, k.source.step
+        reason = LATENT if v is k else NOT_ONE_LAYERS
+    else:
+        place, step = source.place, source.step
+        route = step.route
+        if route is None or not route.answers(source, q, mask):
+            route = find_route(source, q, mask)
+        reason = route.reason
+        if route.is_fresh_prompt and source.keys is not None:
+            reason = FRESH_PROMPT
+    group = place.group
+    group.calls[place.layer, reason] += 1
+    if reason is None:
+        out = attend(q, source, route.plan, scale, sinks)
+    elif reason is FRESH_PROMPT:
+        out = attend_fresh_prompt(q, source, scale, sinks)
+    else:
+        out = before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+    group.attended.add(place.layer)
+    group.passes.attended(step, q)
+    return out
 
 
 ATTENTION = Seam(

@@ -1,6 +1,10 @@
 """A pool whose newest K and V wait for the attention that follows them."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import mlx.core as mx
+import numpy as np
 
 from paged_mlx import operations
 from paged_mlx._native import _ext
@@ -33,34 +37,48 @@ class LazyPool(PagePool):
     def state(self, arrays: Arrays) -> None:
         self._state = arrays
 
-    @property
-    def built(self) -> list[mx.array]:
-        """The newest versions and the tokens that wait, with nothing settled."""
-        waiting = ((source.keys, source.values) for source in list(self._waiting.values()))
-        return [a for arrays in (*self._state, *waiting) for a in arrays if a is not None]
-
     def versions(self) -> Arrays:
-        """The newest versions, to go back to."""
+        """The newest versions."""
         return [list(arrays) for arrays in self._state]
 
-    def go_back(self, versions: Arrays | None) -> None:
-        """Forget all that was built since ``versions``; None: since the pool was made."""
-        self._waiting.clear()
-        self._fetches.clear()
-        if versions is None:
-            self.reset_versions()
-        else:
-            for arrays, before in zip(self._state, versions):
-                arrays[:] = before
+    # Branches: what each of several threads has built
 
-    @property
-    def has_handles(self) -> bool:
-        """Whether a handle can still be evaluated."""
-        return self._fetches.are_alive()
+    def leave(self) -> "PartOfBranch":
+        """What this pool has of a thread's branch."""
+        memory = self._storage.base[0][0]
+        return PartOfBranch(self.versions(), self._waiting, self._fetches, memory)
 
-    def forget_handles(self) -> None:
-        """They have read what they read, and are never evaluated again."""
-        self._fetches.clear()
+    def holds(self, part: "PartOfBranch") -> bool:
+        """Whether a branch is of this memory, which may have been taken anew since."""
+        return part.memory is self._storage.base[0][0]
+
+    def enter(self, part: "PartOfBranch") -> None:
+        """Go on with a branch."""
+        self._waiting, self._fetches = part.waiting, part.handles
+        for arrays, newest in zip(self._state, part.versions):
+            arrays[:] = newest
+
+    def begin(self, versions: Arrays | None, left: "PartOfBranch | None") -> None:
+        """Begin a branch from ``versions``, behind the reads of one that was left; what waits to be
+        written there, is written here."""
+        self._waiting = {} if left is None else left.waiting
+        self._fetches = _ext.Fetches()
+        for arrays, newest in zip(self._state, versions or self._storage.base):
+            arrays[:] = newest
+        if left is not None:
+            left.handles.settle(self._state)
+
+    def come_after(self, versions: Arrays) -> None:
+        """Order what is built next behind other versions of the same memory."""
+        for arrays, others in zip(self._state, versions):
+            arrays[:] = mx.depends(arrays, others)
+
+    def bring(self, layer: int, part: "PartOfBranch", page_ids: np.ndarray) -> None:
+        """Write what a branch has in pages of a layer, in memory that was taken since."""
+        slots = (page_ids[:, None] * self.page_size + np.arange(self.page_size)).ravel()
+        pages = mx.array(page_ids)
+        k, v = (x[pages].swapaxes(1, 2).flatten(0, 1) for x in part.versions[layer])
+        self.write(layer, k, v, slots.astype(np.int32))
 
     def fetch(self, source: PagesOfLayer, keys=None, values=None) -> tuple[mx.array, mx.array]:
         """K and V of the whole context as handles; ``keys`` and ``values`` wait to be written.
@@ -123,12 +141,33 @@ class LazyPool(PagePool):
         del self._waiting[i]
         return k, v
 
+    def write_waiting(self) -> None:
+        """Write what waits."""
+        for source in list(self._waiting.values()):
+            self.write_fetched(source)
+
     def settle(self) -> None:
         """Write what waits, and come after every gather that has read or may still read."""
         if self._waiting:
-            for source in list(self._waiting.values()):
-                self.write_fetched(source)
+            self.write_waiting()
         self._fetches.settle(self._state)
+
+
+@dataclass(eq=False, slots=True)
+class PartOfBranch:
+    """What one pool has of what a thread has built.
+
+    Attributes:
+        versions: The newest.
+        waiting: Layers whose tokens are not written.
+        handles: Those that models have got since the last settling.
+        memory: An array that is there as long as the memory is the same.
+    """
+
+    versions: Arrays
+    waiting: dict
+    handles: Any
+    memory: mx.array
 
 
 def _by_token(x: mx.array, pool: PagePool) -> mx.array:

@@ -1,18 +1,17 @@
-"""The forward passes of a model, one after the other, whichever threads they run in.
+"""The forward passes of a model, whichever threads they run in; nobody waits for another.
 
-All passes of a model are links of one chain of versions. MLX computes what is pending only in
-the thread that built it, so a pass belongs to the thread that began it until what it has built
-is being computed, and the next thread waits for that. Where there are several threads nobody need
-ask: a pass that has reached every layer has its pages computed at once, whatever becomes of its
-logits. A pass that stops before, because something raised, is over when its sequences are gone,
-when its thread begins another or has ended, and at once if it was the pages that raised. A pass
-that one group of layers cannot begin is taken back in those that have.
+MLX computes what is pending only in the thread that built it. So each thread builds a branch of
+the pool's versions, from those that were being computed when its pass began, and the passes of two
+threads write to different pages of the same memory. A pass that has reached every layer has its
+branch computed, whatever becomes of its logits, behind the branches that were complete before;
+that is what the next pass builds on. One that something raised in is never joined to the others,
+and keeps nobody out. A pass that one group of layers cannot begin is taken back in those that have.
 """
 
-import contextlib
 import threading
 import weakref
 from collections import deque
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -20,33 +19,48 @@ import numpy as np
 from paged_mlx._native import _ext
 from paged_mlx.errors import fail
 
-LOOK = 0.001  # seconds between two looks for what MLX tells nobody: that an array is computed
-
 
 class Pass:
     """One forward pass: what it has reached so far.
 
     Attributes:
+        thread: The thread that began it.
         steps: Its step in each group that has begun it.
         num_served: Layers that have brought their K and V.
         is_complete: Whether all of it is being computed.
     """
 
     def __init__(self):
+        self.thread = threading.current_thread()
         self.steps: dict = {}
         self.num_served = 0
         self.is_complete = False
 
 
+@dataclass(eq=False, slots=True)
+class Branch:
+    """What a thread has built that is not joined to what others have built.
+
+    Attributes:
+        newest: Its newest pass.
+        base: What it has begun from: versions by pool.
+        parts: By pool, what that has of the branch; empty for the thread that builds now.
+    """
+
+    newest: Pass | None = None
+    base: dict = field(default_factory=dict)
+    parts: dict = field(default_factory=dict)
+
+
 class Passes:
-    """Which thread may build on the pages, and what the newest pass has reached.
+    """The newest pass, and the versions that the next one builds on.
 
     Attributes:
         groups: The groups of layers by window.
         model: A weak reference to the model, called for it.
-        lock: Held while pages change hands.
+        lock: Held while pages change hands, and while a layer builds on them.
         sequences: Those that are alive.
-        retired: Page tables and histories of sequences that are gone.
+        retired: Page tables, histories and last steps of sequences that are gone.
         on_retired: Told of each before its pages go back.
         max_bytes: Of all pages; None: no limit.
         stores: Prompt stores that hold caches of the model.
@@ -65,104 +79,93 @@ class Passes:
         self.stores: weakref.WeakSet = weakref.WeakSet()
         self.starved: weakref.WeakSet = weakref.WeakSet()
         self.aside: weakref.WeakSet = weakref.WeakSet()
-        self.is_shared = False  # other ranks compute the same passes, and must do so alike
         self.computes = True  # explain builds passes that are never computed
-        self._turns = threading.Condition(self.lock)
-        self._queue: deque = deque()  # threads that wait for their turn
-        self._owner = None  # the thread that has built last
-        self._newest: Pass | None = None
-        self._base: dict = {}  # the newest versions before it
-        self._given_up: list = []  # (thread, what was retired of a pass that it gave up)
         self.num_layers = 0  # that bring K and V in a pass, as far as is known
+        self._turn = Turn(self)
+        self._thread: threading.Thread | None = None  # that builds now
+        self._branch = Branch()  # its own
+        self._branches: dict = {}  # of the other threads that have built
+        self._computed: dict = {}  # versions by pool that a pass can begin from
 
-    # Turns
+    # Threads
 
-    @contextlib.contextmanager
-    def turn(self):
-        """Hold the lock in this thread's turn, in which it may build on the pages."""
-        with self.lock:
-            thread = threading.current_thread()
-            if self._owner is not thread or self._queue:
-                self._take_turn(thread)
-            yield
+    def turn(self) -> "Turn":
+        """Hold the lock, with this thread's branch in the pools; a context manager."""
+        return self._turn
+
+    def take_turn(self) -> None:
+        """The same for this thread, which holds the lock."""
+        if self._thread is not threading.current_thread():
+            self._change_thread()
+
+    def _change_thread(self) -> None:
+        pools = self._pools()
+        if self._thread is not None:
+            self._branch.parts = {pool: pool.leave() for pool in pools}
+            self._branches[self._thread] = self._branch
+        self._thread = threading.current_thread()
+        branch = self._branch = self._branches.pop(self._thread, None) or Branch()
+        for thread in [thread for thread in self._branches if not thread.is_alive()]:
+            del self._branches[thread]
+        newest, parts, branch.parts = branch.newest, branch.parts, {}
+        goes_on = newest is not None and not newest.is_complete
+        steps = {} if newest is None else newest.steps
+        is_moved = any(pool not in parts or not pool.holds(parts[pool]) for pool in pools)
+        for pool in pools:
+            if goes_on and not is_moved:
+                pool.enter(parts[pool])
+            else:
+                pool.begin(self._computed.get(pool), parts.get(pool))
+        if not goes_on or is_moved:
+            branch.base = self._computed
+        for window, group in self.groups.items():
+            group.newest = steps.get(window)
+            if goes_on and is_moved and window in steps:
+                group.bring(steps[window], parts)
+
+    def goes_on(self, step) -> None:
+        """A pass of this thread that another of its passes has overtaken is the newest again."""
+        self._branch.newest = step.of_pass
 
     def end(self) -> None:
-        """The newest pass, of this thread, has come to its end: have what it built computed."""
-        with self.lock:
-            if self._owner is threading.current_thread():
-                self._compute()
-                if self._newest is not None:
-                    self._newest.is_complete = True
-                self._turns.notify_all()
+        """The newest pass has come to its end: have what it built computed."""
+        newest = self._branch.newest
+        if newest is not None:
+            newest.is_complete = True
+        self.keep()
+
+    def keep(self) -> None:
+        """Have what this thread has built computed; whoever is next begins from there."""
+        self.join()
+        pools = self._pools()
+        for pool in pools:
+            pool.write_waiting()
+        if self.computes:
+            mx.async_eval([pool.versions() for pool in pools])
+        self._computed = self._branch.base = {pool: pool.versions() for pool in pools}
+
+    def join(self) -> None:
+        """Come after what other threads have completed since this one's branch began."""
+        if self._branch.base is not self._computed:
+            for pool, versions in self._computed.items():
+                pool.come_after(versions)
+            self._branch.base = self._computed
 
     def wait(self) -> None:
-        """Wait until all that this thread has built is computed; what others have built is theirs."""
+        """Wait until what this thread has built is computed; what others have built is theirs."""
         with self.lock:
-            if self._owner is threading.current_thread() and self.computes:
-                self._compute()
-                mx.eval(self._built())
+            if self._thread is threading.current_thread() and self.computes:
+                self._settle()
+                mx.eval([pool.versions() for pool in self._pools()])
 
-    def _take_turn(self, thread) -> None:
-        if self._owner is thread and not self._is_over(thread):
-            return  # in the middle of a pass
-        self._queue.append(thread)
-        try:
-            while self._queue[0] is not thread or not self._is_over(thread):
-                self._turns.wait(LOOK)
-        finally:
-            self._queue.remove(thread)
-            self._turns.notify_all()
-        if self._owner is not thread:
-            mx.eval(self._built())
-            for pool in self._pools():
-                pool.forget_handles()
-            self._owner, self._newest = thread, None
-
-    def _is_over(self, thread) -> bool:
-        """Whether the newest pass is, so that ``thread`` may begin another."""
-        newest, owner = self._newest, self._owner
-        is_built = newest is None or newest.is_complete
-        if owner is None or owner is thread and is_built:
-            return True
-        reached = is_built or all(step.served for step in newest.steps.values())
-        if reached and not any(map(_ext.is_pending, self._built())):
-            return owner is thread or not self._has_handles()
-        if owner is thread:
-            return False
-        if not owner.is_alive() or newest is not None and self._sequences_are_gone(newest):
-            self._give_up(owner)
-            return True
-        return False
-
-    def _has_handles(self) -> bool:
-        return any(pool.has_handles for pool in self._pools())
-
-    def _sequences_are_gone(self, newest: Pass) -> bool:
-        names = {name for step in newest.steps.values() for name in step.names}
-        return not any(sequence.name in names for sequence in list(self.sequences))
-
-    def _give_up(self, owner) -> None:
-        """Go on from before a pass that nobody computes.
-
-        Its thread may yet: so what it writes to stays its own until that thread goes on or ends.
-        """
-        for pool in self._pools():
-            pool.go_back(self._base.get(id(pool)))
-        while self.retired:
-            self._given_up.append((owner, self.retired.popleft()))
-        for group in self.groups.values():
-            group.newest = None
-        self._newest = None
-
-    def _compute(self) -> None:
-        """Have all that is built computed, in this thread, which has built it."""
+    def _settle(self) -> None:
+        """Come after all reads and writes that have been built, and have them computed."""
         for pool in self._pools():
             pool.settle()
-        if self.computes:
-            mx.async_eval(self._built())
-
-    def _built(self) -> list[mx.array]:
-        return [array for pool in self._pools() for array in pool.built]
+        if any(
+            _ext.is_pending(x) for pool in self._pools() for pair in pool.versions() for x in pair
+        ):
+            self.keep()
 
     def _pools(self) -> list:
         return [pool for group in self.groups.values() for pool in group.pools]
@@ -171,22 +174,11 @@ class Passes:
 
     def begins(self, window: int | None) -> None:
         """A group is about to begin: if that is a new pass, have what it builds on computed."""
-        newest, thread = self._newest, threading.current_thread()
-        if newest is not None and window not in newest.steps and not newest.is_complete:
-            return
-        for pool in self._pools():
-            pool.settle()
-        self._note_base()
-        mine = [each for each in self._given_up if each[0] is thread or not each[0].is_alive()]
-        for each in mine:
-            self._given_up.remove(each)
-            self.retired.append(each[1])
-        self.reclaim()
-
-    def _note_base(self) -> None:
-        if any(map(_ext.is_pending, self._built())):
-            self._compute()
-        self._base = {id(pool): pool.versions() for pool in self._pools()}
+        newest = self._branch.newest
+        self.join()
+        if newest is None or window in newest.steps or newest.is_complete:
+            self._settle()
+            self.reclaim()
 
     def begun(self, group, step) -> None:
         """Note that a group has begun a pass; its first write comes next.
@@ -194,9 +186,9 @@ class Passes:
         Raises:
             ValueError: Other groups hold another number of tokens; nothing has changed.
         """
-        newest = self._newest
+        newest = self._branch.newest
         if newest is None or newest.is_complete or group.window in newest.steps:
-            newest = self._newest = Pass()
+            newest = self._branch.newest = Pass()
         step.of_pass = newest
         others = list(newest.steps.values())
         newest.steps[group.window] = step
@@ -210,10 +202,6 @@ class Passes:
                 )
                 fail("update_and_fetch", must, found)
 
-    def goes_on(self, step) -> None:
-        """A pass that another thread has overtaken is the newest again."""
-        self._newest = step.of_pass
-
     def served(self, step) -> None:
         """Count a layer of a pass that has brought its K and V."""
         of_pass = step.of_pass
@@ -223,30 +211,24 @@ class Passes:
 
     def attended(self, step, queries: mx.array) -> None:
         """A layer has attended, or will from a gather: if it was the last, the pass is built."""
-        if step.of_pass.num_served >= self.num_layers and (
-            self.is_shared or threading.active_count() > 1
-        ):
-            if not _ext.is_tracer(queries):
-                self.end()
-
-    def grown(self) -> None:
-        """Pools have other arrays now: no pass is taken back to before."""
-        self._note_base()
+        if step.of_pass.num_served >= self.num_layers and not _ext.is_tracer(queries):
+            self.end()
 
     def take_back(self, group) -> None:
         """Undo, in the other groups, the pass that ``group`` could not begin."""
-        if self._newest is not None and group.window not in self._newest.steps:
+        if self._branch.newest is not None and group.window not in self._branch.newest.steps:
             self._take_back_all()
 
     def _take_back_all(self) -> None:
-        newest = self._newest
+        newest = self._branch.newest
         assert newest is not None
         for window in newest.steps:
             self.groups[window].undo_newest()
         if newest.num_served:
-            self._compute()
-        self._newest = None
-        self._turns.notify_all()
+            self.keep()
+        self._branch.newest = None
+
+    # Pages
 
     @property
     def nbytes(self) -> int:
@@ -268,9 +250,35 @@ class Passes:
     def reclaim(self) -> None:
         """Free the pages of sequences that are gone."""
         with self.lock:
-            while self.retired:
-                tables, history = self.retired.popleft()
+            for _ in range(len(self.retired)):
+                gone = tables, history, last_steps = self.retired.popleft()
+                if any(map(self._is_anothers, last_steps.values())):
+                    self.retired.append(gone)
+                    continue
                 if self.on_retired is not None:
                     self.on_retired(tables, history)
                 for table in tables.values():
                     table.release()
+
+    def _is_anothers(self, step) -> bool:
+        """Whether another thread may yet compute what reads or writes a step's pages."""
+        branch = self._branches.get(step.of_pass.thread)
+        if branch is None or not step.of_pass.thread.is_alive():
+            return False
+        parts = branch.parts.values()
+        return not step.of_pass.is_complete or any(part.handles.read_pages() for part in parts)
+
+
+class Turn:
+    """A thread's turn to build on the pages."""
+
+    def __init__(self, passes: Passes):
+        self._passes = weakref.ref(passes)
+        self._lock = passes.lock
+
+    def __enter__(self):
+        self._lock.acquire()
+        self._passes().take_turn()
+
+    def __exit__(self, *error):
+        self._lock.release()

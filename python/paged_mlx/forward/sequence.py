@@ -120,7 +120,7 @@ class Sequence:
         passes = next(iter(groups.values())).passes
         self._lock = passes.lock
         passes.sequences.add(self)
-        gone = (self.tables, self.history)
+        gone = (self.tables, self.history, self.last_step)
         weakref.finalize(self, passes.retired.append, gone).atexit = False
 
     def fork(self) -> "Sequence":

@@ -8,6 +8,7 @@ import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
 from paged_mlx.attention_plan import runs_kernels
+from paged_mlx.pages.block_table import BlockTable
 
 
 class Step:
@@ -30,15 +31,19 @@ class Step:
             those pages back.
         num_columns: Columns that it returns.
         route: What the attention hook has decided for the layers so far.
-        plans: Attention plans by what they are for.
+        plans: Attention plans by what they are for; the next step of the same sequences advances
+            them.
+        packer: Packs the tables of these sequences, step by step.
         of_pass: The pass of the model that it is one group's part of.
     """
 
-    def __init__(self, cache, num_tokens, counts, slots, packed, num_freed, longest, before):
+    def __init__(self, cache, num_tokens, counts, slots, tables, num_freed, longest, before):
         group = cache.group
         self.names, self.starts, self.batched = cache.names, cache.lens, cache.batched
         self.num_tokens = num_tokens
         self.padded = counts is not None and bool((counts != num_tokens).any())
+        self.packer = BlockTable() if before is None else before.packer
+        self._packed = packed = self.packer.update(tables)
         self.ends = packed.context_lens
         self.served: set[int] = set()
         self.first_column = num_freed * group.page_size
@@ -46,9 +51,9 @@ class Step:
         self.route = self.of_pass = None
         self.plans = {}
         self._window, self._page_size = group.window, group.page_size
-        self._packed, self._num_freed = packed, num_freed
+        self._num_freed = num_freed
         self._counts = counts if self.padded else None
-        self._before = before
+        self._before = {} if before is None else before.plans
         self.slots = self._padded(slots, -1) if self.padded else slots
         self.slot_array = mx.array(self.slots)
         self.tables_before = self._tables(written=False)
@@ -65,6 +70,12 @@ class Step:
             and self.names == names
             and (self.starts is starts or np.array_equal(self.starts, starts))
         )
+
+    def undo(self) -> None:
+        """Have added nothing, also in the caches that have taken part; nobody joins any more."""
+        self.ends[:] = self.starts
+        self.names, self.plans = (), {}
+        self.served.clear()
 
     def _padded(self, values: np.ndarray, filler: int) -> np.ndarray:
         """A value for each token that is not padding, as ``[batch * num_tokens]``."""

@@ -61,24 +61,28 @@ class PagedKVCache(stock._BaseCache):
         batch, _, num_tokens, _ = keys.shape
         if batch != len(self.rows):
             self._check_batch(batch)
-        group, layer = self.group, self.layer
-        step = group.newest
-        if step is None or not step.joins(layer, self.names, self.lens, num_tokens):
-            step = self._step(num_tokens)
-        handles = group.fetch(layer, step, keys, values)
-        step.served.add(layer)
-        group.passes.served(step)
-        if layer not in group.attended:
-            group.passes.attended(step, keys)
+        group, layer, passes = self.group, self.layer, self.group.passes
+        with passes.turn():
+            step = group.newest
+            if step is None or not step.joins(layer, self.names, self.lens, num_tokens):
+                step = self._step(num_tokens)
+            handles = group.fetch(layer, step, keys, values)
+            step.served.add(layer)
+            passes.served(step)
+            if layer not in group.attended:
+                if layer in group.written:  # it attends by itself
+                    passes.attended(step, keys)
+                group.written.add(layer)
         self.step, self.lens, self.stored = step, step.ends, False
         self._advanced(num_tokens)
         return handles
 
     def count(self, num_tokens: int) -> None:
         """Take part in a pass as a layer that has no K and V."""
-        step = self._step(num_tokens)
-        step.served.add(self.layer)
-        self.group.passes.served(step)
+        with self.group.passes.turn():
+            step = self._step(num_tokens)
+            step.served.add(self.layer)
+            self.group.passes.served(step)
         self.step, self.lens, self.stored = step, step.ends, False
         self._advanced(num_tokens)
 

@@ -148,7 +148,6 @@ class PagedModel:
             for window, num_layers in self.layout.num_layers.items()
         }
         self.passes = Passes(self.groups, self.model)
-        self.passes.is_shared = self.ranks.size > 1
         for group in self.groups.values():
             group.passes = self.passes
             group.grows_past_memory = not self.is_limited or self.ranks.size > 1
@@ -430,12 +429,13 @@ class PagedModel:
         the pools. Returns the bytes given back."""
         before = self.nbytes
         with self.passes.turn():
+            self.passes.join()
             self.passes.reclaim()
             for cache in self.prefixes.caches.values() if self.prefixes is not None else ():
                 cache.evict(cache.num_evictable)
             for group in self.groups.values():
                 group.allocator.shrink()
-            self.passes.grown()
+            self.passes.keep()
         mx.clear_cache()
         return before - self.nbytes
 

@@ -48,10 +48,10 @@ def from_stock(paged, prompt_cache: list) -> list:
         _check_fits(cache, plain)
     _check_same_length([plain for _, plain in pairs])
     _skip_what_is_not_there(pairs)
-    for cache, plain in pairs:
-        _fill(cache, plain)
-    # Here and now: the thread that goes on may be another, which cannot compute it.
-    mx.eval([cache.state for cache, _ in pairs])
+    with paged.passes.turn():
+        for cache, plain in pairs:
+            _fill(cache, plain)
+        paged.passes.end()
     return _with_the_rest(paged.layout.places, ours, prompt_cache)
 
 

@@ -136,7 +136,5 @@ class Call:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if error is not None:
-            self._prompts.paged.passes.end()  # other threads need not wait for this one
-        elif self.rows:
+        if error is None and self.rows:
             self._prompts.note(self)
