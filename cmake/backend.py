@@ -12,6 +12,7 @@ import os
 import sys
 import sysconfig
 
+import compiler
 import mlx_releases
 from scikit_build_core import build as _scikit
 from scikit_build_core.build import (  # noqa: F401  the rest of the interface
@@ -44,8 +45,13 @@ def get_requires_for_build_editable(config_settings=None) -> list[str]:
 
 
 def _requirements() -> list[str]:
-    if asked := os.environ.get("PAGED_MLX_FOR"):
-        return [] if asked == "none" else ["pip"]
+    asked = os.environ.get("PAGED_MLX_FOR")
+    if asked == "none":
+        return []
+    if lacks := compiler.missing():
+        raise SystemExit(f"{lacks} Or install without a native module: PAGED_MLX_FOR=none.")
+    if asked:
+        return ["pip"]
     found = mlx_releases.installed([sysconfig.get_path(name) for name in ("purelib", "platlib")])
     version = found if found and mlx_releases.in_range(found) else mlx_releases.newest()
     if found != version:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections import deque
 
+import compiler
 import mlx_releases
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -31,12 +31,8 @@ def check() -> None:
             f"paged_mlx needs Python 3.10 or newer; {sys.executable} is {found}. "
             "Name another one: make PYTHON=python3.12"
         )
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if shutil.which(compiler[0]) is None:
-        advice = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
-        sys.exit(
-            f"paged_mlx needs a C++20 compiler, and there is no {compiler[0]}: {advice}, or set CXX."
-        )
+    if lacks := compiler.missing():
+        sys.exit(lacks)
 
 
 def packages(extra: str) -> None:

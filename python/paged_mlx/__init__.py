@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+from paged_mlx._native import backend  # noqa: E402, I001  says first what MLX lacks
 from paged_mlx import fast  # noqa: E402
-from paged_mlx._native import backend  # noqa: E402
 from paged_mlx.attention import paged_attention  # noqa: E402
 from paged_mlx.attention_plan import AttentionPlan  # noqa: E402
 from paged_mlx.errors import OutOfPages, PageError  # noqa: E402

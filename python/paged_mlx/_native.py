@@ -7,12 +7,20 @@ loaded.
 """
 
 import platform
+import sys
 import warnings
+from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx  # loads libmlx and registers mx.array first
+try:
+    import mlx.core as mx  # loads libmlx and registers mx.array first
+except ImportError as error:
+    raise ImportError(
+        "paged_mlx needs MLX and a library for it to run on: pip install "
+        + ("mlx" if sys.platform == "darwin" else '"mlx[cpu]" (or "mlx[cuda]")')
+    ) from error
 
 import paged_mlx
 from paged_mlx.machine.cache import cache_directory
@@ -72,10 +80,32 @@ def _import():
     here = [folder for folder in folders(mlx_version()) if holds_module(folder)]
     if not here:
         raise ImportError("there is none")
-    paged_mlx.__path__.extend(str(folder) for folder in here)
+    for folder in here:  # the next where one cannot be loaded
+        paged_mlx.__path__.append(str(folder))
+        try:
+            return _loaded()
+        except ImportError:
+            paged_mlx.__path__.remove(str(folder))
+            if folder == here[-1]:
+                raise
+
+
+def _loaded():
     from paged_mlx import _ext  # type: ignore[attr-defined]
 
+    if (library := release(_ext.mlx_version)) != release(mlx_version()):
+        places = ", ".join(f"{version} in {place}" for version, place in on_path())
+        raise ImportError(
+            f"mlx.core is of mlx {mlx_version()}, the library that was loaded of mlx {library}; on "
+            f"the path are {places}: leave one of them"
+        )
     return _ext
+
+
+def on_path() -> list[tuple[str, str]]:
+    """Version and folder of every mlx on this process's path; the first is imported."""
+    found = metadata.distributions(name="mlx")
+    return list(dict.fromkeys((mlx.version, str(mlx.locate_file(""))) for mlx in found))
 
 
 def _fallback(error: ImportError):

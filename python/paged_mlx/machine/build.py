@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import paged_mlx
+from paged_mlx.machine.cache import scratch_folder
 
 
 class CannotBuild(Exception):
@@ -50,44 +50,50 @@ def build(force: bool = False) -> str:
     version = _native.release(_native.mlx_version())
     name = _native.folder_name(version)
     target = _native.user_cache() / name
-    if not force:
-        for folder in _native.folders(version):
-            if _native.holds_module(folder):
-                return f"There is a native module for mlx {version} already: {folder}"
+    if _native.BUILT and not force:
+        folder = Path(_native._ext.__file__).parent
+        return f"There is a native module for mlx {version} already: {folder}"
     source = sources()
-    cmake = _tool("cmake", "pip install cmake")
-    ninja = _tool("ninja", "pip install ninja")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if shutil.which(compiler[0]) is None:
-        advice = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
-        raise CannotBuild(f"There is no C++ compiler, {compiler[0]}: {advice}, or set CXX.")
+    if lacks := _script(source, "compiler").missing():
+        raise CannotBuild(lacks)
+    cmake, ninja = _tool("cmake"), _tool("ninja")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+        with scratch_folder(target.parent, ".building-") as scratch:
+            made = _compile(version, source, scratch, cmake, ninja)
+            target.mkdir(exist_ok=True)
+            for file in (made / name).iterdir():  # one, named after the Python that it is for
+                os.replace(file, target / file.name)
     except OSError as error:
-        raise CannotBuild(
-            f"{target.parent} must be a folder that can be written: {error}"
-        ) from error
-    try:
-        _run(
-            [
-                cmake, "-G", "Ninja", "-S", source, "-B", scratch, f"-DCMAKE_MAKE_PROGRAM={ninja}",
-                f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release",
-                "-DPAGED_MLX_STUB=OFF", f"-DPAGED_MLX_FOR={version}",
-                f"-DPAGED_MLX_CORE={core() or ''}", f"-DPAGED_MLX_RPATH={_rpath()}",
-            ]
-        )  # fmt: skip
-        _run([cmake, "--build", scratch])
-        made = scratch / "native" / name
-        if not core():  # the module looks for it beside its own folder
-            for library in (scratch / "native").glob("libpaged_mlx_core.*"):
-                os.replace(library, target.parent / library.name)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(made, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        must = f"{target.parent} must be a folder that can be written"
+        raise CannotBuild(f"{must} (XDG_CACHE_HOME names another): {error}") from error
     return f"The native module for mlx {version} is built: {target}"
+
+
+def _compile(version: str, source: Path, scratch: Path, cmake: str, ninja: str) -> Path:
+    """Compile in a scratch folder; return the folder of what was made."""
+    try:  # what CMake will ask for: headers may have to be downloaded
+        _script(source, "mlx_releases").roots(version, scratch / "releases")
+    except SystemExit as error:
+        raise CannotBuild(str(error)) from error
+    _run(
+        [
+            cmake, "-G", "Ninja", "-S", source, "-B", scratch, f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release",
+            "-DPAGED_MLX_STUB=OFF", f"-DPAGED_MLX_FOR={version}",
+            "-DPAGED_MLX_CORE_KIND=OBJECT", f"-DPAGED_MLX_RPATH={_mlx_library()}",
+        ]
+    )  # fmt: skip
+    _run([cmake, "--build", scratch])
+    return scratch / "native"
+
+
+def _script(source: Path, name: str):
+    """A script of the build, as a module."""
+    spec = spec_from_file_location(f"_paged_mlx_{name}", source / "cmake" / f"{name}.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def sources() -> Path:
@@ -103,28 +109,17 @@ def sources() -> Path:
     raise CannotBuild("This installation of paged_mlx has no sources: install it anew with pip.")
 
 
-def core() -> Path | None:
-    """The library that all native modules of this installation share, if it has one."""
-    for entry in map(Path, paged_mlx.__path__):
-        for library in (entry / "native").glob("libpaged_mlx_core.*"):
-            return library
-    return None
-
-
-def _rpath() -> str:
+def _mlx_library() -> Path:
     import mlx.core as mx
 
-    folders = [Path(mx.__file__).parent / "lib"]
-    if library := core():
-        folders.append(library.parent)
-    return ";".join(map(str, folders))
+    return Path(mx.__file__).parent / "lib"
 
 
-def _tool(name: str, advice: str) -> str:
+def _tool(name: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which(name, path=path)
     if found is None:
-        raise CannotBuild(f"A build needs {name}: {advice}.")
+        raise CannotBuild(f"A build needs {name}: pip install {name}.")
     return found
 
 

@@ -1,14 +1,23 @@
-"""Files in the user's cache that hold for one machine and version, as JSON."""
+"""The user's cache: files that hold for one machine and version, folders in which more is made."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_LOCK = ".lock"
+_UNLOCKED = 60.0  # seconds at the most between making a folder and locking it
 
 
 def cache_directory(name: str) -> Path:
@@ -18,6 +27,40 @@ def cache_directory(name: str) -> Path:
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "paged_mlx" / name
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder in which something is made before it is renamed into ``parent``; gone in the end.
+
+    Folders that killed processes have left there go first: whoever lives holds the lock of its own.
+
+    Raises:
+        OSError: ``parent`` cannot be written.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent, prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with open(folder / _LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove the scratch folders that killed processes have left in ``parent``."""
+    for folder in parent.glob(prefix + "*"):
+        try:
+            with open(folder / _LOCK) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:  # it has just been made, or its maker was killed there
+            if time.time() - folder.stat().st_mtime < _UNLOCKED:
+                continue
+        except OSError:  # somebody works there
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def machine_file(directory: Path, identity: str) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from paged_mlx._native import BUILT, _ext, backend
+from paged_mlx._native import BUILT, _ext, backend, on_path
 from paged_mlx.machine.cache import write_whole
 from paged_mlx.machine.cold_start import MODELS, first_token
 from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
@@ -144,6 +144,9 @@ def environment() -> dict[str, str]:
         "cpu": f"{platform.machine()}, {_ext.num_threads()} threads, {_ext.isa()}",
         "gpu": "none that MLX can use",
     }
+    if len(places := on_path()) > 1:
+        others = ", ".join(f"{version} in {place}" for version, place in places)
+        about["mlx"] += f"; more than one is on the path, leave one of them: {others}"
     if mx.metal.is_available():
         gpu = mx.device_info()
         memory = int(gpu.get("memory_size", 0)) / 2**30
