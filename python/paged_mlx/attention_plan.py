@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx._native import BUILT, _ext
+from paged_mlx._native import _ext
 from paged_mlx.errors import fail, kind_of, whole_number
+from paged_mlx.formats.backend import module_for
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
 from paged_mlx.machine import thresholds
 from paged_mlx.options import Geometry
@@ -57,6 +58,7 @@ class PlanOptions(NamedTuple):
         fixed_partition: Cut at multiples of this many tokens, and share nothing.
         workers: Items that can run at once; None: those of the device.
         kernels: Metal kernels run it, on the GPU or on the host.
+        num_sealed_pages: Ids from here on are of open pages; -1: there are none.
     """
 
     num_pages: int = -1
@@ -66,6 +68,7 @@ class PlanOptions(NamedTuple):
     fixed_partition: int | None = None
     workers: int | None = None
     kernels: bool = False
+    num_sealed_pages: int = -1
 
     def check(self, op: str) -> None:
         """Refuse options that mean nothing.
@@ -157,7 +160,7 @@ class AttentionPlan:
 
         Pages of an item over open pages are their numbers in the arrays of open pages.
         """
-        if not BUILT:
+        if hasattr(self._native, "items"):  # of MLX's own operations
             return self._native.items()
         h, words = self._header, self._words
         kinds = np.repeat(KINDS, h["num_items"])
@@ -308,7 +311,11 @@ def make_plan(
             )
             if following is not None:
                 return following
-    native = _ext.NativePlan(
+    module, formats = _ext, {}
+    if geometry.formats != (None, None):
+        module = module_for(geometry.formats)
+        formats = {"formats": geometry.formats, "num_sealed_pages": options.num_sealed_pages}
+    native = module.NativePlan(
         op=op,
         block_tables=tables.block_tables,
         context_lens=tables.context_lens,
@@ -328,6 +335,7 @@ def make_plan(
         fixed_partition=options.fixed_partition or 0,
         workers=options.workers or 0,
         kernels=options.kernels,
+        **formats,
     )
     return AttentionPlan(native, geometry, options)
 

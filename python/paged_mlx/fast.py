@@ -1,6 +1,7 @@
 """The raw operations, after ``mx.fast``: arrays in, arrays out, nothing remembered.
 
-Pages are ``[num_pages, num_kv_heads, page_size, head_dim]``, K and V apart.
+Pages are ``[num_pages, num_kv_heads, page_size, head_dim]``, K and V apart; a quantised side is
+``(codes, scales, biases)``.
 Tables and lengths are host data: lists, numpy arrays, or mx.arrays; a lazy
 mx.array is evaluated.
 """
@@ -15,6 +16,8 @@ import mlx.core as mx
 from paged_mlx import operations
 from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
 from paged_mlx.errors import fail
+from paged_mlx.formats.page_format import PageFormats
+from paged_mlx.formats.raw_pages import Pages, head_dim_of, layer_of, sides
 from paged_mlx.host_arrays import (
     Ints,
     gather_inputs,
@@ -58,6 +61,8 @@ def plan(
     dtype: mx.Dtype = mx.float16,
     head_dim: int = 128,
     v_head_dim: int | None = None,
+    k_format: str | None = None,
+    v_format: str | None = None,
     share_prefixes: bool = True,
     fixed_partition: int | None = None,
     workers: int | None = None,
@@ -79,6 +84,7 @@ def plan(
             position of each page's first token and the number of its tokens.
         num_pages: Pages of the pool, so that ids outside it are found here.
         dtype, head_dim, v_head_dim: Type and sizes of the pages, for the cost model.
+        k_format, v_format: Formats of the pages; see ``paged_attention``.
         share_prefixes: Let sequences that begin with the same pages read them once.
         fixed_partition: Cut at multiples of this many tokens and share nothing, so
             that a sequence's result has the same bits whatever the batch holds.
@@ -98,7 +104,8 @@ def plan(
     """
     tables = _packed("plan", block_tables, context_lens, cu_seqlens_q, page_starts, page_lens)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    geometry = Geometry(num_q_heads, num_kv_heads, page_size, head_dim, v_head_dim, dtype)
+    formats = PageFormats(k_format, v_format)
+    geometry = Geometry(num_q_heads, num_kv_heads, page_size, head_dim, v_head_dim, dtype, formats)
     pages = -1 if num_pages is None else num_pages
     kernels = runs_kernels(stream)
     options = PlanOptions(
@@ -112,8 +119,8 @@ def plan(
 @overload
 def paged_attention(
     q: mx.array,
-    k_pages: mx.array,
-    v_pages: mx.array,
+    k_pages: Pages,
+    v_pages: Pages,
     block_tables: Ints | None = ...,
     context_lens: Ints | None = ...,
     *,
@@ -127,6 +134,8 @@ def paged_attention(
     mask: mx.array | None = ...,
     page_starts: Ints | None = ...,
     page_lens: Ints | None = ...,
+    k_format: str | None = ...,
+    v_format: str | None = ...,
     return_lse: Literal[False] = ...,
     plan: AttentionPlan | mx.array | None = ...,
     stream: mx.Stream | mx.Device | None = ...,
@@ -136,8 +145,8 @@ def paged_attention(
 @overload
 def paged_attention(
     q: mx.array,
-    k_pages: mx.array,
-    v_pages: mx.array,
+    k_pages: Pages,
+    v_pages: Pages,
     block_tables: Ints | None = ...,
     context_lens: Ints | None = ...,
     *,
@@ -151,6 +160,8 @@ def paged_attention(
     mask: mx.array | None = ...,
     page_starts: Ints | None = ...,
     page_lens: Ints | None = ...,
+    k_format: str | None = ...,
+    v_format: str | None = ...,
     return_lse: Literal[True],
     plan: AttentionPlan | mx.array | None = ...,
     stream: mx.Stream | mx.Device | None = ...,
@@ -159,8 +170,8 @@ def paged_attention(
 
 def paged_attention(
     q: mx.array,
-    k_pages: mx.array,
-    v_pages: mx.array,
+    k_pages: Pages,
+    v_pages: Pages,
     block_tables: Ints | None = None,
     context_lens: Ints | None = None,
     *,
@@ -174,6 +185,8 @@ def paged_attention(
     mask: mx.array | None = None,
     page_starts: Ints | None = None,
     page_lens: Ints | None = None,
+    k_format: str | None = None,
+    v_format: str | None = None,
     return_lse: bool = False,
     plan: AttentionPlan | mx.array | None = None,
     stream: mx.Stream | mx.Device | None = None,
@@ -190,6 +203,8 @@ def paged_attention(
             of 8 up to 256, or 512.
         k_pages: ``[num_pages, num_kv_heads, page_size, head_dim]``, q's dtype.
         v_pages: ``[num_pages, num_kv_heads, page_size, v_head_dim]``, q's dtype.
+            A quantised side is ``(codes, scales, biases)``, as ``mx.quantize`` gives of such
+            pages.
         block_tables: ``int32 [batch, max_pages]``, padded with ``NO_PAGE``.
         context_lens: ``int32 [batch]``, tokens visible to a sequence's last query
             token, this step's included; 0 for an empty sequence.
@@ -204,6 +219,9 @@ def paged_attention(
         mask: ``[tokens, keys]`` or ``[num_q_heads or 1, tokens, keys]``; column j is
             key position j. bool (True: visible) or additive.
         page_starts, page_lens: ``int32 [batch, max_pages]`` for ragged tables.
+        k_format: None, or ``"q8"``: codes of 8 bits, in groups of 64 channels, or of 32 where
+            head_dim is no multiple of 64.
+        v_format: The same, or ``"q4"``: 4 bits of V that ``write_pages`` has rotated.
         return_lse: Also return the log-sum-exp of the scores, natural log, float32
             ``[tokens, num_q_heads]``, the sink included.
         plan: From ``plan``, or its ``array``; then no table or length is read,
@@ -224,17 +242,18 @@ def paged_attention(
     """
     op = "paged_attention"
     options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
+    pages, formats = layer_of(op, k_pages, v_pages, k_format, v_format)
     if plan is None:
         if block_tables is None or context_lens is None:
             fail(op, "block_tables and context_lens must be given, or a plan", "neither")
         tables = _packed(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens)
-        plan = _own_plan(q, k_pages, v_pages, tables, causal, sliding_window, stream)
+        plan = _own_plan(q, pages, formats, tables, causal, sliding_window, stream)
     elif isinstance(plan, AttentionPlan):
         plan.check_agrees(op, causal, sliding_window)
     made = plan if isinstance(plan, AttentionPlan) else None
     words = plan if made is None else made.array
-    out, lse, _, _ = operations.paged_attention(
-        q, [k_pages, v_pages], words, *options, stream=stream, plan=made
+    out, lse, *_ = operations.paged_attention(
+        q, pages, words, *options, stream=stream, plan=made, **formats.told
     )
     return (out, lse) if return_lse else out
 
@@ -242,12 +261,14 @@ def paged_attention(
 def write_pages(
     k: mx.array,
     v: mx.array,
-    k_pages: mx.array,
-    v_pages: mx.array,
+    k_pages: Pages,
+    v_pages: Pages,
     slot_mapping: Ints,
     *,
+    k_format: str | None = None,
+    v_format: str | None = None,
     stream: mx.Stream | mx.Device | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> tuple[Pages, Pages]:
     """Write new tokens' K and V into their slots.
 
     In place when nobody else holds the pages, else into a copy, as every MLX
@@ -260,6 +281,8 @@ def write_pages(
         v_pages: ``[num_pages, num_kv_heads, page_size, v_head_dim]``.
         slot_mapping: ``int32 [tokens]``, ``page_id * page_size + offset_in_page``;
             -1 skips the token. No slot twice.
+        k_format, v_format: As in ``paged_attention``; the tokens are quantised as they are
+            written, and V is rotated first for ``"q4"``.
 
     Returns:
         The next versions of ``k_pages`` and ``v_pages``.
@@ -273,18 +296,20 @@ def write_pages(
         >>> written[1, 0, 1, 0].item()
         1.0
     """
-    check_array("write_pages", "k_pages", k_pages)
-    slots = slot_array("write_pages", slot_mapping, k_pages)
-    return tuple(operations.write_pages([k, v], [k_pages, v_pages], slots, stream=stream))
+    pages, formats = layer_of("write_pages", k_pages, v_pages, k_format, v_format)
+    slots = slot_array("write_pages", slot_mapping, pages[0])
+    written = operations.write_pages([k, v], pages, slots, stream=stream, **formats.told)
+    return sides(written, formats)
 
 
 def copy_pages(
-    pools: Sequence[mx.array], pairs: Ints, *, stream: mx.Stream | mx.Device | None = None
-) -> list[mx.array]:
+    pools: Sequence[Pages], pairs: Ints, *, stream: mx.Stream | mx.Device | None = None
+) -> list[Pages]:
     """Copy whole pages, in every array of ``pools`` in one operation.
 
     Args:
-        pools: Arrays ``[num_pages, num_kv_heads, page_size, head_dim]``.
+        pools: Arrays ``[num_pages, num_kv_heads, page_size, head_dim]``, or of quantised pages
+            ``(codes, scales, biases)``.
         pairs: ``int32 [n, 2]``, source and target page of each copy. A target is
             named once and is nobody's source.
 
@@ -299,26 +324,38 @@ def copy_pages(
         >>> copy_pages([pages], [(1, 0)])[0][0].max().item()
         1.0
     """
-    pools = _arrays("copy_pages", "pools", pools)
-    num_pages = pools[0].shape[0] if pools and pools[0].ndim else 0
-    return operations.copy_pages(pools, pair_array("copy_pages", pairs, num_pages), stream=stream)
+    flat, widths = [], []
+    for i, pool in enumerate(_sequence("copy_pages", "pools", pools)):
+        parts = pool if isinstance(pool, (tuple, list)) else (pool,)
+        flat += _arrays("copy_pages", f"pools[{i}]" if parts is pool else "pools", parts)
+        widths.append(len(parts))
+    num_pages = flat[0].shape[0] if flat and flat[0].ndim else 0
+    pairs = pair_array("copy_pages", pairs, num_pages)
+    copies = iter(operations.copy_pages(flat, pairs, stream=stream))
+    return [
+        tuple(next(copies) for _ in range(n)) if isinstance(pool, (tuple, list)) else next(copies)  # type: ignore[misc]
+        for pool, n in zip(pools, widths)
+    ]
 
 
 def gather_pages(
-    k_pages: mx.array,
-    v_pages: mx.array,
+    k_pages: Pages,
+    v_pages: Pages,
     block_tables: Ints,
     context_lens: Ints,
     *,
     page_starts: Ints | None = None,
     page_lens: Ints | None = None,
+    k_format: str | None = None,
+    v_format: str | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[mx.array, mx.array]:
     """K and V of each sequence, contiguous. Paged attention needs no such copy.
 
     Args:
-        k_pages, v_pages, block_tables, context_lens, page_starts, page_lens: As in
-            ``paged_attention``.
+        k_pages, v_pages, block_tables, context_lens, page_starts, page_lens, k_format,
+            v_format: As in ``paged_attention``. Quantised pages are dequantised, and V is rotated
+            back.
 
     Returns:
         k ``[batch, num_kv_heads, longest context, head_dim]`` and v alike; 0 past a
@@ -332,11 +369,13 @@ def gather_pages(
         >>> gather_pages(pages, pages, [[1, 0]], [20])[0].shape
         (1, 2, 20, 64)
     """
-    arrays = gather_inputs(
-        "gather_pages", k_pages, block_tables, context_lens, page_starts, page_lens
+    pages, formats = layer_of("gather_pages", k_pages, v_pages, k_format, v_format)
+    tables, lens, length, ragged = gather_inputs(
+        "gather_pages", pages[0], block_tables, context_lens, page_starts, page_lens
     )
-    pages = [k_pages, v_pages]
-    k, v, *_ = operations.gather_pages(pages, *arrays[:3], **arrays[3], stream=stream)
+    k, v, *_ = operations.gather_pages(
+        pages, tables, lens, length, **ragged, stream=stream, **formats.told
+    )
     return k, v
 
 
@@ -367,10 +406,16 @@ def merge_states(
     return tuple(operations.merge_states(*parts, stream=stream))
 
 
-def _arrays(op: str, name: str, values: Sequence[mx.array]) -> list[mx.array]:
-    """``values`` as a list of arrays, which it must be."""
+def _sequence(op: str, name: str, values) -> list:
+    """``values`` as a list, which it must be."""
     if not isinstance(values, (list, tuple)):
         fail(op, f"{name} must be a list of arrays", type(values).__name__)
+    return list(values)
+
+
+def _arrays(op: str, name: str, values: Sequence[mx.array]) -> list[mx.array]:
+    """``values`` as a list of arrays, which it must be."""
+    values = _sequence(op, name, values)
     for i, value in enumerate(values):
         check_array(op, f"{name}[{i}]", value)
     return list(values)
@@ -388,8 +433,8 @@ def _packed(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens
 
 def _own_plan(
     q: mx.array,
-    k_pages: mx.array,
-    v_pages: mx.array,
+    pages: list[mx.array],
+    formats: PageFormats,
     tables: PackedTables,
     causal: bool,
     sliding_window: int | None,
@@ -397,7 +442,7 @@ def _own_plan(
 ) -> AttentionPlan:
     """The plan of one call, for the sizes of its arrays."""
     op = "paged_attention"
-    sizes = operations.check_attention(q, [k_pages, v_pages])
+    sizes = operations.check_attention(q, pages, **formats.told)
     cu = tables.cu_seqlens_q
     tokens = len(tables.block_tables) if cu is None else cu[-1] if cu.ndim == 1 and cu.size else 0
     if tables.block_tables.ndim == 2 and tokens != sizes["tokens"]:
@@ -408,8 +453,9 @@ def _own_plan(
         sizes["num_kv_heads"],
         sizes["page_size"],
         q.shape[2],
-        v_pages.shape[3],
+        head_dim_of(pages[-1 if formats.v is None else -3], formats.v),
         q.dtype,
+        formats,
     )
     kernels = runs_kernels(stream)
     options = PlanOptions(sizes["num_pages"], causal, sliding_window, kernels=kernels)

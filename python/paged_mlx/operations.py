@@ -16,6 +16,7 @@ from paged_mlx import first_use
 from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan
 from paged_mlx.first_use import Known, Variant
+from paged_mlx.formats.backend import module_for
 from paged_mlx.options import AttentionOptions, OptionKinds, check_array, check_stream
 
 _ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last
@@ -39,7 +40,15 @@ def proven(
     """
 
     def guarded(native: Callable) -> Callable:
-        def operation(*arguments, stream=None, known: Known | None = None, plan=None, **options):
+        def operation(
+            *arguments, stream=None, known: Known | None = None, plan=None, formats=None, **options
+        ):
+            if formats is not None:
+                module = module_for(formats)
+                if module is not _ext:
+                    by_mlx = getattr(module, name)
+                    return by_mlx(*arguments, stream=stream, formats=formats, **options)
+                options["formats"] = formats
             guard = first_use.guard_of_this_machine
             try:
                 if guard is not None:
@@ -63,11 +72,13 @@ def proven(
     return guarded
 
 
-def check_attention(q, pages) -> dict[str, int]:
+def check_attention(q, pages, formats=(None, None)) -> dict[str, int]:
     """The sizes of attention's arrays, after checking shapes and dtypes."""
     _check_arrays("paged_attention", q=q)
     _check_pages("paged_attention", pages)
-    return _ext.attention_geometry(q, pages)
+    if formats == (None, None):
+        return _ext.attention_geometry(q, pages)
+    return module_for(formats).attention_geometry(q, pages, formats)
 
 
 def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Variant]:
@@ -273,3 +284,9 @@ gather_pages = proven(
 merge_states = proven("merge_states", _no_kind, _merge_geometry, _merge_variants, _check_nothing)(
     _ext.merge_states
 )
+
+
+def seal_pages(sources, pages, pairs, *, rotated, formats, stream=None, known=None):
+    """The next versions of the arrays of each layer, with dense pages quantised into them."""
+    run = module_for(formats).seal_pages
+    return run(sources, pages, pairs, rotated=rotated, formats=formats, stream=stream)

@@ -11,13 +11,14 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.errors import fail, kind_of, whole_number
+from paged_mlx.formats.page_format import PageFormats
 
 _PLACES = (mx.Stream, mx.Device, mx.DeviceType, mx.ThreadLocalStream)
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 class Geometry(NamedTuple):
-    """Sizes of a step's queries and pages."""
+    """Sizes of a step's queries and pages, and the formats of the pages."""
 
     num_q_heads: int
     num_kv_heads: int
@@ -25,13 +26,20 @@ class Geometry(NamedTuple):
     head_dim: int
     v_head_dim: int
     dtype: mx.Dtype
+    formats: PageFormats = PageFormats()
+
+    @property
+    def page_sizes(self) -> tuple[int, int, int, int, mx.Dtype]:
+        """Those of the pages, as ``formats.page_format`` takes them."""
+        return self.num_kv_heads, self.page_size, self.head_dim, self.v_head_dim, self.dtype
 
     def check(self, op: str) -> None:
         """Refuse sizes that no kernel takes.
 
         Raises:
             ValueError: A size is no whole number, a head_dim or the dtype is not one of the
-                kernels', or the query heads do not divide among the KV heads.
+                kernels', the query heads do not divide among the KV heads, or pages of these
+                sizes cannot have the formats.
         """
         for name, size in zip(self._fields[:3], self):
             whole_number(op, name, size, 1)
@@ -41,6 +49,7 @@ class Geometry(NamedTuple):
         if self.num_q_heads % self.num_kv_heads:
             must = f"num_q_heads must be a multiple of num_kv_heads = {self.num_kv_heads}"
             fail(op, must, self.num_q_heads)
+        self.formats.check(op, self.head_dim, self.v_head_dim, self.page_size)
 
 
 class AttentionOptions(NamedTuple):

@@ -9,7 +9,7 @@ nothing is ever copied (docs/design.md, "Linear versions").
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import mlx.core as mx
@@ -20,6 +20,9 @@ from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
 from paged_mlx.errors import MAX_INT32, fail, kind_of, whole_number
 from paged_mlx.first_use import Known
+from paged_mlx.formats.backend import module_for
+from paged_mlx.formats.open_pages import OpenPages, Split
+from paged_mlx.formats.page_format import PageFormats, open_arrays, page_arrays, sides_of
 from paged_mlx.host_arrays import Ints, gather_inputs, host_ints, pair_array, slot_array
 from paged_mlx.machine.memory import memory_limit as default_memory_limit
 from paged_mlx.machine.memory import pages_within
@@ -40,7 +43,8 @@ class PagePool:
     ``pool[layer]`` is one layer. ``state`` holds the newest versions of all layers' arrays,
     ``[[k0, v0], [k1, v1], ...]``, each ``[num_pages, num_kv_heads, page_size, head_dim]``: a
     tree that ``mx.eval`` and ``mx.compile`` take. Evaluate it with the outputs of a step
-    (``mx.async_eval(out, pool.state)``) when a write may have no reader.
+    (``mx.async_eval(out, pool.state)``) when a write may have no reader. A quantised side has
+    codes, scales and biases in place of one array (docs/formats.md).
 
     One thread uses a pool at a time; it may pass to another only when ``state`` is
     evaluated.
@@ -54,6 +58,8 @@ class PagePool:
             8 up to 256, or 512.
         dtype: float32, float16 or bfloat16.
         v_head_dim: head_dim of V.
+        k_format, v_format: None, ``"q8"`` or ``"q4"``: how K, and V, are held. ``k_format="q4"``
+            quantises a page as a whole when it is full; 64 tokens suit it.
         allocator: The PageAllocator to attach to: its copy-on-write copies the page in every
             layer. None: the pool has one of its own, until it is attached to another.
         fill: Value of fresh pages; NaN shows reads of slots nobody wrote.
@@ -91,6 +97,8 @@ class PagePool:
         dtype: mx.Dtype = mx.float16,
         v_head_dim: int | None = None,
         *,
+        k_format: str | None = None,
+        v_format: str | None = None,
         allocator: PageAllocator | None = None,
         fill: float = 0.0,
         wipe_freed: float | None = None,
@@ -107,6 +115,7 @@ class PagePool:
                 "PagePool", "v_head_dim", head_dim if v_head_dim is None else v_head_dim
             ),
             dtype,
+            PageFormats(k_format, v_format),
         )
         geometry.check("PagePool")
         self.num_layers = whole_number("PagePool", "num_layers", num_layers, 1)
@@ -114,6 +123,9 @@ class PagePool:
         for name, value in (("fill", fill), ("wipe_freed", wipe_freed)):
             if value is not None:
                 check_number("PagePool", name, value)
+        if geometry.formats.rotate and fill:  # NaN is true
+            if fill == fill:
+                fail("PagePool", 'fill must be 0 or NaN for v_format="q4"', fill)
         if allocator is not None and not isinstance(allocator, PageAllocator):
             fail("PagePool", "allocator must be a PageAllocator", kind_of(allocator))
         if memory_limit is None:
@@ -123,14 +135,31 @@ class PagePool:
         self.head_dim = geometry.head_dim
         self.v_head_dim = geometry.v_head_dim
         self.dtype = dtype
+        self.formats = geometry.formats
         self.memory_limit = whole_number("PagePool", "memory_limit", memory_limit, 0, MAX_BYTES)
         self.stream = stream
-        shapes = [
-            (num_kv_heads, page_size, dim) for dim in (geometry.head_dim, geometry.v_head_dim)
-        ]
+        sizes = geometry.page_sizes
+        fills = []
+        for side in self.formats:
+            fills += [fill] if side is None else [0.0, 0.0, fill]
+        module = module_for(self.formats)
         self._storage = PoolStorage(
-            self.num_layers, num_pages, shapes, dtype, fill, self.memory_limit, stream
+            self.num_layers,
+            num_pages,
+            page_arrays(self.formats, *sizes),
+            fills,
+            open_arrays(self.formats, *sizes),
+            self.memory_limit,
+            module,
+            stream,
         )
+        #: What operations are told beside the arrays.
+        self.told: dict[str, Any] = self.formats.told
+        self._told_of_copies = self.told if module is not _ext else {}
+        self.open_pages: OpenPages | None = None
+        if self.formats.have_open_pages:
+            num_open = self._storage.num_open
+            self.open_pages = OpenPages(self.num_layers, num_pages, self.page_size, num_open)
         self.state = [list(arrays) for arrays in self._storage.base]
         self.known: Known = {}  # calls whose kernels have been proven
         self.wipe_freed = wipe_freed
@@ -142,6 +171,7 @@ class PagePool:
         self._batch = BlockTable()
         self._plans: dict[tuple, tuple[PackedTables, AttentionPlan]] = {}
         self._writes: list[np.ndarray] = []
+        self._translated: tuple = (None, 0, None)  # tables, version of the open pages, result
         self._tokens_stored = np.zeros(num_pages, np.int32)
         if allocator is not None:
             allocator.attach(self)
@@ -167,13 +197,13 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages of all layers."""
+        """Bytes of all pages of all layers, open ones included."""
         return self._storage.nbytes
 
     @property
     def page_nbytes(self) -> int:
         """Bytes of one page id, K and V, all layers."""
-        return self.nbytes // self.num_pages
+        return self._storage.page_nbytes
 
     def pages_within(self, nbytes: int | None = None) -> int:
         """Return how many pages like this pool's fit in ``nbytes``, default its memory limit.
@@ -188,6 +218,8 @@ class PagePool:
             head_dim=self.head_dim,
             dtype=self.dtype,
             v_head_dim=self.v_head_dim,
+            k_format=self.formats.k,
+            v_format=self.formats.v,
         )
 
     def grow(self, num_pages: int) -> None:
@@ -202,6 +234,8 @@ class PagePool:
         num_pages = whole_number("PagePool.grow", "num_pages", num_pages, before)
         if num_pages > before:
             self._storage.lengthen(self.state, num_pages, self.memory_limit)
+            if self.open_pages is not None:
+                self.open_pages.resize(num_pages)
             self._plans.clear()
             self._fold_writes()
             self._tokens_stored = np.pad(self._tokens_stored, (0, num_pages - before))
@@ -219,6 +253,8 @@ class PagePool:
             self.allocator.detach(self)  # the next one has as many pages as there will be
         if num_pages < self.num_pages:
             self._storage.shorten(self.state, num_pages)
+            if self.open_pages is not None:
+                self.open_pages.resize(num_pages)
             self._plans.clear()
             self._fold_writes()
             self._tokens_stored = self._tokens_stored[:num_pages].copy()
@@ -282,6 +318,9 @@ class PagePool:
         """``plan`` for a function whose name errors give."""
         lens = None if query_lens is None else host_ints(op, "query_lens", query_lens).tolist()
         packed = self._batch.update(tables, lens)
+        open_pages = self.open_pages
+        if open_pages is not None:
+            packed = self._with_open_pages(tables, packed)
         kernels = runs_kernels(self.stream)
         kind, remembered = None, None
         if (
@@ -296,13 +335,14 @@ class PagePool:
                 return remembered[1]
         geometry = Geometry(num_q_heads, *self._geometry[1:])
         options = PlanOptions(
-            self._storage.num_pages,
+            self._storage.num_pages + self._storage.num_open,
             causal,
             sliding_window,
             share_prefixes,
             fixed_partition,
             workers,
             kernels,
+            -1 if open_pages is None else self._storage.num_pages,
         )
         if remembered is None and (
             kind is None
@@ -318,6 +358,34 @@ class PagePool:
         if kind is not None:
             self._plans[kind] = packed, made
         return made
+
+    def _with_open_pages(self, tables: Sequence[PageTable], packed: PackedTables) -> PackedTables:
+        """Tables as kernels read them, where open pages have ids of their own."""
+        open_pages = self.open_pages
+        assert open_pages is not None
+        before, version, made = self._translated
+        if before is packed and version == open_pages.version:
+            return made
+        unknown = open_pages.unknown(packed.block_tables)
+        if unknown.any():
+            for row in np.flatnonzero(unknown.any(1)).tolist():
+                pages = tables[row].map
+                for entry in range(pages.num_freed, len(pages.ids)):
+                    tokens = pages.start(entry + 1) - pages.start(entry)
+                    self._take_in({pages.ids[entry]: tokens})
+        made = replace(packed, block_tables=open_pages.kernel_ids(packed.block_tables))
+        self._translated = packed, open_pages.version, made
+        return made
+
+    def _take_in(self, pages: dict[int, int]) -> None:
+        """Have a place for pages that no append told of, with as many tokens each."""
+        open_pages = self.open_pages
+        assert open_pages is not None
+        new = {p: n for p, n in pages.items() if open_pages.unknown(np.array(p))}
+        self.reserve(sum(n < self.page_size for n in new.values()))
+        for page_id, num_tokens in new.items():
+            open_pages.begin(page_id, num_tokens)
+        self._note_sealed([p for p, n in new.items() if n >= self.page_size])
 
     def __getitem__(self, layer: int) -> PoolLayer:
         """One layer: its arrays, and a mapping page_id -> PageBlock of its pages."""
@@ -349,7 +417,139 @@ class PagePool:
                 must = f"slot_mapping must be for at most {num_slots} slots"
                 fail("PagePool.write", must, slot_mapping.num_slots)
             return slot_mapping
-        return SlotMapping(slot_mapping, self.state[0][0])
+        made = SlotMapping(slot_mapping, self.state[0][0])
+        if self.open_pages is not None:
+            made.split = self._split(made)
+        return made
+
+    def _split(self, slots: SlotMapping) -> Split:
+        """Which tokens of a write go to open pages, and which fill pages as a whole."""
+        assert self.open_pages is not None
+        if slots.values is None:
+            must = (
+                'slot_mapping must be known when the step is built, because k_format="q4" writes '
+                "to open pages: append and write outside of mx.compile"
+            )
+            fail("PagePool.write", must, "a traced array")
+        pages, counts = np.unique(
+            slots.values[slots.values >= 0] // self.page_size, return_counts=True
+        )
+        if self.open_pages.unknown(pages).any():  # nobody appended: this is the step's beginning
+            self.before_append(pages.tolist())
+            self._take_in(dict(zip(pages.tolist(), counts.tolist())))
+        return self.open_pages.split("PagePool.write", slots.values)
+
+    def check_tokens(self, k: mx.array, v: mx.array, slots: SlotMapping) -> None:
+        """Refuse tokens that are not one for each slot, of this pool's sizes.
+
+        Raises:
+            ValueError: The message says which.
+        """
+        for name, x, dim in (("k", k, self.head_dim), ("v", v, self.v_head_dim)):
+            check_array("PagePool.write", name, x)
+            shape = (slots.array.size, self.num_kv_heads, dim)
+            if x.shape != shape:
+                must = f"{name} must have shape [tokens, num_kv_heads, head_dim] = {list(shape)}"
+                fail("PagePool.write", must, x.shape)
+            if x.dtype != self.dtype:
+                fail("PagePool.write", f"{name} must have the pool's dtype, {self.dtype}", x.dtype)
+
+    def write_values(self, layer: int, k: mx.array, v: mx.array, slots: SlotMapping) -> None:
+        """Write checked tokens of one layer, as ``PoolLayer.write`` does."""
+        arrays, where = self.state[layer], {"stream": self.stream, "known": self.known}
+        open_pages = self.open_pages
+        if slots.split is None or open_pages is None:
+            arrays[:] = operations.write_pages(
+                [k, v], arrays, slots.array, alias=True, **where, **self.told
+            )
+            return
+        split = slots.split
+        if split.whole_pages.size:
+            whole = mx.array(split.whole_tokens)
+            sources = [x[whole].swapaxes(1, 2) for x in (k, v)]
+            count = len(split.whole_pages)
+            pairs = np.stack(
+                [np.arange(count), split.whole_pages, np.full(count, self.page_size)], axis=1
+            )
+            (arrays[:],) = operations.seal_pages(
+                sources, [arrays], mx.array(pairs.astype(np.int32)), rotated=False, **where,
+                **self.told,
+            )  # fmt: skip
+        if split.slots.size:
+            tokens = [k, v]
+            if split.tokens is not None:
+                chosen = mx.array(split.tokens)
+                tokens = [x[chosen] for x in tokens]
+            arrays[:] = operations.write_pages(
+                tokens, arrays, mx.array(split.slots), alias=True, **where, **self.told
+            )
+        open_pages.wrote(layer, split)
+
+    def seal(self, page_ids: Sequence[int] | None = None) -> list[int]:
+        """Quantise open pages now, with the tokens that they have: they take no more.
+
+        For part-filled pages that wait for nobody. Full ones are sealed by the next append. Call
+        it between steps: a plan that was made before names their old places.
+
+        Args:
+            page_ids: Open pages. None: those that only caches hold.
+
+        Returns:
+            The pages that were sealed.
+
+        Raises:
+            ValueError: A page is not open, or has tokens that not all layers have written.
+        """
+        open_pages = self.open_pages
+        if open_pages is None:
+            fail("PagePool.seal", 'pool must have k_format="q4", to have open pages', self.formats)
+        if page_ids is None:
+            if open_pages.is_awaiting or self._allocator is None:
+                return []
+            held, counts = self._allocator.evictors.held, self._allocator.counts
+            page_ids = [p for p in held if counts[p] == 1 and open_pages.is_open(p)]
+        wanted = []
+        for page_id in page_ids:
+            page_id = whole_number("PagePool.seal", "page_id", page_id, 0, self.num_pages - 1)
+            if not open_pages.is_open(page_id):
+                fail("PagePool.seal", "page_ids must be open pages", page_id)
+            slot = open_pages.slot_of(page_id)
+            wanted.append((slot, page_id, open_pages.tokens(slot)))
+        if open_pages.is_awaiting and wanted:
+            must = "page_ids must wait until all layers have written what was appended"
+            fail("PagePool.seal", must, f"{len(wanted)} pages")
+        self._seal(wanted)
+        return [page_id for _, page_id, _ in wanted]
+
+    def _seal(self, pages: list[tuple[int, int, int]]) -> None:
+        """Quantise open pages, ``(slot, page, tokens)``, in all layers in one operation."""
+        if not pages:
+            return
+        assert self.open_pages is not None
+        newest = self.state
+        if _ext.is_tracer(newest[0][-1]):
+            must = (
+                'pages must be appended outside of mx.compile with k_format="q4", because an append '
+                "quantises pages"
+            )
+            fail("PagePool", must, "an append while a function is traced")
+        sources = [array for arrays in newest for array in sides_of(arrays, self.formats).open]
+        sealed = operations.seal_pages(
+            sources, newest, mx.array(np.array(pages, np.int32)), rotated=True,
+            stream=self.stream, known=self.known, **self.told,
+        )  # fmt: skip
+        for arrays, fresh in zip(newest, sealed):
+            arrays[:] = fresh
+        page_ids = [page_id for _, page_id, _ in pages]
+        self.open_pages.seal(page_ids)
+        self._note_sealed(page_ids)
+
+    def _note_sealed(self, page_ids: Sequence[int]) -> None:
+        """Have nobody append to these pages."""
+        allocator = self._allocator
+        if allocator is not None:
+            counts = allocator.counts
+            allocator.sealed.update(p for p in page_ids if p < len(counts) and counts[p])
 
     def reset_versions(self) -> None:
         """Forget pending operations; pages keep what evaluated writes left in them.
@@ -380,23 +580,77 @@ class PagePool:
             own.detach(self)
         self._allocator = allocator
         self._plans.clear()
+        if self.open_pages is not None:
+            sealed = filter(self.open_pages.is_sealed, range(self.num_pages))
+            self._note_sealed(list(sealed))
         if self._wants_canary:
             self.canary = Canary(allocator, self.num_layers)  # type: ignore[abstract]
 
     def copied(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Do ``copy`` with pairs that are known to be right, as an allocator's are."""
-        flat: list[mx.array] = []
-        for arrays in self.state:
-            flat += arrays
-        copies = operations.copy_pages(
-            flat, mx.array(list(pairs), mx.int32), alias=True, stream=self.stream, known=self.known
-        )
-        for arrays in self.state:
-            arrays[:] = copies[: len(arrays)]
-            del copies[: len(arrays)]
+        open_pages = self.open_pages
+        if open_pages is None:
+            self._copy(pairs, slice(None))
+        else:
+            opened = [pair for pair in pairs if open_pages.is_open(pair[0])]
+            self.reserve(len(opened))
+            slots = [open_pages.slot_of(source) for source, _ in opened]
+            open_pages.copied(pairs)
+            num_paged = len(self.state[0]) - 2
+            self._copy([p for p in pairs if open_pages.is_sealed(p[0])], slice(num_paged))
+            places = [(slot, open_pages.slot_of(p[1])) for slot, p in zip(slots, opened)]
+            self._copy(places, slice(num_paged, None))
+            self._note_sealed([p for _, p in pairs if open_pages.is_sealed(p)])
         self._fold_writes()
         for source, target in pairs:
             self._tokens_stored[target] = self._tokens_stored[source]
+
+    def _copy(self, pairs: Sequence[tuple[int, int]], part: slice) -> None:
+        """Copy entries of some arrays of every layer, in one operation."""
+        if not pairs:
+            return
+        newest = self.state
+        flat = [array for arrays in newest for array in arrays[part]]
+        copies = operations.copy_pages(
+            flat, mx.array(list(pairs), mx.int32), alias=True, stream=self.stream,
+            known=self.known, **self._told_of_copies,
+        )  # fmt: skip
+        width = len(newest[0][part])
+        for i, arrays in enumerate(newest):
+            arrays[part] = copies[i * width : (i + 1) * width]
+
+    @property
+    def wants_appends(self) -> bool:
+        """Whether the allocator is to say which slots are to be written next."""
+        return self.open_pages is not None
+
+    def before_append(self, page_ids: Sequence[int]) -> None:
+        """Quantise the pages that are full, but those that are to be written again."""
+        assert self.open_pages is not None
+        if not self.open_pages.is_awaiting:
+            self._seal(self.open_pages.due(page_ids))
+
+    def reserve(self, num_pages: int) -> None:
+        """Have memory for so many more open pages: of those that only caches hold, or new.
+
+        Raises:
+            OutOfPages: There is none; nothing has changed but that such pages are sealed.
+        """
+        open_pages = self.open_pages
+        assert open_pages is not None
+        if num_pages > open_pages.num_free:
+            self.seal()
+        missing = num_pages - open_pages.num_free
+        if missing > 0:
+            before = open_pages.num_slots
+            added = max(missing, before // 8)
+            self._storage.add_open(self.state, before + added, self.memory_limit)
+            open_pages.add_slots(added)
+
+    def appended(self, slots: np.ndarray) -> None:
+        """Open the pages that are to be written next, but those that are written as a whole."""
+        assert self.open_pages is not None
+        self._note_sealed(self.open_pages.appended(slots))
 
     def detached(self) -> None:
         """Belong to no allocator; the pool makes one of its own when it is asked for."""
@@ -408,24 +662,33 @@ class PagePool:
     @property
     def wants_freed(self) -> bool:
         """Whether the allocator is to say which pages become free."""
-        return self.wipe_freed is not None
+        return self.wipe_freed is not None or self.open_pages is not None
 
     def freed(self, page_ids: Sequence[int]) -> None:
         """Write ``wipe_freed`` over pages, before any later write to them; lazy."""
+        if self.wipe_freed is not None:
+            self._wipe(page_ids)
+        if self.open_pages is not None:
+            self.open_pages.forget(page_ids)
+
+    def _wipe(self, page_ids: Sequence[int]) -> None:
         newest = self.state[0][0]
         if _ext.is_tracer(newest) or _ext.is_stale(newest):
             return  # a page freed while a step is traced is freed once, not at every step
         size = self.page_size
-        first = np.array(page_ids, np.int32)[:, None] * size
-        slots = mx.array((first + np.arange(size, dtype=np.int32)).ravel())
-        tokens = [
-            mx.full((slots.size, self.num_kv_heads, head_dim), self.wipe_freed or 0.0, self.dtype)
-            for head_dim in (self.head_dim, self.v_head_dim)
-        ]
-        for arrays in self.state:
-            arrays[:] = operations.write_pages(
-                tokens, arrays, slots, alias=True, stream=self.stream, known=self.known
-            )
+        written = np.array(page_ids, np.int32)
+        if self.open_pages is not None:
+            written = written[~self.open_pages.unknown(written)]
+        first = written[:, None] * size
+        slots = SlotMapping((first + np.arange(size, dtype=np.int32)).ravel(), newest)
+        if self.open_pages is not None:
+            slots.split = self._split(slots)
+        k, v = (
+            mx.full((slots.array.size, self.num_kv_heads, dim), self.wipe_freed or 0.0, self.dtype)
+            for dim in (self.head_dim, self.v_head_dim)
+        )
+        for layer in range(self.num_layers):
+            self.write_values(layer, k, v, slots)
         self._fold_writes()
         self._tokens_stored[list(page_ids)] = 0
 
@@ -468,6 +731,10 @@ class PagePool:
             pages = self._allocator.total_pages
             assert pages <= self.num_pages, f"{pages} pages allocatable, {self.num_pages} in arrays"
             self._allocator.check(held if tables is not None else None, caches)
+        if self.open_pages is not None:
+            own = self._allocator
+            counts, sealed = (None, set()) if own is None else (own.counts, own.sealed)
+            self.open_pages.check(counts, sealed)
         if self.canary is not None:
             self.canary.check()
             for layer in range(self.num_layers):
@@ -511,9 +778,11 @@ class PagePool:
         return index
 
     def __repr__(self):
+        formats = "" if self.formats.are_dense else f" {self.formats}"
         return (
             f"PagePool({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens, "
-            f"{self.num_kv_heads} KV heads of {self.head_dim}, {self.nbytes / 2**20:.1f} MiB)"
+            f"{self.num_kv_heads} KV heads of {self.head_dim}{formats}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
 
@@ -533,7 +802,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
 
     @property
     def arrays(self) -> list[mx.array]:
-        """``[k, v]``: the newest versions, in the list that ``pool.state`` holds."""
+        """``[k, v]`` or what stands for them: the newest versions, in the list of ``pool.state``."""
         return self.pool.state[self.index]
 
     def write(self, k: mx.array, v: mx.array, slot_mapping) -> None:
@@ -556,15 +825,22 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         arrays = pool.state[self.index]
         check_array("PagePool.write", "k", k)
         _refuse_capture("PagePool.write", arrays[0], k)
-        written = operations.write_pages(
-            [k, v], arrays, slots.array, alias=True, stream=pool.stream, known=pool.known
-        )
+        if slots.split is None:
+            written = operations.write_pages(
+                [k, v], arrays, slots.array, alias=True, stream=pool.stream, known=pool.known,
+                **pool.told,
+            )  # fmt: skip
+        else:
+            pool.check_tokens(k, v, slots)
         if pool.canary is not None:
             if slots.values is None:
                 must = "the pool must have no canary to be written inside mx.compile"
                 fail("PagePool.write", must, "canary=True")
             pool.canary.wrote_layer(self.index, slots.values)
-        arrays[:] = written
+        if slots.split is None:
+            arrays[:] = written
+        else:
+            pool.write_values(self.index, k, v, slots)
         if self.index == 0 and slots.values is not None:
             pool.remember(slots.values)
 
@@ -639,8 +915,9 @@ class PoolLayer(Mapping[int, "PageBlock"]):
                 found = "a plan captured from outside, good for one step only"
                 fail("PagePool.attend", must, found)
         out, lse, *arrays[:] = operations.paged_attention(
-            q, arrays, words, *options, stream=pool.stream, known=pool.known, plan=made
-        )
+            q, arrays, words, *options, stream=pool.stream, known=pool.known, plan=made,
+            **pool.told,
+        )  # fmt: skip
         return (out, lse) if return_lse else out
 
     def gather(
@@ -655,13 +932,16 @@ class PoolLayer(Mapping[int, "PageBlock"]):
 
         Arguments and result as in ``fast.gather_pages``.
         """
-        arrays = self.arrays
-        inputs = gather_inputs(
+        pool, arrays = self.pool, self.arrays
+        tables, lens, length, ragged = gather_inputs(
             "PagePool.gather", arrays[0], block_tables, context_lens, page_starts, page_lens
         )
+        if pool.open_pages is not None:
+            tables = mx.array(pool.open_pages.kernel_ids(np.array(tables)))
         k, v, *arrays[:] = operations.gather_pages(
-            arrays, *inputs[:3], **inputs[3], stream=self.pool.stream, known=self.pool.known
-        )
+            arrays, tables, lens, length, **ragged, stream=pool.stream, known=pool.known,
+            **pool.told,
+        )  # fmt: skip
         return k, v
 
     def __getitem__(self, page_id: int) -> PageBlock:
@@ -750,7 +1030,13 @@ class PoolPageBlock(PageBlock):
 
 
 class SlotMapping:
-    """Slots of a step's new tokens, checked once, used by every layer."""
+    """Slots of a step's new tokens, checked once, used by every layer.
+
+    Attributes:
+        split: Which of them are of open pages, where the pool has any.
+    """
+
+    split: Split | None = None
 
     def __init__(self, slot_mapping: Ints, pages: mx.array):
         self.num_slots = pages.shape[0] * pages.shape[2]

@@ -1,13 +1,15 @@
-"""The memory of a pool: one buffer for each layer's K and V, and how it grows and shrinks."""
+"""The memory of a pool: buffers for each layer's K and V, and how they grow and shrink."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import mlx.core as mx
 
-from paged_mlx._native import _ext
 from paged_mlx.errors import OutOfPages, fail
+from paged_mlx.formats.page_format import ArraySpec
 
-Arrays = list[list[mx.array]]  # of each layer: [k, v]
+Arrays = list[list[mx.array]]  # of each layer: K's, V's, then those of open pages
 
 
 class PoolStorage:
@@ -16,16 +18,19 @@ class PoolStorage:
     Args:
         num_layers: Layers.
         num_pages: Pages of each layer.
-        page_shapes: Of K and of V, ``(num_kv_heads, page_size, dim)``.
-        dtype: float32, float16 or bfloat16.
-        fill: Value of fresh pages.
+        specs: The arrays of a layer, for each page.
+        fills: Value of fresh pages in each of them.
+        open_specs: Further arrays of a layer, for each open page.
         memory_limit: Bytes that all arrays of MLX may take.
+        module: Whose operations run on the arrays.
         stream: Stream or device that fills them.
 
     Attributes:
         base: ``[[k0, v0], [k1, v1], ...]``, evaluated when the memory was taken; every version
             of an array shares its memory.
         num_pages: Pages of each layer.
+        num_open: Open pages that there is memory for.
+        page_nbytes, open_nbytes: Bytes of one page id, and of one open page, in all layers.
 
     Raises:
         OutOfPages: The pages would pass the memory limit, or there is no memory for them.
@@ -35,20 +40,24 @@ class PoolStorage:
         self,
         num_layers: int,
         num_pages: int,
-        page_shapes: list[tuple[int, int, int]],
-        dtype: mx.Dtype,
-        fill: float,
+        specs: list[ArraySpec],
+        fills: list[float],
+        open_specs: list[ArraySpec],
         memory_limit: int,
+        module: ModuleType,
         stream: mx.Stream | mx.Device | None,
     ):
         self.num_pages = num_pages
-        self._fill = fill
-        self._page_shapes = page_shapes
-        self._dtype = dtype
+        self.num_open = 1 if open_specs else 0
+        self._specs, self._fills = [*specs, *open_specs], [*fills, *(0.0 for _ in open_specs)]
+        self._num_paged = len(specs)
+        self._module = module
         self._stream = stream
-        elements = sum(heads * page_size * dim for heads, page_size, dim in page_shapes)
-        _need("PagePool", num_layers * num_pages * elements * dtype.size, memory_limit)
-        self.base: Arrays = [self._memory(num_pages) for _ in range(num_layers)]
+        self.page_nbytes = num_layers * sum(spec.nbytes for spec in specs)
+        self.open_nbytes = num_layers * sum(spec.nbytes for spec in open_specs)
+        nbytes = num_pages * self.page_nbytes + self.num_open * self.open_nbytes
+        _need("PagePool", nbytes, memory_limit)
+        self.base: Arrays = [self._memory(num_pages, self.num_open) for _ in range(num_layers)]
         try:  # running out of memory shows here and nowhere later
             mx.eval(self.base)
         except (MemoryError, RuntimeError) as error:
@@ -60,23 +69,35 @@ class PoolStorage:
 
     def lengthen(self, versions: Arrays, num_pages: int, memory_limit: int) -> None:
         """Add pages to every layer, or to none; the newest ``versions`` move to the new memory."""
-        before = self.num_pages
-        added = (num_pages - before) * (self.nbytes // before)
-        _need("PagePool.grow", added + (self.nbytes + added) // len(self.base), memory_limit)
+        added = (num_pages - self.num_pages) * self.page_nbytes
+        self._grow("PagePool.grow", versions, num_pages, self.num_open, added, memory_limit)
+
+    def add_open(self, versions: Arrays, num_open: int, memory_limit: int) -> None:
+        """Have memory for more open pages in every layer, or in none."""
+        added = (num_open - self.num_open) * self.open_nbytes
+        self._grow("PagePool", versions, self.num_pages, num_open, added, memory_limit)
+
+    def _grow(self, op, versions, num_pages, num_open, added, memory_limit) -> None:
+        before = self.num_pages, self.num_open
+        nbytes = self.nbytes if num_pages > self.num_pages else self.num_open * self.open_nbytes
+        _need(op, added + (nbytes + added) // len(self.base), memory_limit)
         try:
             for base, newest in zip(self.base, versions):
-                self._resize(base, newest, num_pages)
+                self._resize(base, newest, num_pages, num_open)
         except (MemoryError, RuntimeError) as error:
-            self.shorten(versions, before)
-            raise _no_memory("PagePool.grow", num_pages) from error
-        self.num_pages = num_pages
+            self._cut(versions, *before)
+            raise _no_memory(op, num_pages) from error
+        self.num_pages, self.num_open = num_pages, num_open
 
     def shorten(self, versions: Arrays, num_pages: int) -> None:
         """Make every layer ``num_pages`` long that is longer, one after the other."""
-        for base, newest in zip(self.base, versions):
-            if base[0].shape[0] > num_pages:
-                self._resize(base, newest, num_pages)
+        self._cut(versions, num_pages, self.num_open)
         self.num_pages = num_pages
+
+    def _cut(self, versions: Arrays, num_pages: int, num_open: int) -> None:
+        for base, newest in zip(self.base, versions):
+            if [array.shape[0] for array in base] != self._lengths(num_pages, num_open):
+                self._resize(base, newest, num_pages, num_open)
 
     def check(self, versions: Arrays) -> None:
         """Prove that the newest versions lie in this memory.
@@ -85,31 +106,40 @@ class PoolStorage:
             AssertionError: They do not; the message says which.
         """
         assert len(versions) == len(self.base), "a layer is missing"
+        address = self._module.data_address
         for layer, pairs in enumerate(zip(versions, self.base, strict=True)):
-            for letter, newest, base in zip("kv", *pairs, strict=True):
-                name = f"{letter} of layer {layer}"
-                same = _ext.data_address(newest) == _ext.data_address(base)
+            for i, (newest, base) in enumerate(zip(*pairs, strict=True)):
+                name = f"{'kv'[i] if len(self._specs) == 2 else f'array {i}'} of layer {layer}"
+                same = address(newest) == address(base)
                 assert same, f"{name} has left the pool's memory"
                 assert newest.shape == base.shape, f"{name} has another shape"
 
-    def _resize(self, base: list[mx.array], newest: list[mx.array], num_pages: int) -> None:
+    def _lengths(self, num_pages: int, num_open: int) -> list[int]:
+        return [num_pages if i < self._num_paged else num_open for i in range(len(self._specs))]
+
+    def _resize(self, base, newest, num_pages: int, num_open: int) -> None:
         """Give one layer other memory; a layer at a time, so that little is held twice."""
-        resized = self._memory(num_pages, newest)
+        resized = self._memory(num_pages, num_open, newest)
         mx.eval(resized)
         base[:] = newest[:] = resized
 
-    def _memory(self, num_pages: int, kept: list[mx.array] | None = None) -> list[mx.array]:
-        """K and V of one layer in new memory: the pages kept, then fresh ones; lazy."""
-        return [
-            _ext.pool_memory(
-                None if kept is None else kept[i],
-                (num_pages, *page_shape),
-                self._fill,
-                self._dtype,
-                stream=self._stream,
+    def _memory(
+        self, num_pages: int, num_open: int, kept: list[mx.array] | None = None
+    ) -> list[mx.array]:
+        """The arrays of one layer, where they get longer or shorter in new memory: the pages
+        kept, then fresh ones; lazy."""
+        memory = []
+        for i, length in enumerate(self._lengths(num_pages, num_open)):
+            spec, before = self._specs[i], None if kept is None else kept[i]
+            if before is not None and before.shape[0] == length:
+                memory.append(before)
+                continue
+            memory.append(
+                self._module.pool_memory(
+                    before, (length, *spec.shape), self._fills[i], spec.dtype, stream=self._stream
+                )
             )
-            for i, page_shape in enumerate(self._page_shapes)
-        ]
+        return memory
 
 
 def _need(op: str, nbytes: int, memory_limit: int) -> None:

@@ -13,6 +13,7 @@ from paged_mlx.fallback.formulas import (  # noqa: F401
     paged_attention,
     pool_memory,
     route_counts,
+    seal_pages,
     write_attend,
     write_pages,
 )

@@ -8,6 +8,8 @@ import numpy as np
 from paged_mlx.errors import fail
 from paged_mlx.fallback.plan import HEADER, MARK, TokenRows
 from paged_mlx.fallback.traces import is_tracer
+from paged_mlx.formats.page_format import BITS, PageFormats, group_size, sides_of
+from paged_mlx.formats.stored import Stored, stored
 from paged_mlx.options import FLOATS, AttentionOptions, check_array, has_kernel
 
 
@@ -52,26 +54,75 @@ def pages(op, k_pages, v_pages, shape: Shapes | None = None) -> None:
         same_dtype(op, "v_pages", v_pages, k_pages.dtype, "the dtype of k_pages")
 
 
+def layer(op, arrays, formats, shape: Shapes | None = None) -> tuple[Stored, Stored]:
+    """K and V of a layer, after checking the arrays of its pages."""
+    shape = shape or Shapes(op)
+    if tuple(formats) == (None, None):
+        k_pages, v_pages = arrays
+        pages(op, k_pages, v_pages, shape)
+        return stored(arrays, formats)
+    formats = PageFormats(*formats)
+    count = sum(1 if name is None else 3 for name in formats) + 2 * formats.have_open_pages
+    if len(arrays) != count:
+        must = f"pages must be the {count} arrays of a layer whose formats are {formats}"
+        fail(op, must, len(arrays))
+    sides = sides_of(arrays, formats)
+    for letter, side, name, dim in zip("kv", sides, formats, ("head_dim", "v_head_dim")):
+        _side(op, letter, side, name, dim, shape)
+    for letter, array, dim in zip("kv", sides.open, ("head_dim", "v_head_dim")):
+        shape(f"open {letter}_pages", array, "num_open", "num_kv_heads", "page_size", dim)
+    found = stored(arrays, formats)
+    for name, array in zip(("v_pages", "open k_pages", "open v_pages"), [found[1], *sides.open]):
+        same_dtype(op, name, array, found[0].dtype, "the dtype of k_pages")
+    formats.check(op, found[0].dim, found[1].dim, found[0].page_size)
+    return found
+
+
+def _side(op, letter, arrays, name, dim, shape: Shapes) -> None:
+    """Check what is stored of K, or of V."""
+    axes = ("num_pages", "num_kv_heads", "page_size")
+    if name is None:
+        shape(f"{letter}_pages", arrays[0], *axes, dim)
+        floats(op, f"{letter}_pages", arrays[0])
+        return
+    codes, scales, biases = arrays
+    shape(f"codes of {letter}_pages", codes, *axes, f"words of {letter}")
+    same_dtype(op, f"codes of {letter}_pages", codes, mx.uint32, f"as {name} has them")
+    width = codes.shape[3] * 32 // BITS[name]
+    if shape.known.setdefault(dim, (width, f"codes of {letter}_pages"))[0] != width:
+        must = f"codes of {letter}_pages must be of {dim} = {shape.known[dim][0]}"
+        fail(op, must, width)
+    last = [*axes[:2], dim]
+    if letter == "v" or name != "q4":
+        groups = f"groups of {letter}"
+        shape.known[groups] = width // max(1, group_size(width)), f"{dim} = {width}"
+        last = [*axes, groups]
+    shape(f"scales of {letter}_pages", scales, *last)
+    shape(f"biases of {letter}_pages", biases, *last)
+    floats(op, f"scales of {letter}_pages", scales)
+    same_dtype(op, f"biases of {letter}_pages", biases, scales.dtype, "the dtype of the scales")
+
+
 def attention_geometry(q, arrays, formats=(None, None)) -> dict[str, int]:
     """Heads, page size and counts, after checking shapes and dtypes."""
-    k_pages, v_pages = arrays
     op, shape = "paged_attention", Shapes("paged_attention")
     shape("q", q, "tokens", "num_q_heads", "head_dim")
     floats(op, "q", q)
-    pages(op, k_pages, v_pages, shape)
-    for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
-        same_dtype(op, name, array, q.dtype, "the dtype of q")
-    if not k_pages.shape[2]:
+    k, v = layer(op, arrays, formats, shape)
+    for name, side in (("k_pages", k), ("v_pages", v)):
+        same_dtype(op, name, side, q.dtype, "the dtype of q")
+    if not k.page_size:
         fail(op, "k_pages must have a page_size of at least 1", 0)
-    for name, dim in (("q", q.shape[2]), ("v_pages", v_pages.shape[3])):
+    for name, dim in (("q", q.shape[2]), ("v_pages", v.dim)):
         if not has_kernel(dim):
             must = f"{name} must have a head_dim that is a multiple of 8 up to 256, or 512"
             fail(op, must, dim)
-    num_kv_heads = k_pages.shape[1]
+    num_kv_heads = k.num_kv_heads
     if not num_kv_heads or q.shape[1] % num_kv_heads:
         must = f"num_q_heads of q must be a multiple of num_kv_heads = {num_kv_heads} from k_pages"
         fail(op, must, q.shape[1])
     known = {dim: size for dim, (size, _) in shape.known.items()}
+    known["num_pages"] += known.get("num_open", 0)
     names = ("tokens", "num_q_heads", "num_kv_heads", "page_size", "num_pages")
     return {name: known[name] for name in names}
 
@@ -109,8 +160,8 @@ def plan(words, geometry) -> None:
             fail(op, f"plan must be made for {name} = {geometry[name]} of {array}", planned)
 
 
-def rows(known: TokenRows, k_pages, mask) -> None:
-    op, num_pages = "paged_attention", k_pages.shape[0]
+def rows(known: TokenRows, num_pages, mask) -> None:
+    op = "paged_attention"
     largest = int(known.pages.max(initial=-1))
     if largest >= num_pages:
         must = f"block_tables must hold page ids in [0, {num_pages}), the pages of the pool"
@@ -137,19 +188,22 @@ def not_traced(op, name, array) -> None:
         fail(op, f"{name} must not be traced: a plan is good for one step", "a traced array")
 
 
-def write(k, v, k_pages, v_pages, slots) -> None:
+def write(k, v, arrays, slots, formats) -> tuple[Stored, Stored]:
+    """K and V of the layer, after checking a write to it."""
     op, shape = "write_pages", Shapes("write_pages")
-    pages(op, k_pages, v_pages, shape)
+    sides = layer(op, arrays, formats, shape)
     shape("k", k, "tokens", "num_kv_heads", "head_dim")
     shape("v", v, "tokens", "num_kv_heads", "v_head_dim")
     shape("slot_mapping", slots, "tokens")
-    same_dtype(op, "k", k, k_pages.dtype, "the dtype of k_pages")
-    same_dtype(op, "v", v, v_pages.dtype, "the dtype of v_pages")
+    same_dtype(op, "k", k, sides[0].dtype, "the dtype of k_pages")
+    same_dtype(op, "v", v, sides[1].dtype, "the dtype of v_pages")
+    return sides
 
 
-def pools(arrays) -> None:
+def pools(arrays, formats) -> None:
+    dense = tuple(formats) == (None, None)
     for pool in arrays:
-        if pool.ndim != 4 or pool.shape[0] != arrays[0].shape[0]:
+        if (dense and pool.ndim != 4) or pool.shape[0] != arrays[0].shape[0]:
             must = "pools must have shape [num_pages, num_kv_heads, page_size, head_dim]"
             fail("copy_pages", f"{must}, all with as many pages", pool.shape)
 

@@ -18,6 +18,8 @@ import numpy as np
 from paged_mlx.fallback import checks
 from paged_mlx.fallback.plan import TokenRows
 from paged_mlx.fallback.traces import is_tracer
+from paged_mlx.formats.rotation import rotate
+from paged_mlx.formats.stored import Stored, stored
 from paged_mlx.options import AttentionOptions
 
 _NEVER = -(2**30)  # the position of a slot that holds no token
@@ -47,39 +49,41 @@ def paged_attention(
     """``[out, lse, *pages]`` of one step."""
     _calls["PagedAttention"] += 1
     geometry = checks.attention_geometry(q, pages, formats)
-    k_pages, v_pages = pages
+    sides = stored(pages, formats)
     options = AttentionOptions(scale, cap, alibi_slopes, sinks, mask)
     checks.options("paged_attention", q, options)
     if scale is None:
         options = options._replace(scale=q.shape[2] ** -0.5)
     if is_tracer(plan):  # its values are not known: every token gathers for itself
-        out, lse = _attend(q[:, None], *pages, TokenRows.of(plan, q.shape[0]), None, options)
+        out, lse = _attend(q[:, None], *sides, TokenRows.of(plan, q.shape[0]), None, options)
         return [out[:, 0], lse[:, 0], *pages]
     words = np.array(plan)
     checks.plan(words, geometry)
     rows = TokenRows.of(words, q.shape[0])
-    checks.rows(rows, k_pages, mask)
-    outs = [mx.zeros((0, q.shape[1], v_pages.shape[3]), q.dtype)]
+    checks.rows(rows, geometry["num_pages"], mask)
+    outs = [mx.zeros((0, q.shape[1], sides[1].dim), q.dtype)]
     lses = [mx.zeros((0, q.shape[1]))]
     for first, last in rows.sequences():
         part = TokenRows(mx.array(rows.words[first:last].swapaxes(0, 1)))
-        out, lse = _attend(q[first:last][None], *pages, part, (first, last), options)
+        out, lse = _attend(q[first:last][None], *sides, part, (first, last), options)
         outs.append(out[0])
         lses.append(lse[0])
     return [mx.concatenate(outs), mx.concatenate(lses), *pages]
 
 
-def _attend(q, k_pages, v_pages, rows: TokenRows, tokens, options: AttentionOptions):
+def _attend(
+    q, keys_of: Stored, values_of: Stored, rows: TokenRows, tokens, options: AttentionOptions
+):
     """Attention of ``[batch, T, num_q_heads, head_dim]``, where the T tokens have the same pages."""
     scale, cap, alibi_slopes, sinks, mask = options
-    num_kv_heads, page_size = k_pages.shape[1:3]
+    num_kv_heads, page_size = keys_of.num_kv_heads, keys_of.page_size
     batch, length, num_q_heads, head_dim = q.shape
 
     # Contiguous K and V: every slot of every page, with the position of its token.
     offsets = mx.arange(page_size)
     keys = mx.where(offsets < rows.lens[..., None], rows.starts[..., None] + offsets, _NEVER)
     keys = keys.reshape(batch, 1, -1)
-    k, v = (_slots(pages, rows.pages) for pages in (k_pages, v_pages))  # [batch, Hkv, N, dim]
+    k, v = (_slots(side, rows.pages) for side in (keys_of, values_of))  # [batch, Hkv, N, dim]
 
     # Scores: scale, cap, ALiBi, mask, in this order. The rows of a KV head are multiplied together.
     by_kv_head = q.astype(mx.float32).swapaxes(1, 2).reshape(batch, num_kv_heads, -1, head_dim)
@@ -112,13 +116,15 @@ def _attend(q, k_pages, v_pages, rows: TokenRows, tokens, options: AttentionOpti
         total = total + mx.exp(sinks - shift)
     total = mx.where(seen, total, 1.0)
     out = mx.where(seen, _weighted(weights / total, v), 0.0)
+    if values_of.is_rotated:
+        out = rotate(out)
     lse = mx.where(seen, shift + mx.log(total), -mx.inf)[..., 0]
     return out.swapaxes(1, 2).astype(q.dtype), lse.swapaxes(1, 2)
 
 
-def _slots(pages, table):
+def _slots(side: Stored, table):
     """``[batch, heads, M * page_size, dim]`` in float32: the slots of ``table [batch, M]``."""
-    found = pages[mx.clip(table, 0, pages.shape[0] - 1)].astype(mx.float32).swapaxes(1, 2)
+    found = side.read(table).swapaxes(1, 2)
     return found.reshape(*found.shape[:2], -1, found.shape[4])
 
 
@@ -173,10 +179,41 @@ def merge_states(outs, lses):
 
 @on_stream
 def write_pages(tokens, pages, slot_mapping, *, alias=False, formats=(None, None)):
-    """``[*pages']`` with new tokens, ``[k, v]``, in their slots."""
-    (k, v), (k_pages, v_pages) = tokens, pages
-    checks.write(k, v, k_pages, v_pages, slot_mapping)
-    return [_written(k, k_pages, slot_mapping), _written(v, v_pages, slot_mapping)]
+    """``[*pages']`` with new tokens, ``[k, v]``, in their slots: of the open pages, where there are any."""
+    sides = checks.write(*tokens, pages, slot_mapping, formats)
+    written = []
+    for side, x in zip(sides, tokens):
+        x = side.prepared(x)
+        if side.opened is not None:
+            written.append(_written(x, side.opened, slot_mapping))
+        else:
+            parts = zip(side.encode_tokens(x), side.arrays)
+            written += [_written(part, array, slot_mapping) for part, array in parts]
+    return [*pages[: len(pages) - len(written)], *written]
+
+
+@on_stream
+def seal_pages(sources, pages, pairs, *, rotated, formats):
+    """The arrays of each layer, with dense pages quantised into them: all layers at once.
+
+    Args:
+        sources: ``[k0, v0, k1, v1, ...]``, dense pages ``[n, num_kv_heads, page_size, dim]`` of
+            each layer.
+        pages: The arrays of each layer.
+        pairs: ``int32 [m, 3]``: a page of the sources, where it goes, and how many tokens it has.
+        rotated: Whether V of the sources is, where its format rotates.
+    """
+    source, target, tokens = (pairs[:, i] for i in range(3))
+    sealed = []
+    for i, arrays in enumerate(pages):
+        sides = checks.layer("seal_pages", arrays, formats)
+        written = []
+        for side, dense in zip(sides, sources[2 * i : 2 * i + 2]):
+            x = dense[source] if rotated else side.prepared(dense[source])
+            parts = zip(side.encode_pages(x, tokens), side.arrays)
+            written += [_put(array, target, part) for part, array in parts]
+        sealed.append([*written, *arrays[len(written) :]])
+    return sealed
 
 
 def _written(tokens, pages, slots):
@@ -214,9 +251,9 @@ def buffer_copies() -> int:
 
 
 @on_stream
-def copy_pages(pools, pairs, *, alias=False):
+def copy_pages(pools, pairs, *, alias=False, formats=(None, None)):
     """The pools with page ``pairs[i, 0]`` copied to page ``pairs[i, 1]``."""
-    checks.pools(pools)
+    checks.pools(pools, formats)
     return [_put(pool, pairs[:, 1], pool[pairs[:, 0]]) for pool in pools]
 
 
@@ -226,14 +263,23 @@ def gather_pages(
     formats=(None, None),
 ):  # fmt: skip
     """``[k, v, *pages]``, K and V of each sequence made contiguous."""
-    k_pages, v_pages = pages
-    checks.pages("gather_pages", k_pages, v_pages)
+    sides = checks.layer("gather_pages", pages, formats)
     known = (
         None if array is None else np.array(array)
         for array in (block_tables, context_lens, page_starts, page_lens)
     )  # fmt: skip
-    index = columns(length, k_pages.shape[2], *known)
-    return [take(k_pages, index), take(v_pages, index), k_pages, v_pages]
+    index = columns(length, sides[0].page_size, *known)
+    return [*(_taken(side, index) for side in sides), *pages]
+
+
+def _taken(side: Stored, index):
+    """K or V at the slots of ``index``, of as many pages as it names."""
+    if side.name is None and side.opened is None:
+        return take(side.arrays[0], index)
+    named = np.unique(index[index >= 0] // side.page_size)
+    place = np.searchsorted(named, index // side.page_size) * side.page_size
+    named = named if named.size else np.zeros(1, np.int64)
+    return take(side.pages(named), np.where(index >= 0, place + index % side.page_size, -1))
 
 
 def columns(length, page_size, tables, lens, starts=None, counts=None) -> np.ndarray:
@@ -260,11 +306,11 @@ def take(pages, index):
 def pool_memory(kept, shape, fill, dtype):
     """New memory for pages: those kept, and pages full of ``fill``."""
     if kept is None:
-        return mx.full(shape, fill, dtype)
+        return mx.full(shape, mx.array(fill, dtype))
     more = shape[0] - kept.shape[0]
     if more <= 0:
         return kept[mx.arange(shape[0])]
-    return mx.concatenate([kept, mx.full((more, *shape[1:]), fill, dtype)])
+    return mx.concatenate([kept, mx.full((more, *shape[1:]), mx.array(fill, dtype))])
 
 
 @on_stream

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from paged_mlx.errors import fail, kind_of
+from paged_mlx.prefix.hash import ExtraKey
 
 NAMES = ("q8", "q4")
 BITS = {"q8": 8, "q4": 4}
@@ -34,6 +35,16 @@ class PageFormats(NamedTuple):
     def are_dense(self) -> bool:
         """Whether nothing is quantised."""
         return self.k is None and self.v is None
+
+    @property
+    def extra_keys(self) -> tuple[ExtraKey, ...]:
+        """What a prefix cache must be asked with beside the tokens: nothing for dense pages."""
+        return () if self.are_dense else (ExtraKey("format", str(self)),)
+
+    @property
+    def told(self) -> dict[str, PageFormats]:
+        """What operations are told beside the arrays: nothing of dense pages."""
+        return {} if self.are_dense else {"formats": self}
 
     @property
     def have_open_pages(self) -> bool:

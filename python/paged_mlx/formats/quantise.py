@@ -59,9 +59,9 @@ def quantise_channels(x: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array
 
 
 def dequantise_channels(codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    """``scale * code + minimum`` in float32, ``[pages, heads, page_size, head_dim]``."""
-    wide = scales.astype(mx.float32), biases.astype(mx.float32)
-    return wide[0][:, :, None] * _unpacked(codes).astype(mx.float32) + wide[1][:, :, None]
+    """``scale * code + minimum`` in float32, ``[..., heads, page_size, head_dim]``."""
+    scale, least = (a.astype(mx.float32)[..., None, :] for a in (scales, biases))
+    return scale * _unpacked(codes).astype(mx.float32) + least
 
 
 def _packed(codes: mx.array) -> mx.array:

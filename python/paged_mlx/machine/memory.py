@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from paged_mlx.errors import fail
+from paged_mlx.formats.page_format import PageFormats, page_nbytes
 
 SHARE = 0.85
 _CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
@@ -62,7 +63,18 @@ def pages_within(
     head_dim: int,
     dtype: mx.Dtype = mx.float16,
     v_head_dim: int | None = None,
+    k_format: str | None = None,
+    v_format: str | None = None,
 ) -> int:
-    """Return how many pages of a pool of these sizes fit in ``nbytes``; may be 0."""
-    token = bytes_per_token(num_layers, num_kv_heads, head_dim, dtype.size, v_head_dim)
-    return max(0, int(nbytes)) // (page_size * token)
+    """Return how many pages of a pool of these sizes fit in ``nbytes``; may be 0.
+
+    Open pages, of ``k_format="q4"``, come on top: one for each sequence.
+
+    Raises:
+        ValueError: Pages of these sizes cannot have the formats.
+    """
+    formats = PageFormats(k_format, v_format)
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    formats.check("pages_within", head_dim, v_head_dim, page_size)
+    page = page_nbytes(formats, num_kv_heads, page_size, head_dim, v_head_dim, dtype)
+    return max(0, int(nbytes)) // (num_layers * page)

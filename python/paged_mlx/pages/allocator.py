@@ -58,6 +58,8 @@ class PageAllocator:
         page_size: Tokens in a page.
         max_pages: Pages that the pool may grow to on demand.
         counts: How often each page is held, ``int32 [total_pages]``, read-only.
+        sealed: Pages in use that take no more tokens, because a pool has quantised them.
+        appends: Whether an attached pool follows appends.
         evictors: Who gives pages back when none is free, see ``observers.Evictors``.
 
     Raises:
@@ -84,7 +86,8 @@ class PageAllocator:
         self._check_slots(name, "total_pages * page_size", self.max_pages)
         self.evictors = Evictors()
         self._pools: WeakValueDictionary[int, Pool] = WeakValueDictionary()
-        self._wants_freed = False
+        self._wants_freed = self.appends = False
+        self.sealed: set[int] = set()
         self._set_counts(array("i", bytes(4 * total)))
         self._reset_free(range(total))
 
@@ -239,6 +242,7 @@ class PageAllocator:
         left = self._refs[page_id]
         if not left:
             self._put((page_id,))
+            self.sealed.discard(page_id)
             if self._wants_freed:
                 self._tell_freed((page_id,))
         elif left == 1 and page_id in self.evictors.held:
@@ -258,6 +262,8 @@ class PageAllocator:
         self._counts[ids] = before - 1
         freed = ids[before == 1].tolist()
         self._put(freed)
+        if self.sealed:
+            self.sealed.difference_update(freed)
         if freed and self._wants_freed:
             self._tell_freed(freed)
         if self.evictors.held:
@@ -378,13 +384,35 @@ class PageAllocator:
             fail("attach", must, pool.num_pages)
         pool.attached(self)
         self._pools[id(pool)] = pool
-        self._wants_freed |= pool.wants_freed
+        self._note_wishes()
 
     def detach(self, pool: Pool) -> None:
         """Undo ``attach``; a pool that is not attached is left alone."""
         if self._pools.pop(id(pool), None) is not None:
-            self._wants_freed = any(attached.wants_freed for attached in self.pools)
+            self._note_wishes()
             pool.detached()
+
+    def _note_wishes(self) -> None:
+        self._wants_freed = any(pool.wants_freed for pool in self.pools)
+        self.appends = any(pool.wants_appends for pool in self.pools)
+
+    def before_append(self, page_ids: Sequence[int]) -> None:
+        """Tell the pools that tokens are about to be appended, to these part-filled pages too."""
+        for pool in self._appending():
+            pool.before_append(page_ids)
+
+    def reserve(self, num_pages: int) -> None:
+        """Have the pools make room for so many more part-filled pages, or none of them."""
+        for pool in self._appending():
+            pool.reserve(num_pages)
+
+    def appended(self, slots: np.ndarray) -> None:
+        """Tell the pools which slots are to be written next."""
+        for pool in self._appending():
+            pool.appended(slots)
+
+    def _appending(self) -> list[Pool]:
+        return [pool for pool in self.pools if pool.wants_appends]
 
     @property
     def pools(self) -> list[Pool]:
@@ -482,6 +510,8 @@ class PageAllocator:
         )
         for page_id in self.evictors.held:
             assert counts[page_id] > 0, f"page {page_id} is held by an evictor and free"
+        for page_id in self.sealed:
+            assert counts[page_id] > 0, f"page {page_id} is sealed and free"
         for evictor in self.evictors:
             if evictor is not self:
                 evictor.check()

@@ -35,15 +35,26 @@ def append(
 ) -> Appended:
     """Append ``num_tokens[i]`` tokens to ``maps[i]``, to all or to none; see ``append_batch``."""
     counts = _checked_counts(num_tokens, len(maps))
+    if not isinstance(allocator, PageAllocator):
+        fail("append_tokens", "allocator must be a PageAllocator", kind_of(allocator))
+    if allocator.sealed:
+        for pages in maps:
+            pages.settle_room()
     slots = _one_each_in_place(maps, counts, allocator)
     if slots is not None:
+        if allocator.appends:
+            allocator.appended(slots)
         return Appended(slots, [])
+    if allocator.appends:
+        allocator.before_append([pages.ids[-1] for pages in maps if pages.room])
     needs, num_new = _new_pages(maps, counts, allocator)
     rows = _shared_tails(maps, counts, allocator)
     copies: list[tuple[int, int]] = []
     page_ids: list[int] = []
     if rows or num_new:
         rows, page_ids = _take_pages(maps, counts, rows, num_new, allocator)
+        if allocator.appends:
+            _reserve(maps, counts, len(rows), page_ids, allocator)
         copies = _own_tails(maps, rows, page_ids, num_new, allocator)
     starts: list[int] = []  # of runs of slots, and
     lengths: list[int] = []
@@ -52,7 +63,10 @@ def append(
             pages.allocator = allocator
             _extend(pages, count, page_ids[:need], starts, lengths)
             del page_ids[:need]
-    return Appended(_joined(starts, lengths), copies)
+    slots = _joined(starts, lengths)
+    if allocator.appends:
+        allocator.appended(slots)
+    return Appended(slots, copies)
 
 
 def _checked_counts(num_tokens: Sequence[int], num_maps: int) -> list[int]:
@@ -172,6 +186,23 @@ def _own_cached_tails(tails: list[int], excess: int, allocator: PageAllocator) -
     ]
     if len(cached) >= excess:
         allocator.evictors.forget(cached[:excess])
+
+
+def _reserve(
+    maps: Sequence[PageMap],
+    counts: list[int],
+    num_copies: int,
+    page_ids: list[int],
+    allocator: PageAllocator,
+) -> None:
+    """Have room for the pages that will be part-filled; if there is none, give all pages back."""
+    left = [count - pages.room for pages, count in zip(maps, counts)]
+    part_filled = sum(1 for pages, more in zip(maps, left) if more > 0 and more % pages.page_size)
+    try:
+        allocator.reserve(part_filled + num_copies)
+    except BaseException:
+        allocator.free_pages(page_ids)
+        raise
 
 
 def _own_tails(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from paged_mlx.errors import PageError, fail, kind_of
 
 
@@ -29,6 +31,20 @@ class Pool(Protocol):
     def wants_freed(self) -> bool:
         """Whether it is to be told which pages become free."""
         return False
+
+    @property
+    def wants_appends(self) -> bool:
+        """Whether the allocator is to say which slots are to be written next."""
+        return False
+
+    def before_append(self, page_ids: Sequence[int]) -> None:
+        """Tokens are about to be appended, to these part-filled pages among others."""
+
+    def reserve(self, num_pages: int) -> None:
+        """Have room for so many more part-filled pages; an error refuses the append."""
+
+    def appended(self, slots: np.ndarray) -> None:
+        """These slots are to be written next."""
 
     def copied(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, ``(source, target)`` each, before any later write.

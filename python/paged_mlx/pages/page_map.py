@@ -168,7 +168,13 @@ class PageMap:
         self.num_tokens = length
         # A tail page that was given back takes no tokens.
         self.room = 0 if kept == self.num_freed else self.page_size - self.tail_tokens
+        self.settle_room()
         self.touch()
+
+    def settle_room(self) -> None:
+        """Have no room in a tail page that takes no more tokens."""
+        if self.room and self.allocator is not None and self.ids[-1] in self.allocator.sealed:
+            self.room = 0
 
     def check_allocator(self, function: str, allocator: PageAllocator) -> None:
         """Refuse an allocator that the pages do not come from, or cannot."""

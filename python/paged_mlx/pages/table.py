@@ -91,6 +91,7 @@ class PageTable:
     @property
     def is_sealed(self) -> bool:
         """Whether the tail page is part-filled and takes no more tokens."""
+        self.map.settle_room()
         return not self.map.room and self.map.tail_tokens < self.map.page_size
 
     @property
@@ -197,6 +198,7 @@ class PageTable:
         pages.num_tokens = num_tokens
         if pages.num_freed < len(page_ids):
             pages.room = self.page_size - pages.tail_tokens
+            pages.settle_room()
         self.map, self.token_hash = pages, None
 
     def skip(self, num_tokens: int, allocator: PageAllocator) -> None:

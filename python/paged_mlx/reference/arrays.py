@@ -7,6 +7,7 @@ import numpy as np
 from . import dtypes
 from .call import Call
 from .problem import Problem
+from .stored import Layer, store
 from .tables import Tables, lay_out
 
 
@@ -67,12 +68,17 @@ def assemble(case: Call, q: np.ndarray, keys: list, values: list) -> Problem:
     query_lens = [query_len for query_len, _ in case.sequences]
     unpacked = all(n == 1 for n in query_lens) and not case.packed
     options = np.random.default_rng([case.seed, 3])
+    k_pages = tables.scatter(case, keys, case.head_dim, rng)
+    v_pages = tables.scatter(case, values, case.value_dim, rng)
+    layer = Layer((), keys, values, tables.block_tables)
+    if case.formats != (None, None):
+        layer = store(case, tables, keys, values, rng)
     return Problem(
         dtype=case.dtype,
         q=dtypes.encode(q, case.dtype),
-        k_pages=tables.scatter(case, keys, case.head_dim, rng),
-        v_pages=tables.scatter(case, values, case.value_dim, rng),
-        block_tables=tables.block_tables,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        block_tables=layer.block_tables,
         context_lens=np.array([c for _, c in case.sequences], np.int32),
         cu_seqlens_q=None if unpacked else np.cumsum([0, *query_lens]).astype(np.int32),
         page_starts=tables.page_starts,
@@ -84,8 +90,10 @@ def assemble(case: Call, q: np.ndarray, keys: list, values: list) -> Problem:
         alibi_slopes=_alibi_slopes(case),
         sinks=_sinks(case, options),
         mask=_mask(case, options),
-        keys=tuple(keys),
-        values=tuple(values),
+        keys=tuple(layer.keys),
+        values=tuple(layer.values),
+        formats=case.formats,
+        stored=layer.arrays,
     )
 
 

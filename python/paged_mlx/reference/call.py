@@ -16,6 +16,7 @@ import numpy as np
 from . import dtypes
 
 POISONS = ("nan", "inf", "huge", "denormal", "mixed", "zero")
+FORMATS = (None, "q8", "q4")
 MASKS = (None, "boolean", "boolean_per_head", "additive", "additive_per_head")
 
 
@@ -33,6 +34,7 @@ class Call:
             tokens, in the same pages. Later entries may nest in earlier ones.
         packed: Pass ``cu_seqlens_q`` although every query is one token.
         ragged: Pages are part-filled in the middle of a sequence.
+        k_format, v_format: One of ``FORMATS``: how K's and V's pages are held.
         spread: Standard deviation of the scores, in nats.
         shift: Nats added to every score, through one dimension of q and k.
         alibi: Factor of the usual slopes ``2 ** (-8 h / num_q_heads)``; 0 is no ALiBi.
@@ -59,6 +61,8 @@ class Call:
     mask: str | None = None
     mask_density: float = 0.3
     ragged: bool = False
+    k_format: str | None = None
+    v_format: str | None = None
     prefixes: tuple[tuple[int, int, int], ...] = ()
     packed: bool = False
     scale: float | None = None
@@ -72,6 +76,9 @@ class Call:
     def __post_init__(self):
         _require(self.dtype in dtypes.NAMES, "dtype", f"be one of {dtypes.NAMES}", self.dtype)
         _require(self.poison in POISONS, "poison", f"be one of {POISONS}", self.poison)
+        for name in ("k_format", "v_format"):
+            found = getattr(self, name)
+            _require(found in FORMATS, name, f"be one of {FORMATS}", found)
         _require(self.mask in MASKS, "mask", f"be one of {MASKS}", self.mask)
         _require(self.page_size >= 1, "page_size", "be at least 1", self.page_size)
         _require(
@@ -102,6 +109,10 @@ class Call:
     @property
     def value_dim(self) -> int:
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def formats(self) -> tuple[str | None, str | None]:
+        return self.k_format, self.v_format
 
     @property
     def gqa_factor(self) -> int:

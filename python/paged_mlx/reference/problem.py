@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
-from . import dtypes, oracle, yardstick
+from . import dtypes, formats, oracle, yardstick
 from .yardstick import Verdict
 
 
@@ -17,7 +17,9 @@ class Problem:
 
     ``q``, ``k_pages`` and ``v_pages`` are stored: float32, float16, or for bfloat16 its bits
     as uint16 (``dtypes.decode`` widens). ``keys`` and ``values`` are the same tokens as
-    contiguous float32 arrays, one per sequence; the oracle reads these, never the pages.
+    contiguous float32 arrays, one per sequence; the oracle reads these, never the pages. Of
+    quantised pages they are what the pages read as, and ``stored`` holds the arrays of the layer;
+    ``k_pages`` and ``v_pages`` are dense all the same, of the tokens before.
     """
 
     dtype: str
@@ -38,6 +40,8 @@ class Problem:
     mask: np.ndarray | None
     keys: tuple[np.ndarray, ...]
     values: tuple[np.ndarray, ...]
+    formats: tuple[str | None, str | None] = (None, None)
+    stored: tuple[np.ndarray, ...] = ()
 
     @property
     def options(self) -> dict:
@@ -76,7 +80,13 @@ class Problem:
 
     @cached_property
     def yardstick(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(out, lse)`` of the yardstick, rounded."""
+        """``(out, lse)`` of the yardstick, rounded; of V that is stored rotated, it attends to that
+        and rotates the result."""
+        if self.formats[1] == "q4":
+            turned = replace(self, values=tuple(formats.rotate(v) for v in self.values))
+            attend = partial(oracle.attention, precision=np.float32)
+            out, lse = turned._contiguous(attend, np.float32)
+            return dtypes.round_to(formats.rotate(out), self.dtype), lse
         return self._contiguous(yardstick.attention, np.float32, dtype=self.dtype)
 
     @cached_property

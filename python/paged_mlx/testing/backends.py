@@ -33,7 +33,7 @@ class Backend:
         write: ``(k, v, k_pages, v_pages, slot_mapping, dtype) -> (k_pages, v_pages)``.
         copy: ``(pools, pairs, dtype) -> pools``.
         gather: ``problem -> (k, v)``, ``[batch, num_kv_heads, longest, dim]`` stored.
-        offers: Whether the backend supports a case.
+        offers: Whether the backend supports a case; by default one whose pages are not quantised.
         snippet: Expression that makes the backend, for printed programs.
         stream: MLX stream or device of the backend, None if it is not MLX.
     """
@@ -45,7 +45,7 @@ class Backend:
     write: Any = None
     copy: Any = None
     gather: Any = None
-    offers: Callable[[Case], bool] = lambda case: True
+    offers: Callable[[Case], bool] = lambda case: case.formats == (None, None)
     snippet: str = ""
     stream: object | None = None
 
@@ -119,14 +119,22 @@ def _unchecked(function: Callable, **fixed) -> Callable:
 
 
 def _is_offered(case: Case) -> bool:
+    from paged_mlx.formats.page_format import PageFormats
     from paged_mlx.options import has_kernel
 
+    try:
+        sizes = case.head_dim, case.value_dim, case.page_size
+        PageFormats(*case.formats).check("Case", *sizes)
+    except ValueError:
+        return False
     return has_kernel(case.head_dim) and has_kernel(case.value_dim)
 
 
 def _attend(problem: Problem, *, stream, fixed_partition: int | None = None) -> Result:
     from paged_mlx import fast
 
+    if problem.formats != (None, None):
+        return _attend_quantised(problem, stream, fixed_partition)
     arguments, options = op_arguments(problem)
     if fixed_partition:
         q, k_pages, v_pages, tables, lens = arguments
@@ -151,6 +159,51 @@ def _attend(problem: Problem, *, stream, fixed_partition: int | None = None) -> 
         options["causal"] = problem.causal
         arguments = [q, k_pages, v_pages]
     out, lse = fast.paged_attention(*arguments, **options, return_lse=True, stream=stream)
+    return dtypes.decode(from_mlx(out), problem.dtype), np.array(lse)
+
+
+def layer_arrays(problem: Problem) -> list:
+    """The arrays of a problem's quantised layer, as ``mx.array``s."""
+    import mlx.core as mx
+
+    return [
+        mx.array(a) if a.dtype == np.uint32 else to_mlx(a, problem.dtype) for a in problem.stored
+    ]
+
+
+def _attend_quantised(problem: Problem, stream, fixed_partition: int | None) -> Result:
+    import mlx.core as mx
+
+    from paged_mlx import operations
+    from paged_mlx.attention_plan import PlanOptions, make_plan, runs_kernels
+    from paged_mlx.formats.page_format import PageFormats
+    from paged_mlx.options import AttentionOptions, Geometry
+    from paged_mlx.pages.block_table import PackedTables
+
+    (q, *_), options = op_arguments(problem)
+    arrays, formats = layer_arrays(problem), PageFormats(*problem.formats)
+    num_pages, num_kv_heads, page_size = arrays[0].shape[:3]
+    num_open = arrays[-1].shape[0] if formats.have_open_pages else 0
+    dims = problem.keys[0].shape[2], problem.values[0].shape[2]
+    plan = make_plan(
+        "plan",
+        PackedTables(
+            problem.block_tables, problem.context_lens, problem.cu_seqlens_q,
+            problem.page_starts, problem.page_lens,
+        ),
+        Geometry(q.shape[1], num_kv_heads, page_size, *dims, q.dtype, formats),
+        PlanOptions(
+            num_pages + num_open, problem.causal, problem.sliding_window,
+            fixed_partition is None, fixed_partition, None, runs_kernels(stream),
+            num_pages if formats.have_open_pages else -1,
+        ),
+    )  # fmt: skip
+    scoring = {name: options[name] for name in AttentionOptions._fields if name in options}
+    out, lse, *_ = operations.paged_attention(
+        q, arrays, plan.array, *AttentionOptions(**scoring), plan=plan, stream=stream,
+        **formats.told,
+    )  # fmt: skip
+    mx.eval(out, lse)
     return dtypes.decode(from_mlx(out), problem.dtype), np.array(lse)
 
 

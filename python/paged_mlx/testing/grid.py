@@ -12,14 +12,16 @@ from functools import cache
 from typing import Any
 
 from paged_mlx.reference import dtypes
-from paged_mlx.reference.call import MASKS
+from paged_mlx.reference.call import FORMATS, MASKS
 from paged_mlx.reference.case import Case
 
 from .checks import Check
 from .pairwise import pairwise, product
 
 #: Groups of checks, in the order of the report.
-GROUPS = ("needles", "poison", "numbers", "grid", "invariance", "pages", "graph", "large")
+GROUPS = (
+    "needles", "poison", "numbers", "grid", "formats", "invariance", "pages", "graph", "large"
+)  # fmt: skip
 
 HEADS = ((1, 1), (4, 4), (8, 2), (16, 8), (24, 4), (28, 4), (40, 8), (64, 8), (8, 1), (71, 1))
 HEAD_DIMS = (*range(8, 257, 8), 512)
@@ -64,7 +66,14 @@ def quick() -> tuple[Check, ...]:
     """The run that belongs to every build."""
     return tuple(
         itertools.chain(
-            _needles(), _poison(), _numbers(), _grid(), _invariance(), _pages(), _graph(24)
+            _needles(),
+            _poison(),
+            _numbers(),
+            _grid(),
+            _formats(),
+            _invariance(),
+            _pages(),
+            _graph(24),
         )
     )
 
@@ -114,6 +123,8 @@ def make_case(row: dict, seed: int = 0) -> Case:
         sinks=row["sinks"],
         mask=row["mask"],
         spread=row["spread"],
+        k_format=row.get("k_format"),
+        v_format=row.get("v_format"),
         seed=seed,
     )
 
@@ -160,6 +171,33 @@ def _grid() -> Iterator[Check]:
         prompt = Case(dtype=dtype, sequences=((2048, 2048),), num_q_heads=1, head_dim=32)
         yield Check("grid", prompt)
         yield Check("grid", Case(dtype=dtype, sequences=((1, 4001), (1, 7), (300, 900))))
+
+
+def _formats() -> Iterator[Check]:
+    """Quantised pages, all options: against attention over what the pages read as."""
+    axes = {**_GEOMETRY, **_BATCH, **_OPTIONS, "spread": (1.5,)}
+    axes |= {
+        "heads": ((1, 1), (8, 2), (28, 4), (6, 6)),
+        "head_dim": (32, 64, 128, 192, 256),
+        "v_head_dim": (None, 32, 128),
+        "page_size": (8, 16, 24, 64),
+        "context": (*itertools.product(("page", "2 pages"), (0, 1)), (33, 0), (130, 0), (257, 0)),
+        "query": (1, 2, 5, 17, 40),
+        "k_format": FORMATS,
+        "v_format": FORMATS,
+    }
+    for i, row in enumerate(pairwise(axes)):
+        case = make_case(row, seed=i)
+        if case.formats != (None, None):
+            yield Check("formats", case)
+    for i, pair in enumerate(itertools.product(FORMATS, FORMATS)):
+        if pair != (None, None):
+            sides: dict[str, Any] = dict(zip(("k_format", "v_format"), pair))
+            case = Case(dtype=dtypes.NAMES[i % 3], num_q_heads=4, num_kv_heads=2, **sides)
+            case = case.replace(sequences=((1, 300), (40, 77), (1, 1), (2, 0)), seed=i)
+            yield Check("formats", case.replace(ragged=True, poison="nan"), "poison")
+            yield Check("formats", case.replace(prefixes=((0, 2, 64),)), "layout")
+            yield Check("formats", case, "neighbours")
 
 
 def _needles() -> Iterator[Check]:

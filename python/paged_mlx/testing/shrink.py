@@ -16,7 +16,7 @@ _DEFAULTS = {f.name: f.default for f in fields(Case)}
 #: Options that a smaller case does without, if it still fails.
 _OPTIONAL = (
     "mask sinks alibi softcap sliding_window prefixes ragged v_head_dim shift packed scale "
-    "causal spread dtype"
+    "causal spread k_format v_format dtype"
 ).split()
 
 
