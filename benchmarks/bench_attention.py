@@ -3,8 +3,9 @@
 Planning, graph building and evaluation are all inside the time.
 """
 
+from paged_mlx.bench.workload import Geometry, Workload, agree
+
 from benchmarks.harness import Candidate, Case, run
-from benchmarks.workload import Geometry, Workload, agree
 
 CHAPTER = {
     "short": [50, 100, 150] * 10,

@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
+from paged_mlx.bench.workload import Geometry, Workload, agree
 
 from benchmarks.harness import Candidate, Case, run
 from benchmarks.limits import on_threads, page_reads, planning, smallest_operation
 from benchmarks.torch_sdpa import torch_sdpa
-from benchmarks.workload import Geometry, Workload, agree
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT = [50, 100, 150] * 10

@@ -8,6 +8,7 @@ a row says otherwise.
 import importlib.util
 
 from paged_mlx._native import _ext
+from paged_mlx.bench.workload import Geometry, Workload, agree
 
 from benchmarks.bench_cpu_decode import DEFAULT_THREADS, DTYPES, MHA, SHORT, paged
 from benchmarks.harness import Case, LeftOut, run
@@ -21,7 +22,6 @@ from benchmarks.limits import (
 from benchmarks.openvino_paged import openvino
 from benchmarks.torch_sdpa import torch_sdpa
 from benchmarks.vllm_cpu import library, vllm
-from benchmarks.workload import Geometry, Workload, agree
 
 PEERS = {"vLLM": vllm, "OpenVINO": openvino, "torch": torch_sdpa}
 PAUSE = 0.01  # longer than any peer's threads spin

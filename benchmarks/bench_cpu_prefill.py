@@ -4,6 +4,7 @@ One thread, by its CPU time.
 """
 
 from paged_mlx._native import _ext
+from paged_mlx.bench.workload import Geometry, Workload, agree
 
 from benchmarks.bench_cpu_decode import (
     AVX2,
@@ -15,7 +16,6 @@ from benchmarks.bench_cpu_decode import (
 from benchmarks.harness import Case, run
 from benchmarks.limits import multiplications
 from benchmarks.torch_sdpa import torch_sdpa
-from benchmarks.workload import Geometry, Workload, agree
 
 
 def case(length, context, dtype, isa="", rounds=5) -> Case:

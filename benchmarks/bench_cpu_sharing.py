@@ -8,11 +8,11 @@ other limit.
 from functools import partial
 
 from paged_mlx._native import _ext
+from paged_mlx.bench.workload import Geometry, Workload, agree
 
 from benchmarks.bench_cpu_decode import DEFAULT_THREADS, DTYPES
 from benchmarks.harness import Candidate, Case, run
 from benchmarks.limits import multiplications, on_threads, page_reads
-from benchmarks.workload import Geometry, Workload, agree
 
 BATCHES = {
     "8 x (8192 shared + 256)": (8, 8192, 256),

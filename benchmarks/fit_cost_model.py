@@ -20,9 +20,9 @@ import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
+from paged_mlx.bench.workload import Geometry, Workload
 
 from benchmarks.harness import RESULTS, Candidate, Case, environment, measure
-from benchmarks.workload import Geometry, Workload
 
 DTYPES = ("float32", "bfloat16", "float16")
 KEYS = 4096

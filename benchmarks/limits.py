@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
+from paged_mlx.bench.workload import Workload
 
 from benchmarks import roofline
 from benchmarks.harness import Candidate
-from benchmarks.workload import Workload
 
 PAGE_READS, MULTIPLICATIONS, MEMCPY = "page reads alone", "multiplications alone", "memcpy"
 

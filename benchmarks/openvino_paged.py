@@ -8,9 +8,9 @@ operation has written them.
 from functools import cached_property
 
 import numpy as np
+from paged_mlx.bench.workload import Workload, floats, shuffled_tables
 
 from benchmarks.harness import Candidate, LeftOut
-from benchmarks.workload import Workload, floats, shuffled_tables
 
 try:
     import openvino as ov

@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 import numpy as np
+from paged_mlx.bench.workload import Workload
 
 from benchmarks.harness import Candidate
-from benchmarks.workload import Workload
 
 try:
     import torch

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from paged_mlx.bench.workload import Workload, shuffled_tables
 
 from benchmarks.harness import Candidate, LeftOut
 from benchmarks.torch_sdpa import tensor, torch
-from benchmarks.workload import Workload, shuffled_tables
 
 BLOCK_SIZES = (16, 32, 128)
 

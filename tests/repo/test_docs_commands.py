@@ -18,7 +18,7 @@ def section(name: str) -> str:
 
 def documented(name: str) -> set[str]:
     """The options of the section's table."""
-    rows = [line.split("|")[1] for line in section(name).splitlines() if line.startswith("| `--")]
+    rows = [line.split("|")[1] for line in section(name).splitlines() if line.startswith("| `-")]
     return {option for row in rows for option in re.findall(r"`(-[\w-]+)`", row)}
 
 

@@ -201,7 +201,7 @@ def listen(host: str, port: int, pages: Pages, generator: Callable[[], Any]) -> 
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         Httpd.address_family = family
-        return Httpd(address[:2], Bound)
+        return Httpd((str(address[0]), int(address[1])), Bound)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(
@@ -210,6 +210,11 @@ def listen(host: str, port: int, pages: Pages, generator: Callable[[], Any]) -> 
         raise PortInUse(f"nobody can listen on port {port} of {host}: {error}") from error
     except OverflowError as error:
         raise PortInUse(f"--port must be at most 65535; got {port}") from error
+
+
+def new_store(cli_args) -> Any:
+    make: Any = PromptStore
+    return make(None, cli_args.prompt_cache_size)
 
 
 class Server:
@@ -229,7 +234,7 @@ class Server:
     """
 
     def __init__(self, host: str, port: int, cli_args, enable: Callable, enable_draft: Callable):
-        store = PromptStore(None, cli_args.prompt_cache_size)
+        store = new_store(cli_args)
         self.provider = PagedProvider(cli_args, enable, enable_draft, store)
         pages = Pages(self.provider, store)
         self._httpd = listen(host, port, pages, lambda: self._generator)
@@ -263,7 +268,7 @@ def serve(
         Why the model of the command line could not be loaded; else None.
     """
     if mx.distributed.init().rank() > 0:
-        store = PromptStore(None, cli_args.prompt_cache_size)
+        store = new_store(cli_args)
         provider = PagedProvider(cli_args, enable, enable_draft, store)
         server.ResponseGenerator(provider, store).join()
         return provider.failure

@@ -6,6 +6,7 @@ from itertools import count
 
 import mlx.core as mx
 import numpy as np
+
 from paged_mlx import PagePool, fast
 from paged_mlx._native import _ext
 
@@ -155,18 +156,18 @@ class Workload:
 
     def packed_kv(self, layer=0) -> tuple[mx.array, mx.array]:
         """K and V of one sequence after the other, ``[tokens, num_kv_heads, head_dim]``."""
-        packed = [
+        k, v = (
             mx.concatenate([rows[:, :n].swapaxes(0, 1) for rows, n in zip(x, self.lengths)])
             for x in self.contiguous_kv(layer)
-        ]
-        mx.eval(packed)
-        return tuple(packed)
+        )
+        mx.eval(k, v)
+        return k, v
 
     def contiguous_pages(self, layer=0) -> tuple[mx.array, mx.array]:
         """K and V as pages, one for each sequence, in memory as a pool takes it."""
-        pages = tuple(in_pool_memory(x) for x in self.contiguous_kv(layer))
-        mx.eval(pages)
-        return pages
+        k, v = (in_pool_memory(x) for x in self.contiguous_kv(layer))
+        mx.eval(k, v)
+        return k, v
 
     def _take(self, pages: mx.array) -> mx.array:
         g, batch = self.g, len(self.lengths)

@@ -1,0 +1,1 @@
+"""What ``paged-mlx bench`` measures, and with what."""

@@ -1,0 +1,189 @@
+"""``paged-mlx bench``: the kernels, or a model, on pages beside what there is without."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paged_mlx.cli.options import Mistake, count, counts, needs_mlx_lm, parser
+from paged_mlx.cli.progress import Progress
+
+DESCRIPTION = """\
+Tests as llama-bench names them: pp512 processes a prompt of 512 tokens, tg128 generates 128,
+"@ d4096" with 4096 tokens in the cache before, "x8" for 8 sequences at once. All ways to do a
+test take turns in one run, their outputs are compared first, and a table says mean and standard
+deviation, and at last which kernels served.
+
+Without --model: attention of one layer, for which tg is one decode step. With it: a model of
+mlx-lm on pages beside mlx-lm's own caches."""
+EXAMPLES = """
+paged-mlx bench                                   # the kernels: 128 tokens on 1024, 1 and 8 decodes
+paged-mlx bench -p 512 -d 0,4096 -b 1,16 --shared 2048 --ragged
+paged-mlx bench --model mlx-community/Qwen3-0.6B-4bit -p 512 -n 128 -d 0,4096
+paged-mlx bench --model ./my-model -p 0 -n 32 -d 1024 -b 8 -o json > bench.json
+"""
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Whole numbers from 0 with commas between them, as an option's type."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more; got {text}")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    chosen = _options().parse_args(arguments)
+    from paged_mlx.bench.trials import trials
+
+    prompts = [n for n in chosen.n_prompt if n]
+    generated = [n for n in chosen.n_gen if n]
+    if chosen.model is None:
+        generated = [1] if generated else []
+    wanted = list(
+        trials(prompts, generated, chosen.n_depth, chosen.batch, chosen.shared, chosen.ragged)
+    )
+    if not wanted:
+        raise Mistake("there is nothing to run: -p and -n are both 0")
+    with Progress() as progress:
+        about, results, routes = _measured(chosen, wanted, progress)
+    _print(chosen, about, results, routes)
+    return 0
+
+
+def _options() -> argparse.ArgumentParser:
+    options = parser("bench", DESCRIPTION, EXAMPLES)
+    tests = options.add_argument_group("tests")
+    tests.add_argument(
+        "-m", "--model", help="a folder with a model of mlx-lm, or a name on Hugging Face"
+    )
+    tests.add_argument(
+        "-p",
+        "--n-prompt",
+        type=whole_numbers,
+        default=[128],
+        metavar="N,N",
+        help="prompts (128); 0: none",
+    )
+    tests.add_argument(
+        "-n", "--n-gen", type=whole_numbers, default=[32], metavar="N,N",
+        help="tokens to generate (32); 0: none; without a model always one decode step",
+    )  # fmt: skip
+    tests.add_argument(
+        "-d", "--n-depth", type=whole_numbers, default=[1024], metavar="N,N",
+        help="tokens in the cache before (1024)",
+    )  # fmt: skip
+    tests.add_argument(
+        "-b", "--batch", type=counts, default=[1, 8], metavar="N,N",
+        help="sequences that generate at once (1,8)",
+    )  # fmt: skip
+    tests.add_argument(
+        "--shared",
+        type=count,
+        default=0,
+        metavar="N",
+        help="also batches that begin with N common tokens",
+    )
+    tests.add_argument("--ragged", action="store_true", help="also batches of unequal lengths")
+    tests.add_argument(
+        "-r", "--repetitions", type=count, default=5, metavar="N", help="runs of each test (5)"
+    )
+    options.add_argument(
+        "-o",
+        "--output",
+        choices=("md", "json", "csv"),
+        default="md",
+        help="form of the result (md)",
+    )
+    options.add_argument(
+        "--json", dest="output", action="store_const", const="json", help="the same as -o json"
+    )
+    options.add_argument("--page-size", type=count, default=16, help="tokens in a page (16)")
+    shape = options.add_argument_group("the layer, without --model")
+    shape.add_argument("--num-q-heads", type=count, default=32, help="(32)")
+    shape.add_argument("--num-kv-heads", type=count, default=8, help="(8)")
+    shape.add_argument("--head-dim", type=count, default=128, help="(128)")
+    shape.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="(float16)"
+    )
+    return options
+
+
+def _measured(chosen, wanted: list, progress: Progress) -> tuple[dict, list[dict], dict]:
+    """What was measured, the results, and which kernels served."""
+    from paged_mlx.bench.measure import environment, measure
+    from paged_mlx.machine.routes import kernel_routes, since
+
+    about: dict[str, Any] = environment()
+    cases, attention = (_of_kernels if chosen.model is None else _of_model)(
+        chosen, wanted, about, progress
+    )
+    before = kernel_routes()
+    results = []
+    for case in cases:
+        try:
+            results.append(measure(case, progress))
+        except AssertionError as error:
+            raise RuntimeError(f"{case.name} was not timed: {error}") from error
+    return about, results, {"kernels": since(before), **attention()}
+
+
+def _of_kernels(chosen, wanted: list, about: dict, progress: Progress) -> tuple[Iterator, Any]:
+    from paged_mlx.bench.kernels import cases
+    from paged_mlx.bench.workload import Geometry
+
+    if chosen.num_q_heads % chosen.num_kv_heads:
+        raise Mistake(
+            f"--num-q-heads must be a multiple of --num-kv-heads, {chosen.num_kv_heads}; got {chosen.num_q_heads}"
+        )
+    sizes = (
+        chosen.num_q_heads,
+        chosen.num_kv_heads,
+        chosen.head_dim,
+        chosen.page_size,
+        chosen.dtype,
+    )
+    about |= {"measured": "kernels", "geometry": dict(zip(Geometry.__dataclass_fields__, sizes))}
+    return cases(iter(wanted), Geometry(*sizes), chosen.repetitions), dict
+
+
+def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[Iterator, Any]:
+    needs_mlx_lm()
+    import mlx_lm
+
+    from paged_mlx.bench.models import PAGED, STOCK, ModelBench
+    from paged_mlx.cli.pages import loaded
+    from paged_mlx.mlx_lm import enable
+
+    progress(f"loading {chosen.model}")
+    model, tokenizer = loaded(mlx_lm.load, chosen.model)[:2]
+    paged = enable(model, page_size=chosen.page_size)
+    about |= {"measured": "model", "model": Path(chosen.model).name, "page_size": chosen.page_size}
+    bench = ModelBench(
+        model, len(tokenizer.get_vocab()), {PAGED: paged.make_cache, STOCK: paged.stock_cache}
+    )
+    return bench.cases(iter(wanted), chosen.repetitions), lambda: {"attention": paged.routes}
+
+
+def _print(chosen, about: dict, results: list[dict], routes: dict) -> None:
+    from paged_mlx.bench.results import record, to_csv, to_json, to_markdown
+    from paged_mlx.machine.routes import in_words
+
+    found = record(about, results, routes)
+    print({"md": to_markdown, "json": to_json, "csv": to_csv}[chosen.output](found))
+    if chosen.output != "md":
+        return
+    machine, versions = about["machine"], about["versions"]
+    print(
+        f"\n{machine['processor']}, {machine['cores']} cores, {machine['system']}, mlx {versions['mlx']}, {about['date']}"
+    )
+    if not any("gpu" in places for places in routes["kernels"].values()):
+        print("MLX's own attention is slow on the CPU: these ratios are not those of a GPU.")
+    print("\nWhich kernels served:")
+    for route, calls in routes.get("attention", {}).items():
+        print(f"{route}: {calls} attention calls")
+    print(in_words(routes["kernels"]))
+    sys.stdout.flush()

@@ -1,0 +1,143 @@
+"""``paged-mlx bench``: trials named as llama-bench names them, measured in turns, told in three forms."""
+
+import csv
+import io
+import json
+
+import mlx.core as mx
+import pytest
+from paged_mlx.bench.measure import Candidate, Case, measure
+from paged_mlx.bench.trials import Trial, trials
+from paged_mlx.cli import main as commands
+
+SMALL = ["--num-q-heads", "4", "--num-kv-heads", "2", "--head-dim", "64", "-r", "2"]
+
+
+def main(*words):
+    try:
+        return commands.main(["bench", *map(str, words)])
+    except SystemExit as end:
+        return end.code or 0
+
+
+def test_trials_have_the_names_that_people_know():
+    assert Trial(prompt=512).name == "pp512"
+    assert Trial(generated=128, depth=4096).name == "tg128 @ d4096"
+    assert Trial(generated=32, depth=64, batch=8, shared=48).name == "tg32 @ d64 x8 shared 48"
+    assert Trial(generated=1, depth=8, batch=2, ragged=True).name == "tg1 @ d8 x2 ragged"
+
+
+def test_a_ragged_batch_runs_from_a_quarter_of_the_depth_up_to_it():
+    assert Trial(generated=1, depth=100, batch=4, ragged=True).depths == [25, 50, 75, 100]
+    assert Trial(generated=1, depth=100, batch=3).depths == [100] * 3
+
+
+def test_batches_are_for_generation_and_prefixes_for_batches_that_are_as_deep():
+    names = [t.name for t in trials([16], [4], [0, 64], [1, 8], shared=32, ragged=True)]
+    assert names == [
+        "pp16", "pp16 @ d64", "tg4", "tg4 x8", "tg4 @ d64", "tg4 @ d64 x8",
+        "tg4 @ d64 x8 shared 32", "tg4 @ d64 x8 ragged",
+    ]  # fmt: skip
+
+
+def test_kernels_are_measured_in_turns_and_told_alike_in_three_forms(capsys):
+    words = ["-p", "8", "-d", "40", "-b", "1,3", "--shared", "32", "--ragged", *SMALL]
+    assert main(*words, "-o", "json") == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    names = [
+        "pp8 @ d40",
+        "tg1 @ d40",
+        "tg1 @ d40 x3",
+        "tg1 @ d40 x3 shared 32",
+        "tg1 @ d40 x3 ragged",
+    ]
+    assert [test["test"] for test in found["tests"]] == names
+    for test in found["tests"]:
+        ways = [c["name"] for c in test["candidates"]]
+        assert ways[0] == "paged" and len(ways) == 3
+        assert test["order"] == ways + ways[::-1]
+        assert all(
+            len(c["seconds"]) == 2 and c["tokens_per_second"] > 0 for c in test["candidates"]
+        )
+    whole, shared = (test["candidates"][0]["nbytes"] for test in found["tests"][2:4])
+    assert whole - shared == 2 * 32 * 2 * 2 * 64 * 2  # twice 32 tokens of K and V, 2 heads of 64
+    assert found["geometry"]["head_dim"] == 64 and found["versions"]["mlx"]
+    attention = found["routes"]["kernels"]["PagedAttention"]
+    assert sum(attention.values()) == 5 * (1 + 1 + 2)  # checked, warmed up, twice timed
+    assert main(*words, "-o", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["test"] for row in rows] == [name for name in names for _ in range(3)]
+    assert main(*words) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in names)
+    assert "Which kernels served:\nPagedAttention: 20 on " in table
+    assert ("not those of a GPU" in table) == (mx.default_device() == mx.cpu)
+
+
+def test_ways_that_disagree_are_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr("paged_mlx.bench.workload.Workload.paged", lambda work: 1.01 + work.q)
+    assert main("-p", "0", "-d", "8", "-b", "1", *SMALL) == 1
+    err = capsys.readouterr().err
+    assert "tg1 @ d8 was not timed: " in err and "differ by" in err and "Traceback" not in err
+
+
+def test_progress_is_told_round_by_round():
+    said = []
+    case = Case("name", [Candidate("one", lambda: 1)], lambda outputs: None, rounds=2)
+    measure(case, said.append)
+    assert said == ["name: checking", "name: 1 of 2", "name: 2 of 2"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["-p", "0", "-n", "0"], "nothing to run"),
+        (["-p", "-5"], "-p"),
+        (["-b", "0"], "-b"),
+        (["-r", "x"], "-r"),
+        (["-o", "xml"], "-o"),
+        (["--num-q-heads", "5", "--num-kv-heads", "2"], "--num-q-heads must be a multiple"),
+        (["--head-dim", "20"], "head_dim"),
+    ],
+)
+def test_what_cannot_be_run_is_exit_code_2_and_a_sentence(words, said, capsys):
+    assert main(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+    from mlx_lm_folder import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", "gemma3_text", seed=5)
+
+
+def test_a_model_is_measured_beside_mlx_lms_caches(folder, capsys):
+    words = ["-m", folder, "-p", "8", "-n", "3", "-d", "0,40", "-b", "1,2", "-r", "1"]
+    assert main(*words, "--shared", "32", "--ragged", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [test["test"] for test in found["tests"]] == [
+        "pp8", "pp8 @ d40", "tg3", "tg3 x2", "tg3 @ d40", "tg3 @ d40 x2",
+        "tg3 @ d40 x2 shared 32", "tg3 @ d40 x2 ragged",
+    ]  # fmt: skip
+    assert found["measured"] == "model" and found["model"] == "tiny"
+    for test in found["tests"]:
+        assert [c["name"] for c in test["candidates"]] == ["paged", "mlx-lm"]
+    assert found["routes"]["attention"].keys() == {"pages"}
+
+
+def test_logits_that_differ_stop_it(folder, capsys, monkeypatch):
+    from paged_mlx.bench import models
+
+    monkeypatch.setattr(models, "TOLERANCE", -1.0)
+    assert main("-m", folder, "-p", "4", "-n", "0", "-d", "0") == 1
+    assert "logits of mlx-lm and paged differ" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_a_sentence(tmp_path, capsys):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+    assert main("-m", tmp_path / "nowhere") == 2
+    assert "cannot be loaded" in capsys.readouterr().err
