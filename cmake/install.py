@@ -1,6 +1,7 @@
 """Set-up of the virtual environment, with progress: what the Makefile runs.
 
 python cmake/install.py check              # a Python and a compiler that can build the module
+python cmake/install.py environment FOLDER # a virtual environment
 python cmake/install.py packages EXTRA     # what pyproject.toml asks for at run time and for EXTRA
 python cmake/install.py module             # the native module, editable
 """
@@ -14,11 +15,14 @@ import subprocess
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import compiler
 import mlx_releases
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+BUILD_TOOLS = ["scikit-build-core>=0.11", "cmake>=3.27", "ninja"]
+UNFINISHED = ".unfinished"  #: in an environment: what is being installed
 #: A step of ninja's: "[3/42] Building CXX object ...".
 STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
@@ -35,8 +39,20 @@ def check() -> None:
         sys.exit(lacks)
 
 
+def environment(folder: str) -> None:
+    """Make a virtual environment, anew where a run that installed into it was killed."""
+    unfinished = Path(folder) / UNFINISHED
+    clear = ["--clear"] if unfinished.exists() else []
+    unfinished.parent.mkdir(exist_ok=True)
+    unfinished.touch()
+    subprocess.run([sys.executable, "-m", "venv", *clear, folder], check=True)
+    unfinished.touch()
+
+
 def packages(extra: str) -> None:
     """Install the dependencies of the project and of one of its extras.
+
+    Where a run that did so was killed, a package may be there in part: all are put in place again.
 
     mlx is the newest release that the project is made for, or that of the variable ``MLX``, with
     the nanobind that belongs to it.
@@ -50,7 +66,12 @@ def packages(extra: str) -> None:
     version = os.environ.get("MLX") or mlx_releases.newest()
     tools = [mlx_releases.requirement(version), f"nanobind=={mlx_releases.nanobind_for(version)}"]
     wanted = project["dependencies"] + project["optional-dependencies"][extra]
-    run([*PIP, "install", "--progress-bar", "off", *tools, *wanted], "packages")
+    unfinished = Path(sys.prefix) / UNFINISHED
+    again = unfinished.exists() and unfinished.read_text() == extra
+    options = ["--progress-bar", "off", *(["--ignore-installed"] if again else [])]
+    unfinished.write_text(extra)
+    run([*PIP, "install", *options, *BUILD_TOOLS, *tools, *wanted], "packages")
+    unfinished.unlink()
 
 
 def module() -> None:
@@ -92,7 +113,8 @@ def say(text: str) -> None:
 
 def main(arguments: list[str]) -> None:
     name, *rest = arguments
-    {"check": check, "packages": packages, "module": module}[name](*rest)
+    commands = {"check": check, "environment": environment, "packages": packages, "module": module}
+    commands[name](*rest)
 
 
 if __name__ == "__main__":

@@ -76,18 +76,21 @@ def holds_module(folder: Path) -> bool:
 
 def _import():
     if mx.cuda.is_available():
-        raise ImportError("there are kernels for Apple's GPUs and for CPUs, none for CUDA")
+        raise ImportError("paged_mlx has kernels for Apple's GPUs and for CPUs, none for CUDA")
+    this = f"mlx {release(mlx_version())} and Python {platform.python_version()}"
     here = [folder for folder in folders(mlx_version()) if holds_module(folder)]
     if not here:
-        raise ImportError("there is none")
+        others = ", ".join(releases())
+        others = others and f" (there are modules for mlx {others})"
+        raise ImportError(f"paged_mlx has no native module for {this}{others}")
     for folder in here:  # the next where one cannot be loaded
         paged_mlx.__path__.append(str(folder))
         try:
             return _loaded()
-        except ImportError:
+        except ImportError as error:
             paged_mlx.__path__.remove(str(folder))
-            if folder == here[-1]:
-                raise
+            reason = error
+    raise ImportError(f"paged_mlx cannot load its native module for {this} ({reason})")
 
 
 def _loaded():
@@ -110,12 +113,9 @@ def on_path() -> list[tuple[str, str]]:
 
 def _fallback(error: ImportError):
     """MLX's own operations, and one warning that says how to do better."""
-    built = ", ".join(releases()) or "none"
-    advice = "" if mx.cuda.is_available() else "`python -m paged_mlx build` makes one. "
+    advice = "" if mx.cuda.is_available() else " `python -m paged_mlx build` makes one."
     warnings.warn(
-        f"paged_mlx has no native module for mlx {release(mlx_version())} and Python "
-        f"{platform.python_version()} (there are modules for mlx {built}), so MLX's own operations do "
-        f"the work: right, slower, and with more memory. {advice}(The import said: {error}.)",
+        f"{error}, so MLX's own operations do the work: right, slower, and with more memory.{advice}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -75,7 +75,7 @@ def test_without_a_module_one_warning_names_the_command_and_mlx_does_the_work():
     done = python(code)
     said, backend = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert said.startswith("1 paged_mlx has no native module for mlx ")
+    assert said.startswith("1 paged_mlx cannot load its native module for mlx ")
     assert "`python -m paged_mlx build` makes one" in said
     assert backend == f"fallback: MLX's own operations, mlx {mx.__version__}"
 
@@ -189,6 +189,19 @@ def test_a_build_says_what_is_missing(monkeypatch, tmp_path):
     with pytest.raises(build_native.CannotBuild, match="needs cmake: pip install cmake"):
         build_native.build(force=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_says_that_cmake_is_too_old(monkeypatch, tmp_path):
+    old = tmp_path / "cmake"
+    old.write_text("#!/bin/sh\necho cmake version 3.25.1\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(
+        build_native.shutil, "which", lambda name, path=None: str(old) if name == "cmake" else "c++"
+    )
+    with pytest.raises(
+        build_native.CannotBuild, match=r"needs cmake 3\.27 or newer, and .* 3\.25\.1"
+    ):
+        build_native.build(force=True)
 
 
 def test_a_build_without_a_network_says_what_to_install_and_leaves_nothing(tmp_path):

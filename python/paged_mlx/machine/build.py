@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,7 @@ def build(force: bool = False) -> str:
     source = sources()
     if lacks := _script(source, "compiler").missing():
         raise CannotBuild(lacks)
-    cmake, ninja = _tool("cmake"), _tool("ninja")
+    cmake, ninja = _tool("cmake", _oldest_cmake(source)), _tool("ninja")
     try:
         with scratch_folder(target.parent, ".building-") as scratch:
             made = _compile(version, source, scratch, cmake, ninja)
@@ -115,11 +116,28 @@ def _mlx_library() -> Path:
     return Path(mx.__file__).parent / "lib"
 
 
-def _tool(name: str) -> str:
+def _oldest_cmake(source: Path) -> tuple[int, ...]:
+    return _numbers((source / "CMakeLists.txt").read_text())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The first version in a text, as far as it decides: ``(3, 27)``."""
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def _tool(name: str, oldest: tuple[int, ...] = ()) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which(name, path=path)
     if found is None:
         raise CannotBuild(f"A build needs {name}: pip install {name}.")
+    if oldest:
+        said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+        if _numbers(said) < oldest:
+            least, first = ".".join(map(str, oldest)), (said.splitlines() or ["nothing"])[0]
+            raise CannotBuild(
+                f"A build needs {name} {least} or newer, and {found} is {first}: pip install {name}."
+            )
     return found
 
 

@@ -1,0 +1,62 @@
+"""What the Makefile installs, and what it does after a run that was killed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def install(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "cmake"))
+    monkeypatch.chdir(ROOT)
+    import install
+
+    return install
+
+
+def killed(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_an_environment_that_a_killed_run_left_is_made_anew(install, monkeypatch, tmp_path):
+    folder, commands = tmp_path / "with a space", []
+    monkeypatch.setattr(install.subprocess, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        install.environment(str(folder))
+    monkeypatch.setattr(install.subprocess, "run", lambda command, check: commands.append(command))
+    install.environment(str(folder))
+    assert commands.pop() == [sys.executable, "-m", "venv", "--clear", str(folder)]
+    (folder / install.UNFINISHED).unlink()  # as when all packages were installed
+    install.environment(str(folder))
+    assert commands.pop() == [sys.executable, "-m", "venv", str(folder)]
+
+
+def test_packages_that_a_killed_run_left_in_part_are_put_in_place_again(
+    install, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(install.sys, "prefix", str(tmp_path))
+    commands = []
+    for run in (killed, lambda command, what: commands.append(command)):
+        monkeypatch.setattr(install, "run", run)
+        try:
+            install.packages("cli")
+        except KeyboardInterrupt:
+            pass
+    install.packages("cli")
+    again, third = commands
+    assert "--ignore-installed" in again and "--ignore-installed" not in third
+    assert "ninja" in again and any(word.startswith("mlx-lm") for word in again)
+    assert not any(word.startswith("ziglang") for word in again)  # a compiler for tests
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_python_that_is_too_old_and_a_missing_compiler_are_one_sentence(install, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="needs a C\\+\\+20 compiler, and there is no no-such"):
+        install.check()
+    monkeypatch.setattr(install.sys, "version_info", (3, 9, 1))
+    with pytest.raises(SystemExit, match=r"needs Python 3.10 or newer; .* is 3.9.1. Name another"):
+        install.check()
