@@ -6,7 +6,6 @@ pool that grows on demand, or the arrays of mlx-lm's caches. The ideal is the K 
 tokens in the batch and nothing else.
 """
 
-import json
 from itertools import chain
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import llama
 from paged_mlx._native import _ext
 
-from benchmarks.harness import RESULTS, environment
+from benchmarks.harness import environment, save
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 8, 64, 100
 BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4
@@ -146,8 +145,7 @@ def main():
         print(case["name"])
         for candidate in case["candidates"]:
             print(f"  {candidate['name']:<28} {candidate['median']:>14,} {case['about']['figure']}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "mlx_lm_memory.json").write_text(json.dumps(record, indent=1) + "\n")
+    save(record)
 
 
 if __name__ == "__main__":

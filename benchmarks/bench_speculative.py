@@ -6,9 +6,6 @@ the prompt, and answers that do not. The tokens of all candidates are compared f
 """
 
 import copy
-import json
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +13,7 @@ import paged_mlx
 from mlx_lm import batch_generate
 from paged_mlx.mlx_lm import speculative_batch_generate
 
-from benchmarks.harness import RESULTS, Candidate, Case, environment, format_case, measure
+from benchmarks.harness import Candidate, Case, environment, format_case, measure, save
 
 MAX_TOKENS, ROUNDS = 40, 4
 RECIPE = """Boil two large potatoes in salted water for twenty minutes. Drain them, and let them cool. \
@@ -40,8 +37,7 @@ PROMPTS = {
 
 
 def load():
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    import smollm2
+    from paged_mlx.demo import smollm2
 
     return smollm2.load(print)
 
@@ -105,7 +101,7 @@ def main():
             record["cases"] += [timed, steps]
             print(format_case(timed), *steps["candidates"], sep="\n", flush=True)
     record["cases"].sort(key=lambda case: "figure" in case["about"])
-    (RESULTS / "speculative.json").write_text(json.dumps(record, indent=1) + "\n")
+    save(record)
 
 
 if __name__ == "__main__":

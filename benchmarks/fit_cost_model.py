@@ -13,7 +13,6 @@ The record, `results/cost_model_<isa>.json`, is the home of the constants in
 `csrc/plan/targets.cpp`.
 """
 
-import json
 import sys
 
 import mlx.core as mx
@@ -22,7 +21,7 @@ from paged_mlx import fast
 from paged_mlx._native import _ext
 from paged_mlx.bench.workload import Geometry, Workload
 
-from benchmarks.harness import RESULTS, Candidate, Case, environment, measure
+from benchmarks.harness import Candidate, Case, environment, measure, save
 
 DTYPES = ("float32", "bfloat16", "float16")
 KEYS = 4096
@@ -179,9 +178,7 @@ def main(rounds: int = 24) -> None:
     for itemsize, costs in record["targets"].items():
         show(f"cpu_target, {itemsize} bytes", costs)
     _ext.set_num_threads(threads)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{record['question']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    save(record)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,38 @@ from pathlib import Path
 
 from paged_mlx.bench import measure as measuring
 from paged_mlx.bench.measure import Candidate, Case, LeftOut, format_case, measure, ratio
+from paged_mlx.machine.cache import write_whole
 
-__all__ = ["Candidate", "Case", "LeftOut", "environment", "format_case", "measure", "ratio", "run"]
+__all__ = [
+    "Candidate",
+    "Case",
+    "LeftOut",
+    "environment",
+    "format_case",
+    "measure",
+    "ratio",
+    "run",
+    "save",
+]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # of this checkout: documents quote them
+_folder = RESULTS
 
 
-def run(question: str, cases: Iterable[Case], save: bool = True) -> dict:
-    """Measure all cases, print a table, and save the record as ``results/<question>.json``.
+def write_to(folder: Path) -> None:
+    """Have records written there from now on."""
+    global _folder
+    _folder = folder
+
+
+def save(record: dict) -> None:
+    """Write a record as ``<question>.json``, whole or not at all."""
+    _folder.mkdir(parents=True, exist_ok=True)
+    write_whole(_folder / f"{record['question']}.json", json.dumps(record, indent=1) + "\n")
+
+
+def run(question: str, cases: Iterable[Case]) -> dict:
+    """Measure all cases, print a table, and save the record.
 
     Cases may come from a generator, so that only one holds its K and V at a time.
     """
@@ -23,9 +47,7 @@ def run(question: str, cases: Iterable[Case], save: bool = True) -> dict:
         result = measure(case)
         record["cases"].append(result)
         print(format_case(result), flush=True)
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{question}.json").write_text(json.dumps(record, indent=1) + "\n")
+    save(record)
     return record
 
 

@@ -1,15 +1,18 @@
-"""Make the tables of the documents from records: `python -m benchmarks.table [--check]`.
+"""Make the tables of the documents from records: `python -m benchmarks.table --write`.
 
 A document says where: `<!-- table: attention -->` up to `<!-- end of table -->` becomes what
 `benchmarks/results/attention.json` holds.
 """
 
+import argparse
 import json
 import re
 import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
+
+from paged_mlx.machine.cache import write_whole
 
 from benchmarks.harness import RESULTS
 
@@ -100,7 +103,12 @@ def with_tables(text: str, records: dict[str, dict]) -> str:
     return MARKED.sub(replaced, text)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument(
+        "--write", action="store_true", help="write them; else only say which differ"
+    )
+    writes = parser.parse_args(arguments).write
     records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     stale = []
     for document in DOCUMENTS:
@@ -108,11 +116,14 @@ def main() -> None:
         wanted = with_tables(text, records)
         if wanted != text:
             stale.append(document.name)
-            if "--check" not in sys.argv:
-                document.write_text(wanted)
-    if "--check" in sys.argv:
-        sys.exit(f"not made from the records: {', '.join(stale)}" if stale else 0)
+            if writes:
+                write_whole(document, wanted)
+    if stale and not writes:
+        print(f"not made from the records: {', '.join(stale)}; --write makes them", file=sys.stderr)
+        return 1
+    print(f"written: {', '.join(stale)}" if stale else "all tables are those of the records")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
