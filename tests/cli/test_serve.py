@@ -128,6 +128,37 @@ def test_a_prompt_that_can_never_fit_is_refused_with_a_reason_and_others_go_on(f
         assert get("/health")[0] == 200
 
 
+def test_events_are_published_as_a_subscriber_of_vllms_reads_them(folder):
+    zmq = pytest.importorskip("zmq", reason="pyzmq is not installed: pip install pyzmq")
+    msgspec = pytest.importorskip("msgspec", reason="msgspec is not installed")
+    from paged_mlx.serving.kv_events import TOPIC, KVEventPublisher
+
+    with serving(folder) as (server, client, _):
+        (cache,) = server.provider.paged.prefixes.caches.values()
+        cache.record_events(1000)
+        publisher = KVEventPublisher("tcp://127.0.0.1:*", lambda: server.provider.paged)
+        with zmq.Context() as context, context.socket(zmq.SUB) as socket:
+            socket.connect(publisher.endpoint)
+            socket.subscribe(TOPIC)
+            time.sleep(0.3)  # a subscriber is heard of a moment later
+            publisher.start()
+            client.chat(CHATS[0])
+            hashes, tokens = set(), []
+            while socket.poll(5000 if not hashes else 500):
+                topic, number, payload = socket.recv_multipart()
+                assert topic == TOPIC.encode() and len(number) == 8
+                _, events = msgspec.msgpack.decode(payload)
+                for event in events:
+                    if event["type"] == "BlockStored":
+                        hashes.update(event["block_hashes"])
+                        tokens += event["token_ids"]
+            publisher.stop()
+        # Whole pages of the prompt, and of the answer.
+        assert len(hashes) == len(tokens) // 8 >= 3
+        prompt = server.provider.tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True)
+        assert tokens[:16] == prompt[:16]
+
+
 def test_other_paths_are_mlx_lms_and_unknown_ones_are_404(folder):
     with serving(folder) as (_, _, get):
         assert get("/health") == (200, '{"status": "ok"}')

@@ -31,6 +31,15 @@ curl localhost:8080/metrics
 
 def main(arguments: list[str]) -> int:
     options = pages_parser("serve", DESCRIPTION, EXAMPLES, prefix_cache=None)
+    events = options.add_argument_group("events")
+    events.add_argument(
+        "--kv-events", metavar="ENDPOINT",
+        help="publish what the prefix cache stores and removes, as vLLM does, at tcp://*:5557",
+    )  # fmt: skip
+    events.add_argument(
+        "--kv-events-form", choices=("map", "array"), default="map",
+        help="of an event: map for newer readers of vLLM's, array for older ones (map)",
+    )  # fmt: skip
     chosen, rest = split(options, arguments, "server")
     from paged_mlx.cli.mains import run_main
 
@@ -45,6 +54,31 @@ def _serve(host: str, port: int, cli_args: argparse.Namespace, chosen: argparse.
     from paged_mlx.cli.pages import enabled
     from paged_mlx.mlx_lm import enable
     from paged_mlx.serving.http import PortInUse, serve
+    from paged_mlx.serving.kv_events import CAPACITY, KVEventPublisher
+
+    publisher: KVEventPublisher | None = None
+    in_use: list = []
+    if chosen.kv_events:
+        try:
+            publisher = KVEventPublisher(
+                chosen.kv_events, lambda: in_use[-1] if in_use else None, chosen.kv_events_form
+            )
+        except ImportError as error:
+            raise Mistake(
+                "--kv-events needs pyzmq and msgspec: pip install pyzmq msgspec"
+            ) from error
+        except OSError as error:
+            raise Mistake(str(error)) from error
+        publisher.start()
+        print(f"events of the prefix cache on {publisher.endpoint}", file=sys.stderr)
+
+    def enable_model(model):
+        paged = enabled(model, chosen)
+        if publisher is not None and paged.prefixes is not None:
+            for cache in paged.prefixes.caches.values():
+                cache.record_events(CAPACITY)
+        in_use[:] = [paged]
+        return paged
 
     def enable_draft(model):
         return enable(model, page_size=chosen.page_size, retain=chosen.retain)
@@ -52,9 +86,12 @@ def _serve(host: str, port: int, cli_args: argparse.Namespace, chosen: argparse.
     if cli_args.model:
         print(f"loading {cli_args.model}", file=sys.stderr)
     try:
-        failure = serve(host, port, cli_args, lambda model: enabled(model, chosen), enable_draft)
+        failure = serve(host, port, cli_args, enable_model, enable_draft)
     except PortInUse as error:
         raise Mistake(str(error)) from error
+    finally:
+        if publisher is not None:
+            publisher.stop()
     if failure is None:
         # MLX frees what it keeps for a thread after Python has joined it, and aborts if Python has
         # ended by then. Nothing is left to do here.

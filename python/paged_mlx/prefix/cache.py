@@ -109,6 +109,11 @@ class PrefixCache(Evictor):
     # Figures.
 
     @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self._page_size
+
+    @property
     def page_ids(self) -> list[int]:
         """The pages that the cache holds."""
         return list(self._tree.by_page)
@@ -402,6 +407,10 @@ class PrefixCache(Evictor):
         self._num_idle -= len(page_ids)
         for page_id in page_ids:
             self._tree.by_page[page_id].idle = False
+
+    def record_events(self, max_events: int) -> None:
+        """Keep so many events for ``take_events`` from now on, the newest ones."""
+        self._events.record(whole_number("record_events", "max_events", max_events))
 
     def take_events(self) -> list[CacheEvent]:
         """Return the events since the last call, oldest first, and forget them."""

@@ -12,7 +12,8 @@ class PagesStored:
     """Pages that continue ``parent_hash`` were stored, in this order.
 
     ``number`` counts events; a gap means that events were lost. ``tokens`` are those of
-    all the pages, ``page_size`` for each. ``keys`` are the packed extra keys per page.
+    all the pages, ``page_size`` for each but perhaps the last, which may be part-filled.
+    ``keys`` are the packed extra keys per page.
     """
 
     number: int
@@ -47,6 +48,10 @@ class EventLog:
     def __init__(self, capacity: int) -> None:
         self._events: deque[CacheEvent] = deque(maxlen=capacity)
         self._number = 0
+
+    def record(self, capacity: int) -> None:
+        """Keep the newest ``capacity`` events from now on."""
+        self._events = deque(self._events, maxlen=capacity)
 
     def add(self, kind: Callable[..., CacheEvent], *fields: object) -> None:
         """Record an event; without capacity it is only counted."""
