@@ -51,6 +51,12 @@ def test_ranks_answer_as_one_machine(family, how, config, prefix_cache, late):
 
 
 @pytest.mark.long
+def test_three_ranks_of_which_one_alone_has_attention_and_no_states():
+    expected, found = served("qwen3_5", "pp", {}, {}, {}, prefix_cache=True)
+    assert 0 < found[0]["reused"] <= expected["reused"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "how", "config"),
     [
@@ -92,3 +98,75 @@ def test_what_has_no_pages_on_one_rank_is_refused_on_all(family, how, limits, pr
     assert short == again == once_more
     unlimited = ranks.alone("answers", family=family, config=limits[0].get("config"))
     assert [short, batch] == unlimited
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "how", "room"), [("llama", "tp", 24), ("qwen3_5", "pp", 34)])
+def test_prompts_kept_by_hand_and_in_files_are_of_a_rank(tmp_path, family, how, room):
+    options = {"scenario": "keep", "folder": str(tmp_path)}
+    expected, found = served(family, how, {}, {"room": room}, **options)
+    assert 0 < found[0]["reused"] <= expected["reused"]
+    for rank, answer in enumerate(found):
+        of_the_other, of_one = answer["errors"]
+        must = rf"[load] path must be a file of this rank, {rank} of 2; got "
+        assert of_the_other.startswith(must) and f"of {1 - rank} of 2" in of_the_other
+        assert of_one.startswith(must) and "of 0 of 1" in of_one
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("one", "other", "says"),
+    [
+        ({"page_size": 8}, {"page_size": 16}, "page_size, retain"),
+        ({"prefix_cache": True}, {}, "page_size, retain"),
+        ({"num_pages": 20}, {}, "page_size, retain"),
+        ({"max_bytes": 100_000}, {"max_bytes": 100}, "max_bytes must be at least"),
+        ({"prefix_cache": True}, {"prefix_cache": True, "tokens": 2}, "the same prompts"),
+    ],
+)
+def test_ranks_that_are_told_different_things_are_told_so(one, other, says):
+    for message in ranks.run("meet", {"how": "tp", **one}, {"how": "tp", **other}):
+        assert says in message
+
+
+@pytest.mark.long
+def test_ranks_with_models_and_prompts_of_their_own_ask_nobody():
+    told = [{"how": None, "prefix_cache": True, "tokens": tokens} for tokens in (1, 2)]
+    expected = [ranks.alone("meet", **each) for each in told]
+    assert ranks.run("meet", *told) == expected and expected[0] != expected[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "how", "enabled"),
+    [
+        ("llama", "tp", {"num_pages": 40, "prefix_cache": True}),
+        ("qwen2", "pp", {"prefix_cache": True}),
+        ("qwen3_5", "pp", {"num_pages": 60, "prefix_cache": True}),
+        ("gpt_oss", "tp", {"num_pages": 40}),
+    ],
+)
+def test_the_server_of_several_ranks_answers_as_one_machines(family, how, enabled):
+    expected = ranks.alone("chat", family=family, **enabled)
+    told = {"family": family, "how": how, **enabled}
+    with ranks.Ranks("chat", told, told) as processes:
+        assert processes.wait(of=1) == [0], processes.outputs()
+        found = processes.answer(0)
+    assert found["answers"] == expected["answers"]
+    assert (found["reused"] > 0) == ("prefix_cache" in enabled)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(
+    ("family", "how", "enabled"),
+    [("llama", "tp", {"num_pages": 2000}), ("qwen2", "pp", {"prefix_cache": True})],
+)
+def test_a_rank_that_dies_is_an_error_on_the_other(family, how, enabled, lost):
+    told = {"family": family, "how": how, "lost": lost, **enabled}
+    with ranks.Ranks("lose", told, told) as processes:
+        codes = processes.wait(limit=60)
+        assert codes[lost] == -9 and codes[1 - lost] not in (0, None), processes.outputs()
+        said = processes.output(1 - lost)
+    by_watcher = f"rank {1 - lost} of 2 ends: another rank is gone"
+    assert by_watcher in said or "connection to a peer was lost" in said

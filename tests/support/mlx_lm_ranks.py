@@ -4,12 +4,15 @@
 answered. ``alone`` does the same in this process, with the whole model.
 """
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 HERE = os.path.abspath(__file__)
@@ -30,23 +33,24 @@ class Ranks:
     """Processes, one for each rank, which are ended with this context.
 
     Args:
-        arguments: Of the program, for each rank.
+        scenario: What they do.
+        options: Of the scenario, for each rank.
     """
 
-    def __init__(self, *arguments: list[str], environment=None):
+    def __init__(self, scenario: str, *options: dict):
         self._folder = tempfile.TemporaryDirectory()
         hostfile = os.path.join(self._folder.name, "hosts.json")
         with open(hostfile, "w") as file:
-            json.dump([[f"127.0.0.1:{port}"] for port in free_ports(len(arguments))], file)
+            json.dump([[f"127.0.0.1:{port}"] for port in free_ports(len(options))], file)
         self._logs, self.processes = [], []
-        for rank, given in enumerate(arguments):
+        for rank, given in enumerate(options):
             told = {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile, "OPENBLAS_NUM_THREADS": "1"}
             log = open(os.path.join(self._folder.name, f"log {rank}"), "w+")
             self._logs.append(log)
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, *given],
-                    env={**os.environ, **told, **(environment or {})},
+                    [sys.executable, HERE, scenario, json.dumps(given)],
+                    env={**os.environ, **told},
                     stdout=log,
                     stderr=log,
                 )
@@ -64,15 +68,17 @@ class Ranks:
             log.close()
         self._folder.cleanup()
 
-    def wait(self, limit: float = LIMIT) -> list[int | None]:
-        """Exit codes; None of a rank that has not come to its end."""
+    def wait(self, limit: float = LIMIT, of: int | None = None) -> list[int | None]:
+        """Exit codes of the first ranks, or of all; None of one that has not come to its end."""
         end = time.monotonic() + limit
-        for process in self.processes:
-            try:
+        for process in self.processes[:of]:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.01, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
-        return [process.poll() for process in self.processes]
+        return [process.poll() for process in self.processes[:of]]
+
+    def answer(self, rank: int):
+        lines = [line for line in self.output(rank).splitlines() if line.startswith("ANSWER ")]
+        return json.loads(lines[-1].removeprefix("ANSWER "))
 
     def output(self, rank: int) -> str:
         with open(self._logs[rank].name) as file:
@@ -84,28 +90,28 @@ class Ranks:
 
 def run(scenario: str, *options: dict, limit: float = LIMIT) -> list:
     """What each rank answers to a scenario, with ``options`` of its own."""
-    arguments = [[HERE, scenario, json.dumps(each)] for each in options]
-    with Ranks(*arguments) as ranks:
+    with Ranks(scenario, *options) as ranks:
         codes = ranks.wait(limit)
         if any(codes) or None in codes:
             raise AssertionError(f"exit codes {codes}\n{ranks.outputs()}")
-        return [_answer(ranks.output(i)) for i in range(len(options))]
-
-
-def _answer(output: str):
-    lines = [line for line in output.splitlines() if line.startswith("ANSWER ")]
-    return json.loads(lines[-1].removeprefix("ANSWER "))
+        return [ranks.answer(i) for i in range(len(options))]
 
 
 def alone(scenario: str, **options):
-    """What one process answers."""
-    return SCENARIOS[scenario](**{**options, "how": None})
+    """What one process answers, which has room for all pages."""
+    from paged_mlx.mlx_lm.model_seam import enabled_models
+
+    try:
+        return SCENARIOS[scenario](**{**options, "how": None, "room": None})
+    finally:
+        for paged in enabled_models():
+            paged.disable()
 
 
 # What a rank does
 
 
-def made(family: str, how: str | None, late=False, config=None, room=None, **enabled):
+def made(family: str, how: str | None, late=False, config=None, room=None, page_size=8, **enabled):
     """A model and its PagedModel.
 
     Args:
@@ -121,13 +127,13 @@ def made(family: str, how: str | None, late=False, config=None, room=None, **ena
         module = sys.modules[enable.__module__]
         module.FIRST_PAGES = module.PAGES_BEFORE_EVICTION = room
     model = zoo.tiny(family, **(config or {}))
-    paged = enable(model, page_size=8, **enabled) if late else None
+    paged = enable(model, page_size=page_size, **enabled) if late else None
     if how == "tp":
         model.shard(mx.distributed.init())
     elif how == "pp":
         getattr(model, "language_model", model).model.pipeline(mx.distributed.init())
     mx.eval(model.parameters())
-    return model, paged or enable(model, page_size=8, **enabled)
+    return model, paged or enable(model, page_size=page_size, **enabled)
 
 
 def traffic(requests=6, seed=0) -> list[list[int]]:
@@ -185,7 +191,104 @@ def refuse(family, how, **options):
         answers.append("ended")
     answers.append(zoo.batched(model, traffic(6), [5] * 6))
     paged.check()
-    return {"answers": answers}
+    return {"answers": answers, "lose": lose, "chat": chat, "keep": keep, "meet": meet}
+
+
+def lose(family, how, lost: int, **options):
+    """Rank ``lost`` dies in the middle of an answer, which a thread gives, as in the server."""
+    import mlx.core as mx
+    import mlx_lm_zoo as zoo
+    from paged_mlx.mlx_lm import lost_ranks
+
+    lost_ranks.GRACE, lost_ranks.LOOK = 2.0, 0.2
+    model, paged = made(family, how, **options)
+
+    def answer():
+        tokens = mx.array(zoo.prompt(40, seed=1))
+        for i, _ in enumerate(zoo.GENERATE.generate_step(tokens, model, max_tokens=10_000)):
+            if i == 20 and paged.ranks.rank == lost:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join()
+    sys.exit("the thread has ended")
+
+
+def chat(family, how, options=None, **enabled):
+    """Rank 0 asks ``mlx_lm.server`` and answers with the texts; the others compute, until it ends."""
+    import mlx_lm_prompts
+    from mlx_lm import server
+    from mlx_lm.models.cache import LRUPromptCache
+    from mlx_lm_http import Provider, serving
+
+    model, paged = made(family, how, **enabled)
+    tokenizer = mlx_lm_prompts.tokenizer()
+    if paged.ranks.rank > 0:
+        given = model, tokenizer, None, {"pipeline": how == "pp", **(options or {})}
+        server.ResponseGenerator(Provider(*given), LRUPromptCache(1)).join()
+        os._exit(0)
+    system = {"role": "system", "content": "You are a kind machine, and answer in few words."}
+    asked = ["Hello?", "How are you", "Why is the sky blue?", "Where?"]
+    chats = [[system, {"role": "user", "content": each}] for each in asked]
+    with serving(
+        model, tokenizer, prompt_cache_size=1, pipeline=how == "pp", **(options or {})
+    ) as client:
+        texts = [client.chat(chats[0]), *client.chats(chats)]
+        for _ in range(2):
+            for each, text in zip(chats, texts[1:]):
+                each += [{"role": "assistant", "content": text}, {"role": "user", "content": "Why"}]
+            texts += client.chats(chats)
+        try:
+            client.chat([{"role": "user", "content": "Why? " * 60}])
+        except RuntimeError as error:
+            texts.append(str(error))
+        texts.append(client.chat(chats[0]))
+        reused = paged.prefixes.tokens_reused if paged.prefixes is not None else 0
+        answer = {"answers": texts, "reused": reused}
+        if how is not None:  # rank 1 goes on asking rank 0
+            print("ANSWER " + json.dumps(answer), flush=True)
+            os._exit(0)
+    return answer
+
+
+def keep(family, how, folder, **options):
+    """Prompts begun and remembered by hand, and files: this rank's, the other's, one machine's."""
+    import mlx.core as mx
+    import mlx_lm_zoo as zoo
+
+    model, paged = made(family, how, **options)
+    rank, size = paged.ranks.place
+    prompts, answers, known = traffic(4), [], []
+    for turn in range(6):
+        tokens = prompts[turn % 4] + (answers[turn % 4] + [5, 6, 7] if turn > 3 else [])
+        cache, rest = paged.begin(tokens, key="tenant")
+        known.append(len(tokens) - len(rest))
+        answers.append(zoo.single(model, rest, 3, cache=cache))
+        paged.remember(tokens + answers[-1], cache)
+    path = f"{folder}/{rank} of {size}.safetensors"
+    paged.save(path, cache)
+    loaded = paged.load(path)
+    answers.append(zoo.single(model, [1, 2, 3], 3, cache=loaded))
+    mx.eval(mx.distributed.all_sum(mx.array(1)))  # all files are there
+    errors = []
+    for other in (f"{(rank + 1) % size} of {size}", "0 of 1"):
+        try:
+            paged.load(f"{folder}/{other}.safetensors") if size > 1 else None
+        except ValueError as error:
+            errors.append(str(error))
+    return {"answers": answers, "reused": sum(known), "errors": errors}
+
+
+def meet(how, tokens=None, **options):
+    """A prompt on a model, or why it is refused."""
+    import mlx_lm_zoo as zoo
+
+    try:
+        model, paged = made("llama", how, **options)
+        return zoo.single(model, zoo.prompt(30, seed=tokens or 1), 4)
+    except ValueError as error:
+        return str(error)
 
 
 def answers(family, how, **options):
@@ -196,7 +299,8 @@ def answers(family, how, **options):
     return [zoo.single(model, zoo.prompt(20, seed=1), 4), zoo.batched(model, traffic(6), [5] * 6)]
 
 
-SCENARIOS = {"serve": serve, "again": again, "refuse": refuse, "answers": answers}
+_ALL = (serve, again, refuse, keep, meet, lose, chat, answers)
+SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
 if __name__ == "__main__":

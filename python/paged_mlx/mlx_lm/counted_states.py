@@ -25,6 +25,13 @@ class CountedStates(stock.ArraysCache):
         counted.tokens = tokens
         return counted
 
+    def plain(self) -> stock.ArraysCache:
+        """mlx-lm's own cache of the same states."""
+        states = stock.ArraysCache(len(self.cache))
+        states.__dict__.update(self.__dict__)
+        del states.tokens
+        return states
+
     # The batch
 
     @classmethod

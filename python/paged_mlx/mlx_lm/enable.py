@@ -17,6 +17,7 @@ from paged_mlx.forward.passes import Passes
 from paged_mlx.forward.routes import FRESH, GATHER, PAGES, routes_of
 from paged_mlx.forward.sequence import History, Sequence
 from paged_mlx.machine.memory import memory_limit
+from paged_mlx.mlx_lm import lost_ranks
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.checkpoints import SHARE_OF_CHECKPOINTS, states_of
@@ -104,7 +105,9 @@ class PagedModel:
         checkpoint_bytes: Bytes that checkpoints of them may take.
     """
 
-    def __init__(self, model, page_size, num_pages, retain, prefix_cache=False, max_bytes=None):
+    def __init__(
+        self, model, page_size, num_pages, retain, prefix_cache=False, max_bytes=None, alone=False
+    ):
         options = {"page_size": page_size, "num_pages": num_pages, "retain": retain}
         for name, value in (options | {"max_bytes": max_bytes}).items():
             if value is not None:
@@ -118,7 +121,9 @@ class PagedModel:
         self.ranks = Ranks(model)
         self.has_states = any(True for _ in states_of(self.stock_cache()))
         self.checkpoint_bytes = memory_limit() // SHARE_OF_CHECKPOINTS
-        self._build()
+        self.ranks.have_met |= alone  # nobody else is asked
+        if self.ranks.size == 1 or alone:
+            self._build()
 
     def _build(self) -> None:
         """Make everything that depends on the layers of the model, as this rank has them."""
@@ -175,6 +180,7 @@ class PagedModel:
         if self.ranks.size == 1:
             return
         self.ranks.have_met = True
+        lost_ranks.watch(self.ranks)
         self._agree_on_options()
         error = None
         try:

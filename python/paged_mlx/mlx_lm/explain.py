@@ -76,8 +76,8 @@ def explain(model) -> Explanation:
     Raises:
         ValueError: No cache of the model can be paged.
     """
-    paged = PagedModel(model, page_size=8, num_pages=1, retain=None)
-    paged.passes.computes, paged.ranks.have_met = False, True  # nobody else is asked
+    paged = PagedModel(model, page_size=8, num_pages=1, retain=None, alone=True)
+    paged.passes.computes = False
     ATTENTION.install()  # the model itself is left as it is: another thread may use it
     try:
         cache = paged.make_cache()

@@ -93,6 +93,7 @@ class PromptPrefixes:
             if known <= held:
                 return held
             self._passes.begins(layers[0].group.window)
+            self._ranks.end_lease()
             self._adopt(sequence, tokens, known)
             lens = layers[0].lens.copy()
             lens[row] = known

@@ -19,6 +19,7 @@ from paged_mlx.errors import fail
 from paged_mlx.forward.group import widened, width
 from paged_mlx.forward.identity import array_digest
 from paged_mlx.mlx_lm.cache import PagedKVCache
+from paged_mlx.mlx_lm.counted_states import CountedStates
 from paged_mlx.mlx_lm.layout import CachePlace
 from paged_mlx.pages.tokens import pack_tokens, unpack_tokens
 
@@ -33,7 +34,7 @@ def _to_stock(cache):
         return cache.to_stock()
     if isinstance(cache, stock.CacheList):
         return stock.CacheList(*to_stock(cache.caches))
-    return copy.deepcopy(cache)
+    return copy.deepcopy(cache.plain() if isinstance(cache, CountedStates) else cache)
 
 
 def from_stock(paged, prompt_cache: list) -> list:
@@ -43,6 +44,7 @@ def from_stock(paged, prompt_cache: list) -> list:
         ValueError: It is not of this model.
     """
     ours = paged.make_cache()
+    paged.ranks.end_lease()
     pairs = list(_pairs(paged.layout.places, ours, prompt_cache))
     for cache, plain in pairs:
         _check_fits(cache, plain)
@@ -103,6 +105,8 @@ def _with_the_rest(places, ours, theirs) -> list:
         if isinstance(place, list):
             parts = _with_the_rest(place, cache.caches, plain.caches)
             joined.append(stock.CacheList(*parts))
+        elif isinstance(cache, CountedStates):
+            joined.append(CountedStates.of(copy.deepcopy(plain), cache.tokens))
         else:
             joined.append(cache if isinstance(place, CachePlace) else copy.deepcopy(plain))
     return joined
@@ -198,14 +202,18 @@ def load(paged, path: str) -> tuple[list, dict, list[int]]:
     checksum = told.pop(CHECKSUM, None)
     if (told or checksum) and checksum != _checksum(plain, told):
         fail("load", "path must be a file as it was saved, but its checksum differs", repr(path))
-    ours = _place(paged.identity)
-    if told and told.get(RANK, "0 of 1") != ours:
-        fail("load", f"path must be a file of this rank, {ours}", f"{path!r} of {told.get(RANK)}")
+    ours, theirs = _place(paged.identity), told.get(RANK, "0 of 1")
+    if told and theirs != ours:
+        fail("load", f"path must be a file of this rank, {ours}", f"{path!r} of {theirs}")
     prompt_cache = from_stock(paged, plain)
     if told and told.get(MODEL) != paged.identity.digest:
         must = "path must be a file of this model: of the same weights, adapters, configuration"
         fail("load", must, f"{path!r} of another")
-    return prompt_cache, metadata, list(unpack_tokens(bytes.fromhex(told.get(TOKENS, ""))))
+    tokens = list(unpack_tokens(bytes.fromhex(told.get(TOKENS, ""))))
+    for cache in prompt_cache:
+        if isinstance(cache, CountedStates):
+            cache.tokens.count(len(tokens))
+    return prompt_cache, metadata, tokens
 
 
 def _place(identity) -> str:

@@ -36,6 +36,7 @@ class Ranks:
 
     Attributes:
         rank, size: This rank, and how many there are.
+        stream: Where the newest pass, or agreement, communicates.
         have_met: Whether nothing is left to agree on before the model is used.
     """
 
@@ -45,7 +46,7 @@ class Ranks:
         self.rank, self.size = (world.rank(), world.size()) if shared else (0, 1)
         self.have_met = world.size() == 1
         self._is_admitted = False
-        self._stream: mx.Stream | None = None  # where the newest pass communicates
+        self.stream: mx.Stream | None = None
         self._leased: tuple = ()
         self._steps = 0  # that the leased sequences may still take
 
@@ -68,8 +69,9 @@ class Ranks:
         """
         if self.size == 1:
             return list(values)
-        if self._stream is not None and self._stream != mx.default_stream(mx.cpu):
-            mx.synchronize(self._stream)  # collectives of two streams would meet in any order
+        if self.stream is not None and self.stream != mx.default_stream(mx.cpu):
+            mx.synchronize(self.stream)  # collectives of two streams would meet in any order
+        self.stream = mx.default_stream(mx.cpu)
         found: list[int] = []
         for i in range(0, len(values), WIDTH):
             found += self._least(f"{question} {len(values)}", values[i : i + WIDTH])
@@ -144,17 +146,18 @@ class Ranks:
         finally:
             self._is_admitted = False
 
-    def begin_pass(self, paged, layers: list, num_tokens: int) -> None:
+    def begin_pass(self, paged, layers: list, batch: int, num_tokens: int) -> None:
         """Tell that a pass over the sequences of ``layers`` begins, on every rank.
 
         Raises:
             OutOfPages: Some rank has no pages for it; nothing has changed, on any rank.
         """
-        self._stream = mx.default_stream(mx.cpu)
+        self.stream = mx.default_stream(mx.cpu)
         if not paged.is_limited or self._is_admitted:
             return
         first, passes = layers[0], paged.passes
         rows = list(zip(first.rows, first.lens.tolist(), first.counts(num_tokens)))
+        rows *= batch // len(rows)  # an empty cache takes a batch of any size
         while not self.may_step(first.names, paged, rows, is_decode=num_tokens == 1):
             if not self.any("pages of others", passes.take_from(passes.starved, first.rows)):
                 passes.starved.update(first.rows)
@@ -196,8 +199,8 @@ def _agreeing(before):
         layers = list(layers_of(prompt_cache))
         if paged is None or not layers or layers[0].group.passes is not paged.passes:
             return before(self, *args, **options)
-        num_tokens = given[names[0]].shape[1]
-        paged.ranks.begin_pass(paged, layers, num_tokens)
+        batch, num_tokens = given[names[0]].shape
+        paged.ranks.begin_pass(paged, layers, batch, num_tokens)
         out = before(self, *args, **options)
         for cache in prompt_cache:
             if isinstance(cache, CountedStates):

@@ -181,8 +181,9 @@ class Queue:
     # Making room
 
     def _give_back(self) -> bool:
-        """Take pages of what is stored, or waits; False if there is nothing."""
-        return self._give_back_stored() or self._give_back_waiting()
+        """Take pages of what is stored, or waits; False if there is nothing, on no rank."""
+        stored = self._ranks.any("pages given back", self._give_back_stored())
+        return stored or self._give_back_waiting()
 
     def _give_back_stored(self) -> bool:
         """Have a prompt store drop what it values least, and take what has been handed out."""
@@ -192,7 +193,7 @@ class Queue:
                 return True
         passes = self._paged.passes
         ours = {row for layer in _layers(self._generator) for row in layer.rows}
-        return self._ranks.any("pages put aside", passes.take_from(passes.aside, ours))
+        return passes.take_from(passes.aside, ours)
 
     def _give_back_waiting(self) -> bool:
         """Have the youngest prompt that waits with a cache, whose tokens are known, wait without."""
