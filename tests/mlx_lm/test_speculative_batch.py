@@ -143,13 +143,13 @@ def test_a_row_keeps_as_many_drafts_as_alone(family, drafts):
 
 def test_look_up_copies_what_followed_the_longest_match_last():
     row = Row(0, [1, 2, 3, 9, 2, 3, 4, 7, 1, 2, 3], 1)
-    assert row.look_up(3, 4) == [9, 2, 3, 4]  # after 1 2 3
-    assert row.look_up(2, 2) == [4, 7]  # after 2 3, the last time
+    assert Row(1, [2, 3, 9, 2, 3, 4, 2, 3], 1).look_up(2) == [4, 2]  # after 2 3, the last time
+    assert row.look_up(4) == [9, 2, 3, 4]  # after 1 2 3
     row.tokens += [5, 6, 6]
-    assert row.look_up(3, 3) == [6, 6, 6]  # a repetition goes on
+    assert row.look_up(3) == [6, 6, 6]  # a repetition goes on
     row.tokens += [8]
-    assert row.look_up(3, 3) == []
-    assert row.look_up(3, 0) == []
+    assert row.look_up(3) == []
+    assert row.look_up(0) == []
 
 
 @pytest.mark.parametrize("itself", [True, False])
@@ -249,9 +249,35 @@ def test_on_a_limited_pool_prompts_wait_and_none_is_lost():
         assert found.token_ids == expected
         assert found.stats.generation_steps > max(most) / 4 + 3
         assert paged.groups[None].peak_pages > 6
-        with pytest.raises(ValueError, match=r"\[insert\] num_pages or max_bytes must have room"):
+        with pytest.raises(
+            ValueError, match=r"\[insert\] num_pages must be at least 10 for a prompt and"
+        ):
             generate(model, [prompts[0], prompts[3]], None, 30)
         assert pages_used(paged) == [0]
+
+
+def test_rows_go_on_while_others_hold_the_pages_that_a_prompt_waits_for():
+    model, prompts = zoo.tiny("llama"), prompts_of((17, 30))
+    expected = greedy(model, prompts, [9, 9])
+    tokens = {}
+    with enable(model, page_size=8, num_pages=7) as paged:
+        theirs = paged.make_cache()
+        mx.eval(model(mx.array([zoo.prompt(20, seed=0)]), cache=theirs))
+        generator = SpeculativeBatchGenerator(model, num_draft_tokens=1)
+        first, waits = generator.insert(prompts[:1], 9) + generator.insert(prompts[1:], 9)
+        while True:
+            try:
+                responses = generator.next()
+            except OutOfPages:  # nothing runs, and others hold what is missing
+                assert len(tokens[first]) == 9 and theirs
+                theirs = None
+                continue
+            for each in responses:
+                tokens.setdefault(each.uid, []).extend(each.tokens)
+            if not responses:
+                break
+        paged.check()
+    assert theirs is None and [tokens[first], tokens[waits]] == expected
 
 
 class Failing:

@@ -281,8 +281,8 @@ _FAULTS = {
         ),
         (
             "prompts join without pages",
-            "while n and not self._has_room(",
-            "while n < 0 and not self._has_room(",
+            "while rows and not self._have_pages(rows) and",
+            "while not rows and",
             "speculative_batch.on_a_limited_pool_prompts_wait_and_none_is_lost",
         ),
         (

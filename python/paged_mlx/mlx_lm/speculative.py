@@ -25,9 +25,11 @@ from paged_mlx.mlx_lm.enable import enable
 from paged_mlx.mlx_lm.layout import unpaged
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 from paged_mlx.mlx_lm.prefixes import layers_of
+from paged_mlx.mlx_lm.waiting import check_fits
 
 OP = "speculative_batch_generate"
 RETAIN = 32  # tokens of a window that can be taken back, at least
+NGRAM = 3  # tokens that prompt look-up compares, at most
 PADDING = 512  # vocabularies of one tokenizer may differ by one in so many, by padding
 
 
@@ -134,9 +136,9 @@ class Row:
     _ends: dict = field(default_factory=dict)  # n tokens -> where they ended last, with more behind
     _num_seen: int = 0
 
-    def look_up(self, max_ngram: int, most: int) -> list[int]:
+    def look_up(self, most: int) -> list[int]:
         """What followed the last n tokens when they last occurred, for the largest n that did."""
-        tokens, lengths = self.tokens, range(max_ngram, 0, -1)
+        tokens, lengths = self.tokens, range(NGRAM, 0, -1)
         for end in range(self._num_seen, len(tokens)):
             self._ends.update({tuple(tokens[end - n : end]): end for n in lengths if n <= end})
         self._num_seen = len(tokens)
@@ -146,12 +148,11 @@ class Row:
         return []
 
 
-class SpeculativeBatchGenerator:
+class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
     """Answers prompts that come and go, several tokens a step; a context manager.
 
     Args:
         model, draft_model, num_draft_tokens: As of ``speculative_batch_generate``.
-        max_ngram: Tokens that prompt look-up compares, at most.
         stop_tokens: Tokens that end an answer.
         sampler: As mlx-lm's, from log-probabilities ``[n, vocabulary]``; None: greedy.
         completion_batch_size: Prompts that are answered together, at most.
@@ -168,7 +169,6 @@ class SpeculativeBatchGenerator:
         draft_model=None,
         *,
         num_draft_tokens: int = 3,
-        max_ngram: int = 3,
         stop_tokens=(),
         sampler=None,
         completion_batch_size: int = 32,
@@ -176,7 +176,6 @@ class SpeculativeBatchGenerator:
         prefill_step_size: int = 2048,
     ):
         self._num_drafts = whole_number(OP, "num_draft_tokens", num_draft_tokens, 1)
-        self._max_ngram = whole_number(OP, "max_ngram", max_ngram, 1)
         self._stop_tokens = {whole_number(OP, "a stop token", token) for token in stop_tokens}
         self._sampler = sampler
         self._most = whole_number(OP, "completion_batch_size", completion_batch_size, 1)
@@ -186,13 +185,10 @@ class SpeculativeBatchGenerator:
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._num_inserted = 0
+        models = {"model": model} | ({} if draft_model is None else {"draft_model": draft_model})
         with contextlib.ExitStack() as enabled:
-            models = {"model": model, "draft_model": draft_model}
-            self._caches = [
-                BatchCache(self._paged(name, each, enabled), name, step_size)
-                for name, each in models.items()
-                if each is not None or name == "model"
-            ]
+            paged = {name: self._paged(name, each, enabled) for name, each in models.items()}
+            self._caches = [BatchCache(name, each, step_size) for name, each in paged.items()]
             self._target, *drafts = self._caches
             self._draft = drafts[0] if drafts else None
             sizes = [cache.vocabulary for cache in self._caches]
@@ -208,13 +204,11 @@ class SpeculativeBatchGenerator:
             paged = enabled.enter_context(enable(model, retain=max(RETAIN, self._num_drafts)))
         for _, reason in unpaged(paged.stock_cache(), paged.layout.places):
             fail(OP, f"{name} must be one whose tokens can be taken back row by row", reason)
-        for group in paged.groups.values():
-            if group.window is not None and group.retain is not None:
-                must = (
-                    f"num_draft_tokens must be at most {group.retain}, enable's retain for {name}"
-                )
-                if group.retain < self._num_drafts:
-                    fail(OP, must, self._num_drafts)
+        kept = [group.retain for group in paged.groups.values() if group.window is not None]
+        kept = min((each for each in kept if each is not None), default=self._num_drafts)
+        if kept < self._num_drafts:
+            must = f"num_draft_tokens must be at most {kept}, enable's retain for {name}"
+            fail(OP, must, self._num_drafts)
         return paged
 
     def close(self) -> None:
@@ -222,9 +216,6 @@ class SpeculativeBatchGenerator:
         self._waiting.clear()
         self._leave(self._rows)
         self._enabled.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.close()
@@ -245,19 +236,17 @@ class SpeculativeBatchGenerator:
             fail("insert", f"max_tokens must be one number or {len(prompts)} of them", len(most))
         rows = []
         for prompt, count in zip(prompts, most):
-            if (
-                isinstance(prompt, (str, bytes))
-                or not hasattr(prompt, "__len__")
-                or not len(prompt)
-            ):
+            is_list = hasattr(prompt, "__len__") and not isinstance(prompt, (str, bytes, dict))
+            if not is_list or not len(prompt):
                 fail("insert", "a prompt must be a list of one token id at least", kind_of(prompt))
-            top = self._vocabulary - 1
-            tokens = [whole_number("insert", "a token id", token, 0, top) for token in prompt]
+            last = self._vocabulary - 1
+            tokens = [whole_number("insert", "a token id", token, 0, last) for token in prompt]
             left = whole_number("insert", "max_tokens", count, 1)
             rows.append(Row(self._num_inserted + len(rows), tokens, left))
-            if not self._has_room(rows[-1:]):
-                must = "num_pages or max_bytes must have room for a prompt and its answer"
-                fail("insert", must, f"{len(tokens)} + {left} tokens")
+            for cache in self._caches:
+                if cache.paged.is_limited:
+                    longest = self._longest(rows[-1])
+                    check_fits("insert", cache.paged, longest, "a prompt and its answer")
         self._waiting.extend(rows)
         self._num_inserted += len(rows)
         return [row.uid for row in rows]
@@ -282,19 +271,27 @@ class SpeculativeBatchGenerator:
             for cache in self._caches:
                 cache.keep(keep)
 
-    def _has_room(self, rows: list[Row]) -> bool:
-        """Whether these have pages for the longest answers that they may get."""
-        most = [len(row.tokens) + row.left + self._num_drafts for row in rows]
-        limited = [cache.paged for cache in self._caches if cache.paged.is_limited]
-        return all(paged.estimate(most, 0).fits for paged in limited)
+    def _longest(self, row: Row) -> int:
+        """Tokens of a row that need pages, at most."""
+        return len(row.tokens) + row.left + self._num_drafts
+
+    def _have_pages(self, new: list[Row]) -> bool:
+        """Whether there are pages now for all that runs, and for ``new`` rows, up to their ends."""
+        limited = [cache for cache in self._caches if cache.paged.is_limited]
+        to_come: dict = {cache.paged: [] for cache in limited}  # a model may draft for itself
+        for cache in limited:
+            ends = [list(map(self._longest, rows)) for rows in (self._rows, new)]
+            to_come[cache.paged] += cache.to_come(*ends)
+        return all(p.ranks.all("pages", p.has_pages(rows)) for p, rows in to_come.items())
 
     def _join(self) -> None:
         """Read the prompts whose turn it is."""
-        n = min(self._most_read, self._most - len(self._rows), len(self._waiting))
-        while n and not self._has_room([*self._rows, *list(self._waiting)[:n]]):
-            n -= 1
-        if n:
-            began, rows = time.perf_counter(), list(self._waiting)[:n]
+        most = min(self._most_read, self._most - len(self._rows), len(self._waiting))
+        rows = [self._waiting[i] for i in range(most)]
+        while rows and not self._have_pages(rows) and (self._rows or len(rows) > 1):
+            rows.pop()
+        if rows:
+            began = time.perf_counter()
             read = [cache.read_prompts([row.tokens for row in rows]) for cache in self._caches]
             for cache, batch in zip(self._caches, read):
                 cache.extend(batch)
@@ -353,7 +350,7 @@ class SpeculativeBatchGenerator:
     # Drafts: an array [rows, n], and how many of each row's n are drafts
 
     def _look_up(self, most: list[int]) -> tuple[mx.array, list[int]]:
-        found = [row.look_up(self._max_ngram, n) for row, n in zip(self._rows, most)]
+        found = [row.look_up(n) for row, n in zip(self._rows, most)]
         return padded(found), [len(tokens) for tokens in found]
 
     def _drafted(self, most: list[int]) -> tuple[mx.array, list[int]]:
@@ -374,8 +371,7 @@ class SpeculativeBatchGenerator:
 def padded(rows: list[list[int]]) -> mx.array:
     """``int32 [rows, longest]``, with zeros behind the shorter ones."""
     longest = max(map(len, rows))
-    filled = [row + [0] * (longest - len(row)) for row in rows]
-    return mx.array(filled, mx.int32).reshape(len(rows), longest)
+    return mx.array([row + [0] * (longest - len(row)) for row in rows], mx.int32)
 
 
 class BatchCache:
@@ -386,9 +382,9 @@ class BatchCache:
         vocabulary: How many logits the model gives.
     """
 
-    def __init__(self, paged, name: str, prefill_step_size: int):
+    def __init__(self, name: str, paged, prefill_step_size: int):
         self.paged = paged
-        self.vocabulary = _vocabulary_of_a_batch(paged, name)
+        self.vocabulary = _vocabulary_of_a_batch(name, paged)
         self._step_size = prefill_step_size
         self._cache: list = []
 
@@ -396,6 +392,13 @@ class BatchCache:
     def lens(self) -> list[int]:
         """Tokens of each row that it holds."""
         return next(layers_of(self._cache)).lens.tolist()
+
+    def to_come(self, running: list[int], new: list[int]) -> list[tuple]:
+        """(sequence, tokens held, tokens to come) of the rows, and of new ones, up to these lengths."""
+        empty = next(layers_of(self.paged.make_cache())).rows[0]
+        rows = [row for layer in list(layers_of(self._cache))[:1] for row in layer.rows]
+        held = zip(rows, self.lens if rows else (), running)
+        return [(row, n, end - n) for row, n, end in held] + [(empty, 0, end) for end in new]
 
     def read_prompts(self, prompts: list[list[int]]) -> list:
         """A batch that holds all tokens but the last of each prompt, read as mlx-lm reads them."""
@@ -443,7 +446,7 @@ class BatchCache:
             layer.lens = layers[0].lens
 
 
-def _vocabulary_of_a_batch(paged, name: str) -> int:
+def _vocabulary_of_a_batch(name: str, paged) -> int:
     """How many logits a model gives to a padded batch. Builds its graph and evaluates nothing."""
     caches = zip(*[paged.stock_cache() for _ in range(3)])
     try:

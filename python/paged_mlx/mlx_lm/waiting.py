@@ -26,8 +26,8 @@ def _limited(model):
     return paged if paged is not None and paged.is_limited else None
 
 
-def check_fits(function: str, paged, num_tokens: int) -> None:
-    """Refuse a prompt that can never have its pages.
+def check_fits(function: str, paged, num_tokens: int, what: str = "a prompt") -> None:
+    """Refuse ``what``, of so many tokens, if it can never have its pages.
 
     Raises:
         ValueError: With how many pages would do.
@@ -36,11 +36,11 @@ def check_fits(function: str, paged, num_tokens: int) -> None:
     needs = [(group.pages_for(num_tokens + 1), group.most_pages) for group in paged.groups.values()]
     needed, most = max(needs, key=lambda need: need[0] - need[1])
     if not paged.ranks.all(f"a prompt of {num_tokens} tokens fits", needed <= most):
-        must = f"num_pages must be at least {needed} for a prompt of {num_tokens} tokens"
+        must = f"num_pages must be at least {needed} for {what} of {num_tokens} tokens"
         if paged.max_bytes is not None:
-            must = f"max_bytes must have room for {needed} pages of a prompt of {num_tokens} tokens"
+            must = f"max_bytes must have room for {needed} pages of {what} of {num_tokens} tokens"
         if needed <= most:
-            must = f"every rank must have pages for a prompt of {num_tokens} tokens"
+            must = f"every rank must have pages for {what} of {num_tokens} tokens"
         fail(function, must, most)
 
 
