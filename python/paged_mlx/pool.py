@@ -171,6 +171,7 @@ class PagePool:
         self._batch = BlockTable()
         self._plans: dict[tuple, tuple[PackedTables, AttentionPlan]] = {}
         self._writes: list[np.ndarray] = []
+        self.num_sealed = 0  #: open pages that were quantised so far
         self._translated: tuple = (None, 0, None)  # tables, version of the open pages, result
         self._tokens_stored = np.zeros(num_pages, np.int32)
         if allocator is not None:
@@ -417,7 +418,7 @@ class PagePool:
                 must = f"slot_mapping must be for at most {num_slots} slots"
                 fail("PagePool.write", must, slot_mapping.num_slots)
             return slot_mapping
-        made = SlotMapping(slot_mapping, self.state[0][0])
+        made = SlotMapping(slot_mapping, self._storage.base[0][0])
         if self.open_pages is not None:
             made.split = self._split(made)
         return made
@@ -454,9 +455,32 @@ class PagePool:
             if x.dtype != self.dtype:
                 fail("PagePool.write", f"{name} must have the pool's dtype, {self.dtype}", x.dtype)
 
-    def write_values(self, layer: int, k: mx.array, v: mx.array, slots: SlotMapping) -> None:
-        """Write checked tokens of one layer, as ``PoolLayer.write`` does."""
-        arrays, where = self.state[layer], {"stream": self.stream, "known": self.known}
+    def plan_packed(
+        self,
+        packed: PackedTables,
+        num_q_heads: int,
+        sliding_window: int | None,
+        previous: AttentionPlan | None,
+    ) -> AttentionPlan:
+        """A plan for tables that are packed already, whose pages all have their places."""
+        num_open, num_sealed = self._storage.num_open, -1
+        if self.open_pages is not None:
+            num_sealed = self.num_pages
+            tables = self.open_pages.kernel_ids(packed.block_tables)
+            packed = replace(packed, block_tables=tables)
+        geometry = Geometry(num_q_heads, *self._geometry[1:])
+        options = PlanOptions(
+            self.num_pages + num_open, True, sliding_window, kernels=runs_kernels(self.stream),
+            num_sealed_pages=num_sealed,
+        )  # fmt: skip
+        geometry.check("plan")
+        return make_plan("plan", packed, geometry, options, previous)
+
+    def write_values(
+        self, arrays: list[mx.array], layer: int, k: mx.array, v: mx.array, slots: SlotMapping
+    ) -> None:
+        """Write checked tokens of one layer, whose newest ``arrays`` become the next."""
+        where: dict[str, Any] = {"stream": self.stream, "known": self.known}
         open_pages = self.open_pages
         if slots.split is None or open_pages is None:
             arrays[:] = operations.write_pages(
@@ -542,6 +566,7 @@ class PagePool:
             arrays[:] = fresh
         page_ids = [page_id for _, page_id, _ in pages]
         self.open_pages.seal(page_ids)
+        self.num_sealed += len(page_ids)
         self._note_sealed(page_ids)
 
     def _note_sealed(self, page_ids: Sequence[int]) -> None:
@@ -688,7 +713,7 @@ class PagePool:
             for dim in (self.head_dim, self.v_head_dim)
         )
         for layer in range(self.num_layers):
-            self.write_values(layer, k, v, slots)
+            self.write_values(self.state[layer], layer, k, v, slots)
         self._fold_writes()
         self._tokens_stored[list(page_ids)] = 0
 
@@ -840,7 +865,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         if slots.split is None:
             arrays[:] = written
         else:
-            pool.write_values(self.index, k, v, slots)
+            pool.write_values(arrays, self.index, k, v, slots)
         if self.index == 0 and slots.values is not None:
             pool.remember(slots.values)
 

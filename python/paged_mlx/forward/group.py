@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.errors import OutOfPages, fail
+from paged_mlx.formats.page_format import PageFormats, page_nbytes
 from paged_mlx.forward.gathered import LayerPlace, PagesOfLayer
 from paged_mlx.forward.lazy_pool import LazyPool
 from paged_mlx.forward.passes import Passes
@@ -38,9 +39,14 @@ class LayerGroup:
         window: Keys a token may see, its own included; None: all.
         retain: Tokens kept behind the window, so that a rewind of as many stays possible;
             None: all.
+        formats: Of K's and V's pages.
     """
 
-    def __init__(self, num_layers, page_size, num_pages, max_pages, grow_first, window, retain):
+    def __init__(
+        self, num_layers, page_size, num_pages, max_pages, grow_first, window, retain,
+        formats=PageFormats(),
+    ):  # fmt: skip
+        self.formats = formats
         self.num_layers = num_layers
         self.page_size = page_size
         self.max_pages = max_pages
@@ -92,6 +98,8 @@ class LayerGroup:
             head_dim,
             dtype,
             v_head_dim,
+            k_format=self.formats.k,
+            v_format=self.formats.v,
             allocator=self.allocator,
         )
         self.pools.append(pool)
@@ -110,12 +118,17 @@ class LayerGroup:
             pool.head_dim,
             dtype,
             pool.v_head_dim,
+            k_format=self.formats.k,
+            v_format=self.formats.v,
             allocator=self.allocator,
         )
-        slots = np.arange(self.allocator.total_pages * self.page_size, dtype=np.int32)
-        for i, pages in enumerate(pool.state):
-            k, v = (x.swapaxes(1, 2).flatten(0, 1).astype(dtype) for x in pages)
-            fresh[i].write(k, v, slots)
+        if self.formats.are_dense:
+            slots = np.arange(self.allocator.total_pages * self.page_size, dtype=np.int32)
+            for i, pages in enumerate(pool.state):
+                k, v = (x.swapaxes(1, 2).flatten(0, 1).astype(dtype) for x in pages)
+                fresh[i].write(k, v, slots)
+        else:
+            fresh.take_over(pool)
         self.allocator.detach(pool)
         self.pools[self.pools.index(pool)] = fresh
         for layer, place in self._placed.items():
@@ -161,8 +174,9 @@ class LayerGroup:
         if self.window is not None and self.retain is not None:
             self._free_behind_window(tables, starts)
         counts_of_rows = [num_tokens] * len(rows) if counts is None else counts.tolist()
+        sealed = self._num_sealed()
         appended = self._append(tables, counts_of_rows, cache)
-        if appended.copies:
+        if appended.copies or self._num_sealed() != sealed:
             self.passes.keep()  # also for a pass that something raises in
         for put_by in (self.passes.starved, self.passes.aside):
             if put_by:
@@ -179,6 +193,10 @@ class LayerGroup:
         self.newest = step
         self.peak_pages = max(self.peak_pages, self.allocator.num_used)
         return step
+
+    def _num_sealed(self) -> int:
+        """How often pages were sealed, in all pools."""
+        return sum(pool.num_sealed for pool in self.pools)
 
     def _check_layers_agree(self, row, layer, start) -> None:
         """A new step begins where every layer is, or goes back as every layer has."""
@@ -255,7 +273,17 @@ class LayerGroup:
     def page_bytes(self) -> int:
         """Bytes of one page of all layers of the group, as far as they are known."""
         geometries = self.geometry.values()
-        return sum(h * (k + v) * dtype.size * self.page_size for h, k, v, dtype in geometries)
+        return sum(page_nbytes(self.formats, h, self.page_size, *rest) for h, *rest in geometries)
+
+    def _open_bytes_to_come(self) -> int:
+        """Bytes that open pages may take yet: one for each sequence, if the formats have any."""
+        if not self.formats.have_open_pages:
+            return 0
+        geometries = self.geometry.values()
+        page = sum(page_nbytes(PageFormats(), h, self.page_size, *rest) for h, *rest in geometries)
+        opened = [pool.open_pages for pool in self.pools if pool.open_pages is not None]
+        there = min((pages.num_slots for pages in opened), default=0)
+        return page * max(0, len(self.passes.sequences) - there)
 
     @property
     def most_pages(self) -> int:
@@ -271,6 +299,7 @@ class LayerGroup:
         most = max(0, limit - self.allocator.total_pages)
         if self.passes.max_bytes is not None and self.page_bytes:
             left = self.passes.max_bytes - self.passes.nbytes
+            left -= self._open_bytes_to_come()
             most = min(most, max(0, left // self.page_bytes))
         return most
 
@@ -284,6 +313,8 @@ class LayerGroup:
         """Pages that ``new`` tokens of a sequence that holds ``held`` will take."""
         table, size = row.tables[self.window], self.page_size
         more = -(-(held + new) // size) - -(-held // size)
+        if table.is_ragged or table.is_sealed:  # the room of its tail is not that of even pages
+            more = -(-new // size)
         if held % size and table.num_tokens >= held:
             tail = table.logical_to_physical(held - 1)[0]
             more += self.allocator.ref_count(tail) > 1  # it is copied first
@@ -332,12 +363,11 @@ class LayerGroup:
     def bring(self, step: Step, parts: dict) -> None:
         """Have what a pass has written so far in the memory that the pools have by now."""
         step.route = None
-        pages = np.unique(step.slots[step.slots >= 0] // self.page_size)
         for layer in step.served:
             place = self._placed[layer]
             part = parts.get(place.pool)
             if part is not None and place.index not in part.waiting:
-                place.pool.bring(place.index, part, pages)
+                place.pool.bring(place.index, part, step)
 
     def fetch_again(self, layer: int, step: Step):
         """K and V of a layer, as ``step`` has left them, as handles."""
@@ -360,8 +390,15 @@ class LayerGroup:
         skipped = min(table.num_freed for table in tables)
         place = self._placed[layer]
         with self.passes.turn():
-            held = lens - skipped * self.page_size
-            k, v = place.pool[place.index].gather(packed.block_tables[:, skipped:], held)
+            behind, ragged = skipped * self.page_size, {}
+            if packed.page_starts is not None and packed.page_lens is not None:
+                behind = int(packed.page_starts[:, skipped].min())
+                ragged = {
+                    "page_starts": packed.page_starts[:, skipped:] - behind,
+                    "page_lens": packed.page_lens[:, skipped:],
+                }
+            held = packed.block_tables[:, skipped:], lens - behind
+            k, v = place.pool[place.index].gather(*held, **ragged)
             mx.async_eval(k, v)
             self.passes.keep()
             return self._narrowed(layer, (k, v))

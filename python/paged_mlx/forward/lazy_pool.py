@@ -45,12 +45,12 @@ class LazyPool(PagePool):
 
     def leave(self) -> "PartOfBranch":
         """What this pool has of a thread's branch."""
-        memory = self._storage.base[0][0]
+        memory = self._storage.base[0][-1]
         return PartOfBranch(self.versions(), self._waiting, self._fetches, memory)
 
     def holds(self, part: "PartOfBranch") -> bool:
         """Whether a branch is of this memory, which may have been taken anew since."""
-        return part.memory is self._storage.base[0][0]
+        return part.memory is self._storage.base[0][-1]
 
     def enter(self, part: "PartOfBranch") -> None:
         """Go on with a branch."""
@@ -66,19 +66,38 @@ class LazyPool(PagePool):
         for arrays, newest in zip(self._state, versions or self._storage.base):
             arrays[:] = newest
         if left is not None:
-            left.handles.settle(self._state)
+            self._come_after_handles(left.handles)
 
     def come_after(self, versions: Arrays) -> None:
         """Order what is built next behind other versions of the same memory."""
         for arrays, others in zip(self._state, versions):
             arrays[:] = mx.depends(arrays, others)
 
-    def bring(self, layer: int, part: "PartOfBranch", page_ids: np.ndarray) -> None:
-        """Write what a branch has in pages of a layer, in memory that was taken since."""
+    def bring(self, layer: int, part: "PartOfBranch", step) -> None:
+        """Write what a branch has in the pages of a step, in memory that was taken since."""
+        written = step.slots[step.slots >= 0]
+        page_ids = np.unique(written // self.page_size)
+        if not self.formats.are_dense:
+            k, v = self._pages_of(part.versions[layer], page_ids)
+            places = np.searchsorted(page_ids, written // self.page_size), written % self.page_size
+            k, v = (x[mx.array(places[0]), :, mx.array(places[1])] for x in (k, v))
+            self.write(layer, k, v, written)
+            return
         slots = (page_ids[:, None] * self.page_size + np.arange(self.page_size)).ravel()
         pages = mx.array(page_ids)
         k, v = (x[pages].swapaxes(1, 2).flatten(0, 1) for x in part.versions[layer])
         self.write(layer, k, v, slots.astype(np.int32))
+
+    def _pages_of(self, arrays: list[mx.array], page_ids: np.ndarray) -> tuple:
+        """K and V of pages in some version of a layer, ``[pages, heads, page_size, dim]``."""
+        tables = page_ids[:, None].astype(np.int32)
+        if self.open_pages is not None:
+            tables = self.open_pages.kernel_ids(tables)
+        lens = mx.full((len(page_ids),), self.page_size, mx.int32)
+        k, v, *_ = operations.gather_pages(
+            arrays, mx.array(tables), lens, self.page_size, stream=self.stream, **self.told
+        )
+        return k, v
 
     def fetch(self, source: PagesOfLayer, keys=None, values=None) -> tuple[mx.array, mx.array]:
         """K and V of the whole context as handles; ``keys`` and ``values`` wait to be written.
@@ -91,9 +110,17 @@ class LazyPool(PagePool):
         i, step = source.place.index, source.step
         if i in self._waiting:
             self.write_fetched(self._waiting[i])
-        tables = step.tables_before if keys is not None else step.tables_after
+        written = keys is None
+        if self.formats.are_dense:
+            tables = step.tables_after if written else step.tables_before
+            pages = self._state[i]
+        else:  # the handles gather what another gather, which has not run either, dequantises
+            tables = step.tables_of_gathered(written)
+            if not written:
+                step.slots_in(self)  # from here on the pages have their places
+            pages = list(self._dequantised(i, step, written))
         *handles, new_k, new_v = operations.fetch_pages(
-            self._fetches, i, source, tables, *self._state[i], keys, values, stream=self.stream
+            self._fetches, i, source, tables, *pages, keys, values, stream=self.stream
         )
         if keys is not None:
             source.keys, source.values = new_k, new_v
@@ -101,6 +128,18 @@ class LazyPool(PagePool):
             if i == 0:
                 self.remember(step.slots)
         return tuple(handles)
+
+    def _dequantised(self, layer: int, step, written: bool) -> tuple[mx.array, mx.array]:
+        """K and V of a step's contexts, contiguous, as pages of which each sequence has one."""
+        tables, lens, length, ragged = step.contexts(written)
+        if self.open_pages is not None:
+            tables = self.open_pages.kernel_ids(tables)
+        k, v, *_ = operations.gather_pages(
+            self._state[layer], mx.array(tables), mx.array(lens), length,
+            **{name: mx.array(a) for name, a in ragged.items()},
+            stream=self.stream, known=self.known, **self.told,
+        )  # fmt: skip
+        return k, v
 
     def attend_fetched(self, source: PagesOfLayer, q: mx.array, plan, scale, sinks) -> mx.array:
         """Write what waits of ``source``, and attend.
@@ -111,6 +150,15 @@ class LazyPool(PagePool):
         """
         i = source.place.index
         arrays = self._state[i]
+        if not self.formats.are_dense:
+            if source.keys is not None:
+                self.write_fetched(source)
+            by_token = q.swapaxes(1, 2).reshape(-1, q.shape[1], q.shape[3])
+            out, _, *arrays[:] = operations.paged_attention(
+                by_token, arrays, plan.array, scale, None, None, sinks, None,
+                stream=self.stream, known=self.known, plan=plan, **self.told,
+            )  # fmt: skip
+            return out.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
         if source.keys is None:
             tokens: tuple = (None, None, None)
         else:
@@ -128,15 +176,14 @@ class LazyPool(PagePool):
         """Write what waits of ``source`` and is not attended to in the pages, and return it."""
         i, k, v = source.place.index, source.keys, source.values
         assert k is not None and v is not None
-        arrays = self._state[i]
-        arrays[:] = operations.write_pages(
-            [_by_token(k, self), _by_token(v, self)],
-            arrays,
-            source.step.slot_array,
-            alias=True,
-            stream=self.stream,
-            known=self.known,
-        )
+        arrays, tokens = self._state[i], [_by_token(k, self), _by_token(v, self)]
+        if self.open_pages is None:
+            arrays[:] = operations.write_pages(
+                tokens, arrays, source.step.slot_array, alias=True, stream=self.stream,
+                known=self.known, **self.told,
+            )  # fmt: skip
+        else:
+            self.write_values(arrays, i, tokens[0], tokens[1], source.step.slots_in(self))
         source.keys = source.values = None
         del self._waiting[i]
         return k, v
@@ -150,7 +197,30 @@ class LazyPool(PagePool):
         """Write what waits, and come after every gather that has read or may still read."""
         if self._waiting:
             self.write_waiting()
-        self._fetches.settle(self._state)
+        self._come_after_handles(self._fetches)
+
+    def _come_after_handles(self, handles) -> None:
+        """Come after every gather of these that has read or may still read."""
+        if self.formats.are_dense:
+            handles.settle(self._state)
+        elif handles.read_pages():
+            firsts = [arrays[:2] for arrays in self._state]
+            handles.settle(firsts)
+            for arrays, first in zip(self._state, firsts):
+                if first[0] is not arrays[0]:
+                    arrays[:] = [*first, *mx.depends(arrays[2:], first[:1])]
+        else:
+            handles.clear()
+
+    def take_over(self, pool: PagePool) -> None:
+        """Hold what another pool of the same pages holds, in this one's dtype."""
+        for layer, arrays in enumerate(pool.state):
+            held = [x if x.dtype == mx.uint32 else x.astype(self.dtype) for x in arrays]
+            mx.eval(held)
+            self._storage.base[layer][:] = held
+            self._state[layer][:] = held
+        self._storage.num_open = pool._storage.num_open
+        self.open_pages = pool.open_pages
 
 
 @dataclass(eq=False, slots=True)

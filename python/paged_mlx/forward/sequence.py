@@ -144,7 +144,7 @@ class Sequence:
     def first_held(self, window: int | None) -> int:
         """Position of the first token whose K and V a group still has."""
         table = self.tables[window]
-        return max(self.first_token[window], table.num_freed * table.page_size)
+        return max(self.first_token[window], table.map.first_held if table.num_freed else 0)
 
     def fork_for(self, cache) -> "Sequence":
         """A fork that all layers share.

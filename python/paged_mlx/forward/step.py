@@ -1,5 +1,6 @@
 """One forward pass of a batch: pages taken once, used by every layer of a group."""
 
+from dataclasses import replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -46,7 +47,7 @@ class Step:
         self._packed = packed = self.packer.update(tables)
         self.ends = packed.context_lens
         self.served: set[int] = set()
-        self.first_column = num_freed * group.page_size
+        self.first_column = min(table.map.first_held for table in tables)
         self.num_columns = longest + num_tokens - self.first_column
         self.route = self.of_pass = None
         self.plans = {}
@@ -56,7 +57,9 @@ class Step:
         self._before = {} if before is None else before.plans
         self.slots = self._padded(slots, -1) if self.padded else slots
         self.slot_array = mx.array(self.slots)
-        self.tables_before = self._tables(written=False)
+        self._slots_in: dict = {}
+        if group.formats.are_dense:
+            self.tables_before = self._tables(written=False)
 
     @property
     def batch(self) -> int:
@@ -110,6 +113,7 @@ class Step:
             pool.dtype,
             pool.num_pages,
             kernels,
+            None if pool.open_pages is None else id(pool),
         )
         if key not in self.plans:
             self.plans[key] = self._plan(pool, num_q_heads, window, self._before.get(key))
@@ -120,6 +124,9 @@ class Step:
         if self.num_tokens > 1 or self.padded:
             counts = np.full(self.batch, self.num_tokens) if self._counts is None else self._counts
             first_tokens = np.append(0, np.cumsum(counts)).astype(np.int32)
+        if not pool.formats.are_dense:
+            packed = replace(packed, context_lens=self.ends, cu_seqlens_q=first_tokens)
+            return pool.plan_packed(packed, num_q_heads, window, before)
         return fast.plan(
             packed.block_tables,
             self.ends,
@@ -138,7 +145,31 @@ class Step:
             stream=pool.stream,
         )
 
+    def slots_in(self, pool):
+        """``slots`` as a pool's layers write them, checked once for all."""
+        if pool not in self._slots_in:
+            self._slots_in[pool] = pool.slots(self.slots)
+        return self._slots_in[pool]
+
     # For gathers
+
+    def contexts(self, written: bool) -> tuple[np.ndarray, np.ndarray, int, dict]:
+        """Tables, lengths, the longest, and what ragged tables add: as gathers take them."""
+        packed, lens = self._packed, self.ends if written else self.starts
+        ragged = {}
+        if packed.page_starts is not None:
+            ragged = {"page_starts": packed.page_starts, "page_lens": packed.page_lens}
+        return packed.block_tables, lens.astype(np.int32), max(1, int(lens.max())), ragged
+
+    def tables_of_gathered(self, written: bool):
+        """Where a gather finds K and V that are contiguous, a page for each sequence."""
+        length = self.contexts(written)[2]
+        rows = np.arange(self.batch, dtype=np.int32)[:, None]
+        return _ext.FetchTables(
+            rows, self.starts, self._counts, self.num_tokens, written, 0, length,
+            self.first_column + self.num_columns, self.first_column + self._skipped_columns(),
+            None, None,
+        )  # fmt: skip
 
     @cached_property
     def tables_after(self):

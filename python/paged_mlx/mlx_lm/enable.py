@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail, whole_number
+from paged_mlx.formats.page_format import BITS, formats_of
 from paged_mlx.forward.group import LayerGroup
 from paged_mlx.forward.hook import ATTENTION
 from paged_mlx.forward.identity import Identity
@@ -35,6 +36,7 @@ from paged_mlx.mlx_lm.waiting import seams as waiting_seams
 
 log = logging.getLogger("paged_mlx")
 
+PAGE_SIZE = 16
 FIRST_PAGES = 64
 PAGES_BEFORE_EVICTION = 4096  # a pool with a prefix cache grows to, then it evicts
 NO_LIMIT = 1 << 24
@@ -43,11 +45,12 @@ NO_LIMIT = 1 << 24
 def enable(
     model,
     *,
-    page_size: int = 16,
+    page_size: int | None = None,
     num_pages: int | None = None,
     retain: int | None = 32,
     prefix_cache: bool = False,
     max_bytes: int | None = None,
+    kv_format: str | tuple[str | None, str | None] | None = None,
 ):
     """Keep K and V of ``model`` in pages from now on.
 
@@ -56,7 +59,8 @@ def enable(
 
     Args:
         model: A model of mlx-lm.
-        page_size: Tokens in a page; powers of two from 8 to 256 are fast.
+        page_size: Tokens in a page; powers of two from 8 to 256 are fast. None: 16, or 64 where K
+            is held as ``"q4"``.
         num_pages: Pages for each kind of layer. None: the pools grow on demand.
         retain: Tokens that a sliding-window layer keeps behind its window, so that as many
             can be taken back; None: all of them.
@@ -65,6 +69,8 @@ def enable(
             kept at some positions.
         max_bytes: Bytes that all pages may take, those of cached prefixes too. With this or
             ``num_pages`` a ``BatchGenerator`` has prompts wait for pages.
+        kv_format: How K and V are held: None as they are, ``"q8"``, ``"q4"``, or a pair of them
+            for K and V, ``("q8", "q4")``; see docs/formats.md.
 
     Returns:
         A PagedModel: a context manager, and the way to look at the pages.
@@ -77,7 +83,7 @@ def enable(
         fail("enable", "model must be a model of mlx-lm", type(model).__name__)
     if paged_model_of(model) is not None:
         fail("enable", "model must not be enabled already", type(model).__name__)
-    paged = PagedModel(model, page_size, num_pages, retain, prefix_cache, max_bytes)
+    paged = PagedModel(model, page_size, num_pages, retain, prefix_cache, max_bytes, kv_format)
     paged.meet()
     paged.enable()
     return paged
@@ -103,11 +109,23 @@ class PagedModel:
         ranks: The ranks that compute the model together.
         has_states: Whether the model has recurrent states, on any rank.
         checkpoint_bytes: Bytes that checkpoints of them may take.
+        formats: Of K's and V's pages.
     """
 
     def __init__(
-        self, model, page_size, num_pages, retain, prefix_cache=False, max_bytes=None, alone=False
+        self,
+        model,
+        page_size,
+        num_pages,
+        retain,
+        prefix_cache=False,
+        max_bytes=None,
+        kv_format=None,
+        alone=False,
     ):
+        self.formats = formats_of("enable", "kv_format", kv_format)
+        if page_size is None:
+            page_size = self.formats.default_page_size or PAGE_SIZE
         options = {"page_size": page_size, "num_pages": num_pages, "retain": retain}
         for name, value in (options | {"max_bytes": max_bytes}).items():
             if value is not None:
@@ -149,6 +167,7 @@ class PagedModel:
                 min(unhurried, PAGES_BEFORE_EVICTION),
                 window,
                 self.retain,
+                self.formats,
             )
             for window, num_layers in self.layout.num_layers.items()
         }
@@ -159,6 +178,7 @@ class PagedModel:
         found = probe_geometry(self.model, caches, self.layout.places)
         self.passes.num_layers = len(found)
         for (window, layer), geometry in found.items():
+            self.formats.check("enable", *geometry[1:3], page_size)
             self.groups[window].geometry[layer] = geometry
         self._limit(max_bytes)
         self.prefixes = self.prompts = self._identity = None
@@ -195,11 +215,15 @@ class PagedModel:
     def _agree_on_options(self) -> None:
         limits = self.num_pages, self.max_bytes
         options = [self.page_size, -1 if self.retain is None else self.retain, self.prefix_cache]
+        options += [0 if name is None else BITS[name] for name in self.formats]
         options += [limit is None for limit in limits]
         for option in map(int, options):
             least, most = self.ranks.spread("options", option)
             if least != most:
-                must = "page_size, retain, prefix_cache and which limits there are must be the same"
+                must = (
+                    "page_size, retain, prefix_cache, kv_format and which limits there are must be "
+                    "the same"
+                )
                 fail("enable", f"{must} on all ranks", options)
         self.has_states = self.ranks.any("states", self.has_states)
         budgets = [limit or NO_LIMIT for limit in limits] + [self.checkpoint_bytes]
@@ -300,7 +324,7 @@ class PagedModel:
         """
         self.meet()
         history = History()
-        history.keys = keys
+        history.keys = (*keys, *self.formats.extra_keys)
         sequence = Sequence(self.groups, history=history)
 
         def paged(place):
@@ -333,7 +357,8 @@ class PagedModel:
     def known(self, tokens: list[int], key=None) -> int:
         """How many of the first ``tokens``, less than all, ``begin`` would not leave to compute;
         of a model that several ranks share, on every rank."""
-        return self._known_prefixes().known([int(token) for token in tokens], keys_of(key))
+        keys = (*keys_of(key), *self.formats.extra_keys)
+        return self._known_prefixes().known([int(token) for token in tokens], keys)
 
     def remember(self, tokens: list[int], prompt_cache: list) -> None:
         """Let later prompts begin with ``tokens``, which ``prompt_cache`` holds; those behind
@@ -375,7 +400,7 @@ class PagedModel:
         self._check_is_ours("save", prompt_cache)
         layer = next(layers_of(prompt_cache))
         tokens = layer.rows[0].history.first(int(layer.lens[0]))
-        save(path, prompt_cache, self.identity, tokens, metadata)
+        save(path, prompt_cache, self.identity, tokens, metadata, self.formats)
 
     def load(self, path: str, return_metadata: bool = False):
         """Read a prompt cache from a file of ``save`` or of mlx-lm into pages.
@@ -383,7 +408,8 @@ class PagedModel:
         With ``prefix_cache=True``, other prompts begin with one that was saved so too.
 
         Raises:
-            ValueError: The file is damaged, or of another model; nothing is remembered of it.
+            ValueError: The file is damaged, or of another model, or of pages of another format;
+                nothing is remembered of it.
         """
         prompt_cache, metadata, tokens = load(self, path)
         if self.prefixes is not None and tokens:

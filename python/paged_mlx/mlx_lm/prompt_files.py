@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
+from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.forward.group import widened, width
 from paged_mlx.forward.identity import array_digest
 from paged_mlx.mlx_lm.cache import PagedKVCache
@@ -162,10 +163,14 @@ def _one_sequence(x: mx.array, pool) -> mx.array:
 # Metadata of files: the tokens, if they are known, which model K and V are of, and a checksum.
 TOKENS, MODEL, CHECKSUM = "paged_mlx_tokens", "paged_mlx_model", "paged_mlx_checksum"
 RANK = "paged_mlx_rank"  # of a model that several ranks share
+FORMAT = "paged_mlx_format"  # of the pages, where they are quantised
 
 
-def save(path: str, prompt_cache: list, identity, tokens: list[int] | None, metadata) -> None:
-    """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does: its tokens, not the pool.
+def save(
+    path: str, prompt_cache: list, identity, tokens: list[int] | None, metadata, formats
+) -> None:
+    """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does: its tokens, not the pool, and K
+    and V as the pages read.
 
     It is written beside ``path`` and takes its place when it is whole.
 
@@ -176,6 +181,8 @@ def save(path: str, prompt_cache: list, identity, tokens: list[int] | None, meta
     told = {MODEL: identity.digest}
     if identity.place[1] > 1:
         told[RANK] = _place(identity)
+    if not formats.are_dense:
+        told[FORMAT] = str(formats)
     if tokens:
         told[TOKENS] = pack_tokens(tokens).hex()
     told[CHECKSUM] = _checksum(plain, told)
@@ -195,16 +202,21 @@ def load(paged, path: str) -> tuple[list, dict, list[int]]:
         The prompt cache, its metadata and, if they are known, its tokens.
 
     Raises:
-        ValueError: The file is damaged, of another model, or of another kind.
+        ValueError: The file is damaged, of another model, another format or another kind.
     """
     plain, metadata = _read(path)
-    told = {key: metadata.pop(key) for key in (TOKENS, MODEL, CHECKSUM, RANK) if key in metadata}
+    told = {
+        key: metadata.pop(key) for key in (TOKENS, MODEL, CHECKSUM, RANK, FORMAT) if key in metadata
+    }
     checksum = told.pop(CHECKSUM, None)
     if (told or checksum) and checksum != _checksum(plain, told):
         fail("load", "path must be a file as it was saved, but its checksum differs", repr(path))
     ours, theirs = _place(paged.identity), told.get(RANK, "0 of 1")
     if told and theirs != ours:
         fail("load", f"path must be a file of this rank, {ours}", f"{path!r} of {theirs}")
+    if told and told.get(FORMAT, str(PageFormats())) != str(paged.formats):
+        must = f"path must be a file of pages of the format that the model has, {paged.formats}"
+        fail("load", must, f"{path!r} of {told.get(FORMAT, PageFormats())}")
     prompt_cache = from_stock(paged, plain)
     if told and told.get(MODEL) != paged.identity.digest:
         must = "path must be a file of this model: of the same weights, adapters, configuration"

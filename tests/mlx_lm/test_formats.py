@@ -1,0 +1,196 @@
+"""Models on quantised pages: what mlx-lm does with pages, it does with these."""
+
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm_zoo as zoo  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx_lm.models.cache import load_prompt_cache  # noqa: E402
+from paged_mlx.formats.page_format import PageFormats  # noqa: E402
+from paged_mlx.mlx_lm import enable  # noqa: E402
+
+PAIRS = ["q8", ("q8", "q4"), "q4", ("q4", None), (None, "q8")]
+SIZE = 8
+
+
+def model(name="llama", **changes):
+    sizes = dict(head_dim=64, num_key_value_heads=2, num_attention_heads=4) | changes
+    return zoo.tiny(name, **sizes)
+
+
+@pytest.mark.parametrize("kv_format", PAIRS, ids=str)
+def test_answers_are_near_stocks_and_all_attention_reads_the_pages(kv_format):
+    llama, tokens = model(), zoo.prompt(45, seed=1)
+    stock: list = []
+    expected = zoo.single(llama, tokens, 6, logprobs=stock)
+    with enable(llama, kv_format=kv_format, page_size=SIZE) as paged:
+        cache, logprobs = paged.make_cache(), []
+        found = zoo.single(llama, tokens, 6, cache=cache, logprobs=logprobs)
+        assert paged.paged_calls and not paged.gathered_calls
+        paged.check()
+        if paged.formats.have_open_pages:
+            assert len(paged.groups[None].allocator.sealed) >= 5
+    error = mx.abs(logprobs[0] - stock[0]).max().item()
+    assert error < (0.02 if kv_format in ("q8", (None, "q8")) else 0.5)
+    assert kv_format != "q8" or found == expected
+
+
+@pytest.mark.parametrize("kv_format", PAIRS, ids=str)
+def test_a_batch_that_prompts_join_and_leave_answers_as_each_prompt_alone(kv_format):
+    llama = model()
+    prompts = [zoo.prompt(length, seed=length) for length in (5, 33, 17)]
+    with enable(llama, kv_format=kv_format, page_size=SIZE) as paged:
+        together = zoo.batched(llama, prompts, (8, 3, 6), {2: 2})
+        alone = [zoo.single(llama, p, n) for p, n in zip(prompts, (8, 3, 6))]
+        assert together == alone and not paged.gathered_calls
+        paged.check()
+        paged.passes.reclaim()
+        assert not paged.groups[None].allocator.sealed
+
+
+@pytest.mark.parametrize("kv_format", ["q8", "q4"])
+def test_drafts_that_are_taken_back_leave_the_codes_alone(kv_format):
+    llama, draft = model(), model(seed=5)
+    tokens = zoo.prompt(SIZE * 3 - 2, seed=2)
+    with enable(llama, kv_format=kv_format, page_size=SIZE) as paged, enable(draft):
+        plain = zoo.single(llama, tokens, 12)
+        found = zoo.speculative(llama, draft, tokens, 12)
+        paged.check()
+    assert kv_format != "q8" or found == plain
+    assert len(found) == 12
+
+
+def test_a_trim_into_a_sealed_page_makes_the_table_ragged():
+    llama, tokens = model(), zoo.prompt(30, seed=3)
+    with enable(llama, kv_format="q4", page_size=SIZE) as paged:
+        cache = paged.make_cache()
+        llama(mx.array([tokens]), cache=cache)
+        before = [np.array(layer.keys) for layer in cache]
+        for layer in cache:
+            assert layer.trim(9) == 9
+        llama(mx.array([tokens[21:24]]), cache=cache)
+        table = cache[0].rows[0].tables[None]
+        assert table.is_ragged and table.num_tokens == 24
+        for layer, keys in zip(cache, before):
+            np.testing.assert_array_equal(np.array(layer.keys)[:, :, :21], keys[:, :, :21])
+        llama(mx.array([tokens[24:]]), cache=cache)
+        paged.check()
+
+
+@pytest.mark.parametrize("kv_format", PAIRS, ids=str)
+def test_handles_read_what_the_pages_held_however_late(kv_format):
+    llama = model()
+    with enable(llama, kv_format=kv_format, page_size=SIZE) as paged:
+        cache, held = paged.make_cache()[0], []
+        x = mx.random.normal((4, 2, 1, 2, 11, 64))  # steps, K and V
+        for k, v in x:
+            held.append(cache.update_and_fetch(k, v))
+        mx.eval(paged.groups[None].pools[0].state)
+        cache.trim(30)
+        cache.update_and_fetch(*x[3])  # the slots are another's now
+        for step, (k, v) in enumerate(held):
+            assert k.shape == (1, 2, 11 * (step + 1), 64)
+            np.testing.assert_array_equal(np.array(k)[:, :, -11:], np.array(x[step, 0]))
+            for found, side in ((k, 0), (v, 1)):
+                whole = np.concatenate([np.array(x[i, side]) for i in range(step + 1)], axis=2)
+                assert np.abs(np.array(found) - whole).max() < 0.6
+        k, v = cache.keys, cache.values
+        assert k.shape == v.shape == (1, 2, 25, 64)
+
+
+@pytest.mark.parametrize("kv_format", ["q8", "q4"])
+def test_prompts_that_begin_alike_share_quantised_pages(kv_format):
+    llama, tokens = model(), zoo.prompt(40, seed=4)
+    with enable(llama, kv_format=kv_format, page_size=SIZE, prefix_cache=True) as paged:
+        first = zoo.single(llama, tokens, 5)
+        group = paged.groups[None]
+        known = sorted(group.allocator.sealed) or list(range(5))
+        codes = [np.array(a)[known] for a in group.pools[0].state[0][:3]]
+        second = zoo.single(llama, tokens, 5)
+        assert paged.known(tokens) >= 32
+        for a, before in zip(group.pools[0].state[0], codes):
+            np.testing.assert_array_equal(np.array(a)[known], before)
+        assert second == first
+        cache, rest = paged.begin([*tokens, 7, 8])
+        keys = cache[0].rows[0].history.keys
+        assert PageFormats(*paged.formats).extra_keys[0] in keys and len(rest) <= 10
+        paged.check()
+
+
+@pytest.mark.parametrize("kv_format", PAIRS, ids=str)
+def test_windows_forks_and_copies(kv_format):
+    gemma = model("gemma3_text: window 5", sliding_window=SIZE * 2 + 1)
+    tokens = zoo.prompt(50, seed=6)
+    with enable(gemma, kv_format=kv_format, page_size=SIZE, retain=4) as paged:
+        cache = paged.make_cache()
+        gemma(mx.array([tokens]), cache=cache)
+        fork = paged.fork(cache, 1)[0]
+        for step in range(10):
+            a = gemma(mx.array([[step]]), cache=cache)
+            b = gemma(mx.array([[step]]), cache=fork)
+            np.testing.assert_array_equal(np.array(a), np.array(b))
+        paged.check()
+        assert all(group.allocator.num_used for group in paged.groups.values())
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    llama, tokens, path = model(), zoo.prompt(30, seed=7), str(tmp_path / "cache.safetensors")
+    with enable(llama, kv_format="q8", page_size=SIZE) as paged:
+        cache = paged.make_cache()
+        llama(mx.array([tokens]), cache=cache)
+        paged.save(path, cache)
+        again = paged.load(path)
+        a, b = (llama(mx.array([[3]]), cache=c) for c in (cache, again))
+        assert mx.abs(a - b).max() < 1e-3 * mx.abs(a).max()
+        assert len(load_prompt_cache(path)) == len(cache)  # mlx-lm reads it too
+    for other in (None, "q4", ("q8", "q4")):
+        with enable(llama, kv_format=other, page_size=SIZE) as paged:
+            with pytest.raises(ValueError, match=r"^\[load\] path must be a file of pages of the"):
+                paged.load(path)
+
+
+def test_formats_that_a_model_cannot_have_are_refused():
+    llama = model()
+    for wrong, words in (
+        (dict(kv_format="q5"), "kv_format must be None"),
+        (dict(kv_format=("q8",)), "kv_format must be None"),
+        (dict(kv_format="q4", page_size=4), "page_size must be at least 8"),
+    ):
+        with pytest.raises(ValueError, match=rf"^\[enable\] {words}"):
+            enable(llama, **wrong)
+    with pytest.raises(ValueError, match=r"^\[enable\] head_dim must be a multiple of 32"):
+        enable(zoo.tiny("llama", head_dim=80), kv_format="q8")
+    assert "make_cache" not in vars(llama)
+
+
+def test_bytes_of_pages_are_those_of_the_format_and_max_bytes_holds_more_of_them():
+    llama = model()
+    sizes = {}
+    for kv_format in (None, "q8", "q4"):
+        with enable(llama, kv_format=kv_format, page_size=64, max_bytes=400_000) as paged:
+            group = paged.groups[None]
+            sizes[kv_format] = group.page_bytes
+            assert group.most_pages == 400_000 // group.page_bytes
+            zoo.single(llama, zoo.prompt(100, seed=8), 4)
+            assert paged.nbytes <= 400_000
+    assert sizes["q8"] < sizes[None] / 3 and sizes["q4"] < sizes["q8"] * 0.6  # of float32
+    with enable(llama, kv_format="q4") as paged:
+        assert paged.page_size == 64
+    with enable(llama, kv_format="q8") as paged:
+        assert paged.page_size == 16
+
+
+def test_pages_follow_the_dtype_of_the_model():
+    llama, tokens = model(), zoo.prompt(30, seed=9)
+    with enable(llama, kv_format="q4", page_size=SIZE) as paged:
+        cache = paged.make_cache()
+        llama(mx.array([tokens]), cache=cache)
+        before = np.array(cache[0].keys)
+        llama.set_dtype(mx.bfloat16)
+        llama(mx.array([tokens[:5]]), cache=cache)
+        assert paged.groups[None].pools[0].dtype == mx.bfloat16
+        keys = np.array(cache[0].keys.astype(mx.float32))
+        assert np.abs(keys[:, :, :30] - before).max() < 0.1 * np.abs(before).max()
+        paged.check()
