@@ -91,7 +91,9 @@ def run(command: list[str], what: str) -> None:
         lines.append(line)
         now = time.monotonic()
         step = STEP.search(line)
-        if step or line.startswith(("Collecting", "Downloading", "  Downloading")):
+        if line.startswith("Installing collected packages"):
+            say(f"      {what}: unpacking, {now - started:.0f} s")
+        elif step or line.startswith(("Collecting", "Downloading", "  Downloading")):
             if now - shown >= (0.2 if sys.stdout.isatty() else 15):
                 shown = now
                 say(f"      {what}: {step[0] if step else line.strip()}, {now - started:.0f} s")

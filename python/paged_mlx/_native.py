@@ -94,15 +94,15 @@ def _import():
 
 
 def _loaded():
-    from paged_mlx import _ext  # type: ignore[attr-defined]
+    from paged_mlx import _ext as module  # type: ignore[attr-defined]
 
-    if (library := release(_ext.mlx_version)) != release(mlx_version()):
+    if (library := release(module.mlx_version)) != release(mlx_version()):
         places = ", ".join(f"{version} in {place}" for version, place in on_path())
         raise ImportError(
             f"mlx.core is of mlx {mlx_version()}, the library that was loaded of mlx {library}; on "
             f"the path are {places}: leave one of them"
         )
-    return _ext
+    return module
 
 
 def on_path() -> list[tuple[str, str]]:

@@ -3,13 +3,12 @@
 python tests/support/mlx_versions.py [RELEASE ...] [-- PYTEST OPTIONS]
 
 Each release lies in a folder of its own before the environment's packages, and ``python -m
-paged_mlx build`` makes its native module there, anew when a source has changed. Last comes one run
-with no native module at all.
+paged_mlx build`` makes its native module there, anew when a source has changed. The first and the
+last are run once more with no native module at all.
 """
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 
@@ -64,13 +63,16 @@ def main() -> int:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, codes = arguments[split + 1 :], {}
-    for release in arguments[:split] or RELEASES:
+    releases = arguments[:split] or list(RELEASES)
+    environments = {release: environment(release) for release in releases}
+    for release in releases:
         print(f"mlx {release}", flush=True)
-        codes[f"mlx {release}"] = overlay.pytest(environment(release), *TESTS, *options)
-    print("no native module", flush=True)
-    plain = os.environ | {"PYTHONPATH": str(overlay.ROOT / "tests/support")}
-    plugin = ("-p", "without_native")
-    codes["without a native module"] = overlay.pytest(plain, *plugin, *TESTS, *options)
+        codes[f"mlx {release}"] = overlay.pytest(environments[release], *TESTS, *options)
+    for release in dict.fromkeys((releases[0], releases[-1])):
+        name = f"mlx {release} without a native module"
+        print(name, flush=True)
+        plugin = ("-p", "without_native")
+        codes[name] = overlay.pytest(environments[release], *plugin, *TESTS, *options)
     for name, code in codes.items():
         print(f"{name}: {'passed' if code == 0 else f'failed, exit status {code}'}")
     return max(codes.values())

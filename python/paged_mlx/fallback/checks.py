@@ -200,12 +200,11 @@ def write(k, v, arrays, slots, formats) -> tuple[Stored, Stored]:
     return sides
 
 
-def pools(arrays, formats) -> None:
-    dense = tuple(formats) == (None, None)
+def pools(arrays) -> None:
     for pool in arrays:
-        if (dense and pool.ndim != 4) or pool.shape[0] != arrays[0].shape[0]:
-            must = "pools must have shape [num_pages, num_kv_heads, page_size, head_dim]"
-            fail("copy_pages", f"{must}, all with as many pages", pool.shape)
+        if pool.ndim < 3 or pool.shape[0] != arrays[0].shape[0]:
+            must = "every array of pools must have shape [num_pages, num_kv_heads, ...]"
+            fail("copy_pages", f"{must}, num_pages alike", pool.shape)
 
 
 def parts(outs, lses) -> None:

@@ -2,8 +2,7 @@
 
 Every function has the name, arguments and results of the native module's. Slower, and with more
 memory: K and V of a sequence are gathered, scores of all its keys are kept, and a write copies the
-pages wherever MLX must keep the old ones. The attention of all tests and benchmarks that is called
-naive gather.
+pages wherever MLX must keep the old ones. ``benchmarks/bench_attention.py`` measures how much slower.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def paged_attention(
         options = options._replace(scale=q.shape[2] ** -0.5)
     if is_tracer(plan):  # its values are not known: every token gathers for itself
         out, lse = _attend(q[:, None], *sides, TokenRows.of(plan, q.shape[0]), None, options)
-        return [out[:, 0], lse[:, 0], *pages]
+        return [out.squeeze(1), lse.squeeze(1), *pages]
     words = np.array(plan)
     checks.plan(words, geometry)
     rows = TokenRows.of(words, q.shape[0])
@@ -66,8 +65,8 @@ def paged_attention(
     for first, last in rows.sequences():
         part = TokenRows(mx.array(rows.words[first:last].swapaxes(0, 1)))
         out, lse = _attend(q[first:last][None], *sides, part, (first, last), options)
-        outs.append(out[0])
-        lses.append(lse[0])
+        outs.append(out.squeeze(0))
+        lses.append(lse.squeeze(0))  # lse[0] of a transposed array is wrong in mlx 0.31.2
     return [mx.concatenate(outs), mx.concatenate(lses), *pages]
 
 
@@ -118,7 +117,7 @@ def _attend(
     out = mx.where(seen, _weighted(weights / total, v), 0.0)
     if values_of.is_rotated:
         out = rotate(out)
-    lse = mx.where(seen, shift + mx.log(total), -mx.inf)[..., 0]
+    lse = mx.where(seen, shift + mx.log(total), -mx.inf).squeeze(-1)
     return out.swapaxes(1, 2).astype(q.dtype), lse.swapaxes(1, 2)
 
 
@@ -253,7 +252,7 @@ def buffer_copies() -> int:
 @on_stream
 def copy_pages(pools, pairs, *, alias=False, formats=(None, None)):
     """The pools with page ``pairs[i, 0]`` copied to page ``pairs[i, 1]``."""
-    checks.pools(pools, formats)
+    checks.pools(pools)
     return [_put(pool, pairs[:, 1], pool[pairs[:, 0]]) for pool in pools]
 
 
