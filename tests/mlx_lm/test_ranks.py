@@ -1,10 +1,16 @@
 """Several machines: ranks of ``mx.distributed`` over loopback, each a process of its own."""
 
+import signal
+
 import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
 
+import mlx_lm  # noqa: E402
 import mlx_lm_ranks as ranks  # noqa: E402
+import mlx_lm_zoo as zoo  # noqa: E402
+from mlx_lm_folder import write_model  # noqa: E402
+from mlx_lm_http import Client  # noqa: E402
 
 # Attention in the second half of the layers alone: the rank that has the first has none.
 HALF = {"num_hidden_layers": 4, "full_attention_interval": 4}
@@ -29,8 +35,7 @@ def test_a_machine_with_less_memory_forgets_for_all_of_them():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize(("prefix_cache", "late"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize(
     ("family", "how", "config"),
     [
@@ -73,9 +78,9 @@ def test_three_ranks_of_which_one_alone_has_attention_and_no_states():
 def test_ranks_with_less_memory_answer_as_one_machine(family, how, config, less):
     options = {"config": config, "prefix_cache": True, "requests": 8}
     more = {name: 3 * value for name, value in less.items()}
-    for of_ranks in ([more, less], [less, more]):
-        _, found = served(family, how, *of_ranks, **options)
-        assert found[0]["reused"] > 0
+    of_ranks = [less, more] if how == "tp" else [more, less]
+    _, found = served(family, how, *of_ranks, **options)
+    assert found[0]["reused"] > 0
 
 
 @pytest.mark.long
@@ -114,6 +119,14 @@ def test_prompts_kept_by_hand_and_in_files_are_of_a_rank(tmp_path, family, how, 
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("family", "how"), [("llama", "tp"), ("ministral3", "pp")])
+def test_rows_that_speculate_roll_back_alike_on_all_ranks(family, how):
+    less, more = {"num_pages": 24}, {"num_pages": 50}
+    _, found = served(family, how, more, less, scenario="draft")
+    assert found[0]["reused"] > 0
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("one", "other", "says"),
     [
@@ -149,11 +162,36 @@ def test_ranks_with_models_and_prompts_of_their_own_ask_nobody():
 def test_the_server_of_several_ranks_answers_as_one_machines(family, how, enabled):
     expected = ranks.alone("chat", family=family, **enabled)
     told = {"family": family, "how": how, **enabled}
-    with ranks.Ranks("chat", told, told) as processes:
+    with ranks.Ranks(*ranks.commands("chat", told, told)) as processes:
         assert processes.wait(of=1) == [0], processes.outputs()
         found = processes.answer(0)
     assert found["answers"] == expected["answers"]
     assert (found["reused"] > 0) == ("prefix_cache" in enabled)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pipeline", [[], ["--pipeline"]])
+def test_the_command_serves_a_model_on_several_ranks(tmp_path, pipeline):
+    folder = str(write_model(tmp_path / "model", "qwen2", num_hidden_layers=4))
+    [port] = ranks.free_ports(1)
+    command = ["-m", "paged_mlx", "serve", "--model", folder, "--port", str(port)]
+    command += ["--page-size", "8", "--num-pages", "60", "--temp", "0", *pipeline]
+    model, tokenizer = mlx_lm.load(folder)
+    said = [[{"role": "user", "content": f"{each}, you kind machine"}] for each in ("Hi", "Oh")]
+    tokens = [tokenizer.apply_chat_template(each, add_generation_prompt=True) for each in said]
+    expected = [tokenizer.decode(zoo.single(model, each, 8)) for each in tokens]
+    with ranks.Ranks(command, command) as processes:
+        while "serving on" not in processes.output(0):
+            assert processes.wait(limit=0.1) == [None, None], processes.outputs()
+        client = Client(port)
+        for _ in range(2):
+            assert [client.chat(each, max_tokens=8) for each in said] == expected
+        assert client.chats(said * 3) == [client.chat(each) for each in said] * 3
+        with pytest.raises(RuntimeError, match="fit|pages"):
+            client.chat([{"role": "user", "content": "Why? " * 200}])
+        assert client.chat(said[0], max_tokens=8) == expected[0]
+        processes.processes[0].send_signal(signal.SIGINT)
+        assert processes.wait(of=1, limit=60) == [0], processes.outputs()
 
 
 @pytest.mark.long
@@ -164,7 +202,7 @@ def test_the_server_of_several_ranks_answers_as_one_machines(family, how, enable
 )
 def test_a_rank_that_dies_is_an_error_on_the_other(family, how, enabled, lost):
     told = {"family": family, "how": how, "lost": lost, **enabled}
-    with ranks.Ranks("lose", told, told) as processes:
+    with ranks.Ranks(*ranks.commands("lose", told, told)) as processes:
         codes = processes.wait(limit=60)
         assert codes[lost] == -9 and codes[1 - lost] not in (0, None), processes.outputs()
         said = processes.output(1 - lost)

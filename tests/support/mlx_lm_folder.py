@@ -20,6 +20,8 @@ def write_model(folder: Path, family: str = "llama", seed: int = 0, **changes) -
     model = zoo.tiny(family, seed, **changes)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    index = {"weight_map": dict.fromkeys(weights, "model.safetensors")}  # a pipeline asks for it
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
     prompts.tokenizer()._tokenizer.save_pretrained(str(folder))
     return folder

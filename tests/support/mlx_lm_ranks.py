@@ -33,23 +33,22 @@ class Ranks:
     """Processes, one for each rank, which are ended with this context.
 
     Args:
-        scenario: What they do.
-        options: Of the scenario, for each rank.
+        commands: Python's arguments, for each rank.
     """
 
-    def __init__(self, scenario: str, *options: dict):
+    def __init__(self, *commands: list[str]):
         self._folder = tempfile.TemporaryDirectory()
         hostfile = os.path.join(self._folder.name, "hosts.json")
         with open(hostfile, "w") as file:
-            json.dump([[f"127.0.0.1:{port}"] for port in free_ports(len(options))], file)
+            json.dump([[f"127.0.0.1:{port}"] for port in free_ports(len(commands))], file)
         self._logs, self.processes = [], []
-        for rank, given in enumerate(options):
+        for rank, command in enumerate(commands):
             told = {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile, "OPENBLAS_NUM_THREADS": "1"}
             log = open(os.path.join(self._folder.name, f"log {rank}"), "w+")
             self._logs.append(log)
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, HERE, scenario, json.dumps(given)],
+                    [sys.executable, *command],
                     env={**os.environ, **told},
                     stdout=log,
                     stderr=log,
@@ -88,9 +87,14 @@ class Ranks:
         return "\n".join(f"--- rank {i}\n{self.output(i)}" for i in range(len(self.processes)))
 
 
+def commands(scenario: str, *options: dict) -> list[list[str]]:
+    """A scenario with the options of each rank."""
+    return [[HERE, scenario, json.dumps(each)] for each in options]
+
+
 def run(scenario: str, *options: dict, limit: float = LIMIT) -> list:
     """What each rank answers to a scenario, with ``options`` of its own."""
-    with Ranks(scenario, *options) as ranks:
+    with Ranks(*commands(scenario, *options)) as ranks:
         codes = ranks.wait(limit)
         if any(codes) or None in codes:
             raise AssertionError(f"exit codes {codes}\n{ranks.outputs()}")
@@ -192,6 +196,18 @@ def refuse(family, how, **options):
     answers.append(zoo.batched(model, traffic(6), [5] * 6))
     paged.check()
     return {"answers": answers, "lose": lose, "chat": chat, "keep": keep, "meet": meet}
+
+
+def draft(family, how, **options):
+    """Prompt look-up in a batch, in which every row rolls back for itself."""
+    import mlx_lm_prompts
+    from paged_mlx.mlx_lm import speculative_batch_generate
+
+    model, paged = made(family, how, **options)
+    tokenizer = mlx_lm_prompts.tokenizer()
+    response = speculative_batch_generate(model, tokenizer, traffic(6), max_tokens=12)
+    paged.check()
+    return {"answers": response.token_ids, "reused": response.stats.accepted_tokens}
 
 
 def lose(family, how, lost: int, **options):
@@ -299,7 +315,7 @@ def answers(family, how, **options):
     return [zoo.single(model, zoo.prompt(20, seed=1), 4), zoo.batched(model, traffic(6), [5] * 6)]
 
 
-_ALL = (serve, again, refuse, keep, meet, lose, chat, answers)
+_ALL = (serve, again, refuse, keep, meet, draft, lose, chat, answers)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 

@@ -207,10 +207,12 @@ class PagedModel:
             self._build()
         except ValueError as raised:
             error = raised
-        if not self.ranks.all("the model can be enabled", error is None):
-            raise error or ValueError(
-                "[enable] model must be one that every rank can enable; got another"
-            )
+        if self.ranks.all("the model can be enabled", error is None):
+            return
+        if error is not None:
+            raise error
+        must = "prefix_cache must be False" if self.prefix_cache else "model must be another"
+        fail("enable", f"{must}, because some rank cannot enable it so", type(self.model).__name__)
 
     def _agree_on_options(self) -> None:
         limits = self.num_pages, self.max_bytes
