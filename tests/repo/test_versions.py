@@ -170,6 +170,32 @@ def test_a_module_that_loads_the_library_of_another_mlx_is_not_used():
     assert "the library that was loaded of mlx 0.31.2" in said and "leave one of them" in said
 
 
+@pytest.mark.native
+def test_where_the_packages_module_cannot_be_loaded_the_one_that_was_built_is(tmp_path):
+    real = Path(_native._ext.__file__)
+    package, cache = tmp_path / "paged_mlx", tmp_path / "cache/paged_mlx/native"
+    broken = package / "native" / real.parent.name / real.name
+    broken.parent.mkdir(parents=True)
+    broken.touch()
+    for file in (ROOT / "python/paged_mlx").iterdir():
+        (package / file.name).symlink_to(file)
+    path = os.pathsep.join([str(tmp_path), str(Path(mx.__file__).parents[1])])
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": path}
+    code = "import paged_mlx; print(paged_mlx.backend())"
+    without = python(code, "-S", **variables)  # nothing that an editable installation adds
+    assert without.stdout.startswith("fallback: ")
+    assert (
+        "cannot load its native module" in without.stderr and "build` makes one" in without.stderr
+    )
+    built = cache / paged_mlx.__version__ / real.parent.name
+    built.mkdir(parents=True)
+    (built / real.name).symlink_to(real)
+    for core in real.parents[1].glob("libpaged_mlx_core.*"):
+        (built.parent / core.name).symlink_to(core)
+    done = python(code, "-S", **variables)
+    assert done.stdout.strip().endswith(f": {built / real.name}") and not done.stderr
+
+
 def test_an_mlx_that_is_too_old_is_one_sentence():
     done = python("import mlx.core as mx; mx.__version__ = '0.31.1'; import paged_mlx")
     said = "ImportError: paged_mlx needs mlx 0.31.2 or newer; this is mlx 0.31.1: pip install"
