@@ -1,5 +1,6 @@
 """``paged-mlx``: what is there, what it says of a mistake, and what it leaves behind."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from paged_mlx.cli import main as commands
@@ -161,17 +163,45 @@ def test_modules_of_commands_have_one_main():
         assert callable(importlib.import_module(f"paged_mlx.{command.module}").main)
 
 
+def processes_that_name(text: str) -> list[str]:
+    """Command lines of running processes with this in them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [line] if text in line else []
+    return found
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("words", [["doctor", "--json", "r.json"], ["testing", "--json", "r.json"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor", "--json", "r.json"],
+        ["testing", "--json", "r.json"],
+        ["tune", "--directory", "."],
+        ["bench", "-r", "1000"],
+        ["analyze", "--time", "--repeats", "1000"],
+        ["demo", "--plain"],
+        ["build", "--force"],
+    ],
+    ids=lambda words: words[0],
+)
 def test_ctrl_c_leaves_no_file_and_no_child(words, tmp_path):
-    command = [sys.executable, "-m", "paged_mlx", *words]
+    environment = {k: v for k, v in os.environ.items() if k != "CMAKE_CXX_COMPILER_LAUNCHER"}
+    if words[0] == "build":
+        environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     process = subprocess.Popen(
-        command, cwd=tmp_path, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "paged_mlx", *words], cwd=tmp_path, start_new_session=True,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
     )  # fmt: skip
-    time.sleep(4)
+    time.sleep(8)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.endswith("stopped\n"), err
-    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in err
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == []
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+    assert processes_that_name(str(tmp_path)) == []

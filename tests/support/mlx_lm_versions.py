@@ -9,7 +9,9 @@ import sys
 import overlay
 from paged_mlx.mlx_lm.versions import TESTED
 
-TESTS = sorted(str(path) for path in overlay.ROOT.glob("tests/mlx_lm/test_*.py"))
+TESTS = sorted(
+    str(path) for room in ("mlx_lm", "cli") for path in overlay.ROOT.glob(f"tests/{room}/test_*.py")
+)
 
 
 def environment(version: str) -> dict[str, str]:

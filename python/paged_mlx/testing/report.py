@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 
 from .checks import Check
 from .runner import Cell, Report
+
+QUIET_SECONDS = 10.0  # between two lines where stderr is no terminal
 
 
 def table(report: Report) -> str:
@@ -60,7 +63,8 @@ def _cell(cell: Cell) -> str:
 
 
 class ProgressLine:
-    """Called before each check: a line on stderr that counts them, where that is a terminal.
+    """Called before each check: a line on stderr that counts them, rewritten on a terminal, and
+    elsewhere a line now and then.
 
     Args:
         total: Checks in all.
@@ -69,12 +73,16 @@ class ProgressLine:
     def __init__(self, total: int):
         self._total, self._done = total, 0
         self._shows = sys.stderr.isatty()
+        self._said = time.monotonic()
 
     def __call__(self, cell: Cell, check: Check) -> None:
         self._done += 1
+        text = f"{self._done}/{self._total}  {cell.group} on {cell.backend}"
         if self._shows and self._done % 10 == 1:
-            text = f"\r{self._done}/{self._total}  {cell.group} on {cell.backend}"
-            print(text.ljust(72), end="", file=sys.stderr, flush=True)
+            print(f"\r{text}".ljust(72), end="", file=sys.stderr, flush=True)
+        elif not self._shows and time.monotonic() - self._said > QUIET_SECONDS:
+            self._said = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Take the line away."""
