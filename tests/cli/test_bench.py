@@ -82,6 +82,16 @@ def test_ways_that_disagree_are_not_timed(monkeypatch, capsys):
     assert "tg1 @ d8 was not timed: " in err and "differ by" in err and "Traceback" not in err
 
 
+def test_quantised_pages_are_further_candidates_that_read_less(capsys):
+    words = ["-p", "0", "-d", "128", "-b", "1,2", "--shared", "64", "--ragged", *SMALL]
+    assert main(*words, "--kv-format", "q8,q8/q4,q4", "--json") == 0
+    for test in json.loads(capsys.readouterr().out)["tests"]:
+        dense, _, _, *quantised = test["candidates"]
+        assert [c["name"] for c in quantised] == ["paged, q8/q8", "paged, q8/q4", "paged, q4/q4"]
+        for candidate in quantised[:2]:
+            assert 0 < candidate["nbytes"] < 0.8 * dense["nbytes"]
+
+
 def test_progress_is_told_round_by_round():
     said = []
     case = Case("name", [Candidate("one", lambda: 1)], lambda outputs: None, rounds=2)
@@ -99,6 +109,8 @@ def test_progress_is_told_round_by_round():
         (["-o", "xml"], "-o"),
         (["--num-q-heads", "5", "--num-kv-heads", "2"], "--num-q-heads must be a multiple"),
         (["--head-dim", "20"], "head_dim"),
+        (["--kv-format", "q5"], "--kv-format"),
+        (["--kv-format", "q8", "--head-dim", "24"], "head_dim must be a multiple of 32"),
     ],
 )
 def test_what_cannot_be_run_is_exit_code_2_and_a_sentence(words, said, capsys):

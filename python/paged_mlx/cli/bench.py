@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paged_mlx.cli.options import Mistake, count, counts, needs_mlx_lm, parser
+from paged_mlx.cli.options import Mistake, count, counts, kv_formats, needs_mlx_lm, parser
 from paged_mlx.cli.progress import Progress
 
 DESCRIPTION = """\
@@ -89,6 +89,10 @@ def _options() -> argparse.ArgumentParser:
     )
     tests.add_argument("--ragged", action="store_true", help="also batches of unequal lengths")
     tests.add_argument(
+        "--kv-format", type=kv_formats, default=[], metavar="F,F",
+        help="also pages of these formats, as q8,q8/q4,q4: one for K and V, or one each",
+    )  # fmt: skip
+    tests.add_argument(
         "-r", "--repetitions", type=count, default=5, metavar="N", help="runs of each test (5)"
     )
     options.add_argument(
@@ -134,6 +138,7 @@ def _measured(chosen, wanted: list, progress: Progress) -> tuple[dict, list[dict
 def _of_kernels(chosen, wanted: list, about: dict, progress: Progress) -> tuple[Iterator, Any]:
     from paged_mlx.bench.kernels import cases
     from paged_mlx.bench.workload import Geometry
+    from paged_mlx.formats.page_format import PageFormats
 
     if chosen.num_q_heads % chosen.num_kv_heads:
         raise Mistake(
@@ -147,7 +152,10 @@ def _of_kernels(chosen, wanted: list, about: dict, progress: Progress) -> tuple[
         chosen.dtype,
     )
     about |= {"measured": "kernels", "geometry": dict(zip(Geometry.__dataclass_fields__, sizes))}
-    return cases(iter(wanted), Geometry(*sizes), chosen.repetitions), dict
+    formats = [PageFormats(*pair) for pair in chosen.kv_format]
+    for each in formats:
+        each.check("bench", chosen.head_dim, chosen.head_dim, max(64, chosen.page_size))
+    return cases(iter(wanted), Geometry(*sizes), chosen.repetitions, formats), dict
 
 
 def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[Iterator, Any]:

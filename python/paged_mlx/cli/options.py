@@ -54,6 +54,22 @@ def counts(text: str) -> list[int]:
     return [count(part) for part in text.split(",")]
 
 
+def kv_format(text: str) -> tuple[str | None, str | None]:
+    """The formats of K and of V, as ``q8`` or ``q8/q4``, as an option's type."""
+    sides = text.split("/")
+    if len(sides) > 2 or not set(sides) <= {"q8", "q4", "dense"}:
+        raise argparse.ArgumentTypeError(
+            f"must be q8, q4 or dense, or two of them as q8/q4 for K and V; got {text}"
+        )
+    k, v = (None if side == "dense" else side for side in (sides[0], sides[-1]))
+    return k, v
+
+
+def kv_formats(text: str) -> list[tuple[str | None, str | None]]:
+    """Formats with commas between them, as an option's type."""
+    return [kv_format(part) for part in text.split(",")]
+
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
