@@ -141,10 +141,24 @@ def test_a_model_is_measured_beside_mlx_lms_caches(folder, capsys):
     assert found["routes"]["attention"].keys() == {"pages"}
 
 
+def test_quantised_pages_of_a_model_are_candidates_too(tmp_path, capsys):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
+    from mlx_lm_folder import write_model
+
+    folder = write_model(tmp_path / "tiny", seed=5, num_hidden_layers=2, head_dim=64)
+    words = ["-m", folder, "-p", "8", "-n", "3", "-d", "40", "-b", "2", "-r", "1"]
+    assert main(*words, "--kv-format", "q8,q4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for test in found["tests"]:
+        names = [c["name"] for c in test["candidates"]]
+        assert names == ["paged", "mlx-lm", "paged, q8/q8", "paged, q4/q4"]
+    assert found["routes"]["attention"].keys() == {"pages"}
+
+
 def test_logits_that_differ_stop_it(folder, capsys, monkeypatch):
     from paged_mlx.bench import models
 
-    monkeypatch.setattr(models, "TOLERANCE", -1.0)
+    monkeypatch.setattr(models, "CLOSE", -1.0)
     assert main("-m", folder, "-p", "4", "-n", "0", "-d", "0") == 1
     assert "logits of mlx-lm and paged differ" in capsys.readouterr().err
 

@@ -66,6 +66,20 @@ def test_options_of_pages_reach_the_pages(folder, capsys):
     assert "num_pages of" in err and "Traceback" not in err
 
 
+def test_k_and_v_in_few_bits_take_less_memory(tmp_path, capsys):
+    model = write_model(tmp_path / "wide", seed=5, num_hidden_layers=2, head_dim=64)
+
+    def mebibytes(*words) -> float:
+        assert main("generate", "--model", model, *PROMPT, "--page-size", "16", *words) == 0
+        err = capsys.readouterr().err
+        assert "gathered" not in err
+        return float(re.findall(r"([\d.]+) MiB of pages", err)[0])
+
+    assert mebibytes("--kv-format", "q8") < 0.7 * mebibytes()
+    assert main("generate", "--model", model, "--kv-format", "q5") == 2
+    assert "--kv-format" in capsys.readouterr().err
+
+
 def test_a_draft_is_paged_too(folder, tmp_path, capsys, monkeypatch):
     draft = write_model(tmp_path / "draft", seed=7)
     words = [*PROMPT, "--draft-model", str(draft)]

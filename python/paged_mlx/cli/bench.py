@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from paged_mlx.cli.options import Mistake, count, counts, kv_formats, needs_mlx_lm, parser
 from paged_mlx.cli.progress import Progress
 
+RETAIN = 32  # enable's default
 DESCRIPTION = """\
 Tests as llama-bench names them: pp512 processes a prompt of 512 tokens, tg128 generates 128,
 "@ d4096" with 4096 tokens in the cache before, "x8" for 8 sequences at once. All ways to do a
@@ -164,16 +166,28 @@ def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[It
 
     from paged_mlx.bench.models import PAGED, STOCK, ModelBench
     from paged_mlx.cli.pages import loaded
-    from paged_mlx.mlx_lm import enable
+    from paged_mlx.mlx_lm.enable import PagedModel, enable
 
     progress(f"loading {chosen.model}")
     model, tokenizer = loaded(mlx_lm.load, chosen.model)[:2]
     paged = enable(model, page_size=chosen.page_size)
+    ways = {PAGED: paged.make_cache, STOCK: paged.stock_cache}
+    models = [paged]
+    for pair in chosen.kv_format:  # beside the model that is enabled, whose hook serves all
+        held = PagedModel(model, None, None, RETAIN, kv_format=pair)
+        held.meet()
+        models.append(held)
+        ways[f"{PAGED}, {held.formats}"] = held.make_cache
+
+    def attention() -> dict[str, Any]:
+        found: Counter[str] = Counter()
+        for each in models:
+            found.update(each.routes)
+        return {"attention": dict(found)}
+
     about |= {"measured": "model", "model": Path(chosen.model).name, "page_size": chosen.page_size}
-    bench = ModelBench(
-        model, len(tokenizer.get_vocab()), {PAGED: paged.make_cache, STOCK: paged.stock_cache}
-    )
-    return bench.cases(iter(wanted), chosen.repetitions), lambda: {"attention": paged.routes}
+    bench = ModelBench(model, len(tokenizer.get_vocab()), ways)
+    return bench.cases(iter(wanted), chosen.repetitions), attention
 
 
 def _print(chosen, about: dict, results: list[dict], routes: dict) -> None:

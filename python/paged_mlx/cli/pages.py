@@ -8,9 +8,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from paged_mlx.cli.options import Mistake, count, needs_mlx_lm, parser, size
+from paged_mlx.cli.options import Mistake, count, kv_format, needs_mlx_lm, parser, size
 
-ENABLE = ("page_size", "num_pages", "max_bytes", "retain", "prefix_cache")  # options of enable
+ENABLE = (
+    "page_size",
+    "num_pages",
+    "max_bytes",
+    "retain",
+    "prefix_cache",
+    "kv_format",
+)  # options of enable
 
 
 def pages_parser(command: str, description: str, examples: str, prefix_cache: bool | None):
@@ -21,7 +28,13 @@ def pages_parser(command: str, description: str, examples: str, prefix_cache: bo
     """
     options = parser(command, description, examples, add_help=False)
     group = options.add_argument_group("pages")
-    group.add_argument("--page-size", type=count, default=16, help="tokens in a page (16)")
+    group.add_argument(
+        "--page-size", type=count, help="tokens in a page (16; 64 for keys in 4 bits)"
+    )
+    group.add_argument(
+        "--kv-format", type=kv_format, metavar="F",
+        help="K and V in 8 or 4 bits: q8, q4, or one each as q8/q4",
+    )  # fmt: skip
     group.add_argument(
         "--num-pages", type=count, metavar="N", help="pages of each kind of layer, reserved at once"
     )

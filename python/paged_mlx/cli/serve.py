@@ -81,7 +81,9 @@ def _serve(host: str, port: int, cli_args: argparse.Namespace, chosen: argparse.
         return paged
 
     def enable_draft(model):
-        return enable(model, page_size=chosen.page_size, retain=chosen.retain)
+        return enable(
+            model, page_size=chosen.page_size, retain=chosen.retain, kv_format=chosen.kv_format
+        )
 
     if cli_args.model:
         print(f"loading {cli_args.model}", file=sys.stderr)

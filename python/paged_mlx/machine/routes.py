@@ -5,6 +5,8 @@ A model of mlx-lm has counts of its own, ``PagedModel.routes``.
 
 from __future__ import annotations
 
+import sys
+
 from paged_mlx._native import _ext
 
 ITEMS = ("vector items", "tile items", "wide items", "merges")
@@ -28,7 +30,12 @@ def kernel_routes() -> dict[str, dict[str, int]]:
         >>> sorted(kernel_routes().get("PagedAttention", {})) in ([], ["cpu"], ["gpu"], ["mlx"])
         True
     """
-    return _ext.route_counts()
+    counts = _ext.route_counts()
+    formulas = sys.modules.get("paged_mlx.fallback")
+    if formulas is not None and formulas is not _ext:  # of what the native module does not do
+        for name, places in formulas.route_counts().items():
+            counts[name] = counts.get(name, {}) | places
+    return counts
 
 
 def since(before: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
