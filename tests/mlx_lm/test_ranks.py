@@ -56,6 +56,22 @@ def test_ranks_answer_as_one_machine(family, how, config, prefix_cache, late):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("family", "how"), [("llama", "tp"), ("gpt_oss", "tp"), ("qwen2", "pp")])
+def test_rows_of_a_speculative_batch_roll_back_alike_on_all_ranks(family, how):
+    served(family, how, {}, {}, scenario="speculate")
+    served(
+        family, how, {"num_pages": 64}, {"num_pages": 40}, scenario="speculate", prefix_cache=True
+    )
+
+
+@pytest.mark.long
+def test_prompts_of_a_speculative_batch_wait_for_the_rank_with_more_layers():
+    # Rows need up to 19 pages, of 1 KB a layer: one rank has room for 45, the other for 90.
+    options = {"config": {"num_hidden_layers": 3}, "max_bytes": 90 * 1024}
+    served("qwen2", "pp", options, options, scenario="speculate")
+
+
+@pytest.mark.long
 def test_three_ranks_of_which_one_alone_has_attention_and_no_states():
     expected, found = served("qwen3_5", "pp", {}, {}, {}, prefix_cache=True)
     assert 0 < found[0]["reused"] <= expected["reused"]

@@ -1,6 +1,7 @@
 """Batched speculative decoding: every row gets the tokens of greedy decoding of it alone."""
 
 import contextlib
+import random
 import re
 from pathlib import Path
 from unittest import mock
@@ -119,6 +120,50 @@ def test_every_family_that_can_be_rewound_is_answered_so(name, page_size):
             generate(model, prompts_of())
     elif name not in DIFFER_IN_BATCHES:
         assert_greedy(name, page_size)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(16))
+def test_random_traffic_is_answered_as_greedy_one_by_one(seed):
+    random_of = random.Random(seed)
+    family = random_of.choice([*QUICK, "cohere2", "iquestloopcoder", "gemma3n", "longcat_flash"])
+    prefix_cache = random_of.random() < 0.5
+    drafts = random_of.choice([1, 2, 4, 7])
+    pages = random_of.choice([None, 24])
+    options = {"page_size": random_of.choice([3, 8, 16]), "retain": random_of.choice([8, None])}
+    print(family, drafts, options, prefix_cache, pages)  # shown where it fails
+    if pages is not None:
+        options["num_pages"] = pages * 16 // options["page_size"]
+    model, draft = zoo.tiny(family, seed=seed), random_of.choice([None, alike(family)])
+    beginnings = [zoo.prompt(random_of.randrange(1, 40), seed=i) for i in range(3)]
+    wanted, tokens, gone = {}, {}, set()
+    with (
+        enable(model, prefix_cache=prefix_cache, **options) as paged,
+        SpeculativeBatchGenerator(
+            model, draft, num_draft_tokens=drafts, completion_batch_size=3, prefill_step_size=16
+        ) as generator,
+    ):
+        for step in range(40):
+            if random_of.random() < 0.4 and step < 25:
+                more = zoo.prompt(random_of.randrange(1, 20), seed=step)
+                prompt, most = random_of.choice(beginnings) + more, random_of.randrange(1, 16)
+                wanted[generator.insert([prompt], most)[0]] = (prompt, most)
+            there = [uid for uid in wanted if len(tokens.get(uid, ())) < wanted[uid][1]]
+            if random_of.random() < 0.1 and (left := [uid for uid in there if uid not in gone]):
+                gone.add(left[0])
+                generator.remove(left[:1])
+            for each in generator.next():
+                assert each.uid not in gone
+                tokens.setdefault(each.uid, []).extend(each.tokens)
+        while responses := generator.next():
+            for each in responses:
+                tokens.setdefault(each.uid, []).extend(each.tokens)
+        assert not any(pages_used(paged)) or prefix_cache
+        paged.check()
+    for uid, (prompt, most) in wanted.items():
+        expected = zoo.single(model, prompt, most)
+        found = tokens.get(uid, [])
+        assert found == (expected[: len(found)] if uid in gone else expected), uid
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

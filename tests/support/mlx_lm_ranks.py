@@ -164,6 +164,24 @@ def serve(family, how, max_tokens=6, requests=6, **options):
     return {"answers": answers, "reused": reused, "gathered": paged.gathered_calls}
 
 
+def speculate(family, how, **options):
+    """A ragged batch with drafts by look-up, and again with those of a model that is not shared."""
+    import mlx_lm_zoo as zoo
+    from paged_mlx.mlx_lm import SpeculativeBatchGenerator
+
+    model, paged = made(family, how, **options)
+    prompts, tokens = [prompt * 2 for prompt in traffic(5)], {}
+    for draft in (None, zoo.tiny("llama", seed=7)):
+        with SpeculativeBatchGenerator(model, draft, completion_batch_size=3) as generator:
+            generator.insert(prompts, [5, 9, 3, 12, 7])
+            while responses := generator.next():
+                for each in responses:
+                    tokens.setdefault(f"{draft is None} {each.uid}", []).extend(each.tokens)
+    paged.check()
+    reused = paged.prefixes.tokens_reused if paged.prefixes is not None else 0
+    return {"answers": tokens, "reused": reused}
+
+
 def again(family, how, **options):
     """Three prompts, the first of them again, and all in a batch."""
     import mlx_lm_zoo as zoo
@@ -315,7 +333,7 @@ def answers(family, how, **options):
     return [zoo.single(model, zoo.prompt(20, seed=1), 4), zoo.batched(model, traffic(6), [5] * 6)]
 
 
-_ALL = (serve, again, refuse, keep, meet, draft, lose, chat, answers)
+_ALL = (serve, speculate, again, refuse, keep, meet, draft, lose, chat, answers)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
