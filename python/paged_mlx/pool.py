@@ -135,7 +135,7 @@ class PagePool:
         self.head_dim = geometry.head_dim
         self.v_head_dim = geometry.v_head_dim
         self.dtype = dtype
-        self.formats = geometry.formats
+        self._geometry = geometry
         self.memory_limit = whole_number("PagePool", "memory_limit", memory_limit, 0, MAX_BYTES)
         self.stream = stream
         sizes = geometry.page_sizes
@@ -164,7 +164,6 @@ class PagePool:
         self.known: Known = {}  # calls whose kernels have been proven
         self.wipe_freed = wipe_freed
         self.canary: Canary | None = None
-        self._geometry = geometry
         self._allocator: PageAllocator | None = None
         self._owns_allocator = False
         self._wants_canary = canary
@@ -189,6 +188,16 @@ class PagePool:
         allocator.attach(self)
         self._owns_allocator = True
         return allocator
+
+    @property
+    def formats(self) -> PageFormats:
+        """The formats of K and V."""
+        return self._geometry.formats
+
+    @formats.setter
+    def formats(self, formats: object) -> None:
+        must = f"formats must stay {self.formats}, which the pages hold: make another pool"
+        fail("PagePool", must, repr(formats))
 
     # Size
 
@@ -256,6 +265,7 @@ class PagePool:
             self._storage.shorten(self.state, num_pages)
             if self.open_pages is not None:
                 self.open_pages.resize(num_pages)
+                self._storage.drop_open(self.state, self.open_pages.drop_slots())
             self._plans.clear()
             self._fold_writes()
             self._tokens_stored = self._tokens_stored[:num_pages].copy()

@@ -94,6 +94,11 @@ class PoolStorage:
         self._cut(versions, num_pages, self.num_open)
         self.num_pages = num_pages
 
+    def drop_open(self, versions: Arrays, num_open: int) -> None:
+        """Give back the memory of open pages from ``num_open`` on."""
+        self._cut(versions, self.num_pages, num_open)
+        self.num_open = num_open
+
     def _cut(self, versions: Arrays, num_pages: int, num_open: int) -> None:
         for base, newest in zip(self.base, versions):
             if [array.shape[0] for array in base] != self._lengths(num_pages, num_open):

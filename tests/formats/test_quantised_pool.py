@@ -210,6 +210,19 @@ def test_a_page_that_fills_over_several_steps_is_sealed_by_the_next_append():
     shadow.check(table)
 
 
+def test_a_page_is_full_when_every_layer_has_written_it():
+    shadow, table, other = Shadow(("q4", None)), PageTable(SIZE), PageTable(SIZE)
+    shadow.append((table, 5))
+    slots = table.append_tokens(3, shadow.pool.allocator).slots
+    k, v = mx.zeros((3, HEADS, DIM)), mx.zeros((3, HEADS, V_DIM))
+    shadow.pool.write(0, k, v, slots)
+    assert not shadow.pool.open_pages.due() and shadow.pool.open_pages.is_awaiting
+    shadow.pool.write(1, k, v, slots)
+    assert shadow.pool.open_pages.due() and not shadow.pool.open_pages.is_awaiting
+    other.append_tokens(1, shadow.pool.allocator)
+    assert shadow.pool.allocator.sealed == set(table.page_ids)
+
+
 def test_a_rewind_into_a_sealed_page_makes_the_table_ragged_and_quantises_nothing():
     shadow, table = Shadow(("q4", "q4")), PageTable(SIZE)
     shadow.append((table, SIZE + 2))
@@ -295,6 +308,13 @@ def test_pages_that_only_a_cache_holds_are_sealed_when_slots_run_short():
     assert again.is_ragged
 
 
+def test_the_formats_of_a_pool_stay():
+    pool = PagePool(1, 4, SIZE, HEADS, DIM, k_format="q8")
+    with pytest.raises(ValueError, match=r"^\[PagePool\] formats must stay q8/dense.*another pool"):
+        pool.formats = ("q4", "q4")
+    assert pool.formats == ("q8", None)
+
+
 def test_sealing_is_refused_where_it_means_nothing():
     dense = PagePool(1, 4, SIZE, HEADS, DIM)
     with pytest.raises(ValueError, match=r"^\[PagePool.seal\] pool must have k_format"):
@@ -359,6 +379,7 @@ def test_growing_and_shrinking_keep_codes_and_open_pages():
         table.release()
     allocator.shrink()
     assert shadow.pool.num_pages == allocator.total_pages < 10
+    assert shadow.pool.open_pages.num_slots == shadow.pool.state[0][-1].shape[0] == 1
     shadow.append((tables[0], SIZE))
     shadow.check(tables[0])
 

@@ -3,6 +3,12 @@
 FAULTS = {
     "pages/append.py": [
         (
+            "an append without memory for its open page keeps its pages",
+            "reserve(part_filled + num_copies)\n    except BaseException:\n        allocator.free_pages(page_ids)\n",
+            "reserve(part_filled + num_copies)\n    except BaseException:\n",
+            "quantised_pool.an_append_whose_open_page_finds_no_memory_changes_nothing",
+        ),
+        (
             "no page is copied before a write",
             "            if allocator.counts[tail] - leaving.get(tail, 0) > 1:\n",
             "            if False:\n",
@@ -34,8 +40,8 @@ FAULTS = {
         ),
         (
             "a failed copy keeps its pages",
-            "        allocator.free_pages(page_ids)\n        raise",
-            "        raise",
+            "copy_pages(copies)\n    except BaseException:\n        allocator.free_pages(page_ids)\n        raise",
+            "copy_pages(copies)\n    except BaseException:\n        raise",
             "table_corners.an_append_that_no_pool_can_copy_for_gives_all_pages_back",
         ),
         (
@@ -58,8 +64,8 @@ FAULTS = {
         ),
         (
             "an append that runs out keeps the pages it has taken",
-            "        allocator.free_pages(page_ids)\n        raise\n",
-            "        raise\n",
+            "copy_pages(copies)\n    except BaseException:\n        allocator.free_pages(page_ids)\n        raise\n",
+            "copy_pages(copies)\n    except BaseException:\n        raise\n",
             "page_table.append_whose_copy_fails_changes_nothing",
         ),
         (
@@ -296,6 +302,12 @@ FAULTS = {
     ],
     "pages/allocator.py": [
         (
+            "pages that are freed together stay sealed",
+            "            self.sealed.difference_update(freed)\n",
+            "            pass\n",
+            "quantised_pool.a_freed_page_is_unknown_again_and_its_slot_another_s",
+        ),
+        (
             "a page taken is held by nobody",
             "        if page_id is not None:\n            self._refs[page_id] = 1\n",
             "",
@@ -496,6 +508,12 @@ FAULTS = {
         ),
     ],
     "pages/page_map.py": [
+        (
+            "a sealed tail page has room",
+            "            self.room = 0\n\n",
+            "            pass\n\n",
+            "quantised_pool.a_rewind_into_a_sealed_page_makes_the_table_ragged_and_quantises_nothing",
+        ),
         (
             "a fork forgets that its tail page is sealed",
             "copy.num_freed, copy.room = self.num_tokens, self.num_freed, self.room",

@@ -4,6 +4,60 @@ from .mutant import Mutant
 from .page_faults import FAULTS
 
 _FAULTS = {
+    "formats/open_pages.py": [
+        (
+            "an open page is read as a sealed one",
+            "np.where(slots >= 0, num_pages + slots, tables)",
+            "np.where(slots < _UNKNOWN, num_pages + slots, tables)",
+            "quantised_pool.pages_read_as_the_oracle_quantises_them",
+        ),
+        (
+            "tokens that are written again count as written",
+            "                np.minimum(self._written[:, slot], offset, out=self._written[:, slot])\n",
+            "                pass\n",
+            "quantised_pool.any_order_of_page_operations_keeps_what_pages_read_as",
+        ),
+        (
+            "the slot of a page that is sealed or free is lost",
+            "            self._free.append(slot)\n",
+            "",
+            "quantised_pool.a_freed_page_is_unknown_again_and_its_slot_another_s",
+        ),
+        (
+            "the copy of an open page has its slot too",
+            "            fresh = self._free.pop()\n",
+            "            fresh = int(slot)\n",
+            "quantised_pool.a_fork_of_an_open_page_copies_it_open_and_one_of_sealed_pages_copies_nothing",
+        ),
+        (
+            "a page counts as written when its first layer is",
+            "(self._written.min(0) == self.page_size)",
+            "(self._written[0] == self.page_size)",
+            "quantised_pool.a_page_is_full_when_every_layer_has_written_it",
+        ),
+    ],
+    "formats/page_format.py": [
+        (
+            "the formats are no key of the prefix cache",
+            'return () if self.are_dense else (ExtraKey("format", str(self)),)',
+            "return ()",
+            "raw_pages.the_formats_are_an_extra_key_of_the_prefix_cache",
+        ),
+    ],
+    "formats/stored.py": [
+        (
+            "V is quantised as it comes",
+            "return rotate(x).astype(self.dtype) if self.is_rotated else x",
+            "return x",
+            "quantised_pool.pages_read_as_the_oracle_quantises_them",
+        ),
+        (
+            "an open page is not told from a sealed one",
+            "is_open = (page_ids >= self.num_pages)",
+            "is_open = (page_ids > self.num_pages)",
+            "quantised_pool.pages_read_as_the_oracle_quantises_them",
+        ),
+    ],
     "fast.py": [
         (
             "log-sum-exp is always returned",
@@ -31,8 +85,8 @@ _FAULTS = {
         ),
         (
             "written K and V change places",
-            "operations.write_pages([k, v], [k_pages, v_pages], slots, stream=stream)",
-            "operations.write_pages([v, k], [k_pages, v_pages], slots, stream=stream)",
+            "written = operations.write_pages([k, v], pages, slots",
+            "written = operations.write_pages([v, k], pages, slots",
             "fast.a_bad_write_is_refused",
         ),
         (
@@ -44,9 +98,33 @@ _FAULTS = {
     ],
     "pool.py": [
         (
+            "a page that is written again is quantised first",
+            "self._seal(self.open_pages.due(page_ids))",
+            "self._seal(self.open_pages.due())",
+            "quantised_pool.a_rewind_in_an_open_page_writes_over_it",
+        ),
+        (
+            "pages are sealed while a step waits to be written",
+            "        if not self.open_pages.is_awaiting:\n            self._seal",
+            "        if True:\n            self._seal",
+            "quantised_pool.full_pages_wait_while_another_step_has_not_been_written",
+        ),
+        (
+            "V of a page that a step fills is taken for rotated",
+            "rotated=False",
+            "rotated=True",
+            "quantised_pool.a_page_that_a_step_fills_is_quantised_as_it_is_written",
+        ),
+        (
+            "memory for open pages is taken before cached ones are sealed",
+            "        if num_pages > open_pages.num_free:\n            self.seal()\n",
+            "",
+            "quantised_pool.pages_that_only_a_cache_holds_are_sealed_when_slots_run_short",
+        ),
+        (
             "a copy is done in the first layer alone",
-            "        for arrays in self.state:\n            flat += arrays\n        copies",
-            "        for arrays in self.state:\n            flat += self.state[0]\n        copies",
+            "flat = [array for arrays in newest for array in arrays[part]]",
+            "flat = [array for arrays in newest for array in newest[0][part]]",
             "pool.copy_moves_a_page_in_all_layers_in_one_operation",
         ),
         (
@@ -63,8 +141,8 @@ _FAULTS = {
         ),
         (
             "copies of a step come in another order",
-            "            arrays[:] = copies[: len(arrays)]\n",
-            "            arrays[:] = copies[: len(arrays)][::-1]\n",
+            "arrays[part] = copies[i * width : (i + 1) * width]\n",
+            "arrays[part] = copies[i * width : (i + 1) * width][::-1]\n",
             "pool.copy_moves_a_page_in_all_layers_in_one_operation",
         ),
         (
@@ -111,8 +189,8 @@ _FAULTS = {
         ),
         (
             "one page too few is wiped",
-            "slots = mx.array((first + np.arange(size, dtype=np.int32)).ravel())",
-            "slots = mx.array((first + np.arange(size, dtype=np.int32)).ravel()[:-1])",
+            "slots = SlotMapping((first + np.arange(size, dtype=np.int32)).ravel(), newest)",
+            "slots = SlotMapping((first + np.arange(size, dtype=np.int32)).ravel()[:-1], newest)",
             "carried_state.freed_pages_that_are_wiped_store_nothing",
         ),
         (
@@ -123,8 +201,8 @@ _FAULTS = {
         ),
         (
             "layers but the first are not wiped",
-            "        for arrays in self.state:\n            arrays[:] = operations.write_pages(",
-            "        for arrays in self.state[:1]:\n            arrays[:] = operations.write_pages(",
+            "for layer in range(self.num_layers):\n            self.write_values(self.state[layer]",
+            "for layer in range(1):\n            self.write_values(self.state[layer]",
             "carried_state.freed_pages_that_are_wiped_store_nothing",
         ),
         (
@@ -179,8 +257,8 @@ _FAULTS = {
         ),
         (
             "growth counts no page that is added",
-            "added = (num_pages - before) * (self.nbytes // before)",
-            "added = 0 * (num_pages - before) * (self.nbytes // before)",
+            "added = (num_pages - self.num_pages) * self.page_nbytes",
+            "added = 0 * (num_pages - self.num_pages) * self.page_nbytes",
             "pool_memory.growth_past_the_memory_limit_is_typed_and_changes_nothing",
         ),
         (
@@ -191,14 +269,14 @@ _FAULTS = {
         ),
         (
             "K is kept for V",
-            "None if kept is None else kept[i],",
-            "None if kept is None else kept[0],",
+            "self._specs[i], None if kept is None else kept[i]\n",
+            "self._specs[i], None if kept is None else kept[0]\n",
             "carried_state.a_pool_that_may_not_grow_is_as_it_was",
         ),
         (
             "pages are filled with 0 whatever is asked",
-            "                self._fill,\n",
-            "                0.0,\n",
+            "self._fills[i], spec.dtype",
+            "0.0, spec.dtype",
             "pool_memory.a_pool_grows_in_slabs_on_demand_and_shrinks_when_idle",
         ),
     ],

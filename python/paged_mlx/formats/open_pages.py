@@ -94,6 +94,14 @@ class OpenPages:
         self._written = np.pad(self._written, ((0, 0), (0, num_slots)))
         self._free[:0] = range(before, before + num_slots)[::-1]
 
+    def drop_slots(self) -> int:
+        """Forget the slots behind the last one that a page has, but one; return how many are left."""
+        taken = np.flatnonzero(self._page >= 0)
+        left = max(1, int(taken[-1]) + 1 if taken.size else 1)
+        self._page, self._written = self._page[:left].copy(), self._written[:, :left].copy()
+        self._free = [slot for slot in self._free if slot < left]
+        return left
+
     def resize(self, num_pages: int) -> None:
         """The pool has as many pages; those that are gone are not in use."""
         before = len(self._slot)
