@@ -67,7 +67,7 @@ def test_what_is_replaced_is_listed_and_says_what_it_said(prefix_cache):
         assert [inspect.isgeneratorfunction(f) for f in generate] == [True, True, True, False]
     replaced = {"scaled_dot_product_attention"}
     if prefix_cache:
-        replaced |= {"__call__", "prompt", "insert_cache", *FUNCTIONS[:2]}
+        replaced |= {"__call__", "prompt", "insert_cache", "trim_to", *FUNCTIONS[:2]}
     assert names == replaced
     assert patched() == before
 
@@ -221,9 +221,10 @@ def test_pools_grow_on_demand_to_little_more_than_is_needed_and_then_stay():
     model, prompt = zoo.tiny("llama"), zoo.prompt(600, seed=1)
     expected = zoo.single(model, prompt, max_tokens=6, chunk=128)
     with enable(model, page_size=4) as paged:
-        assert zoo.single(model, prompt, max_tokens=6, chunk=128) == expected
-        grown = paged.nbytes
         group = paged.groups[None]
+        for _ in range(2):  # what was needed once goes back
+            assert zoo.single(model, prompt, max_tokens=6, chunk=128) == expected
+        grown = paged.nbytes
         assert group.peak_pages == 152 and group.allocator.total_pages <= 152 + 19
         zoo.single(model, prompt, max_tokens=6, chunk=128)
         assert paged.nbytes == grown

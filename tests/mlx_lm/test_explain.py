@@ -53,6 +53,17 @@ def test_explaining_leaves_the_model_as_it_was():
         assert paged.paged_calls == 0
 
 
+def test_what_was_declined_is_counted_with_the_reason():
+    model, prompt = zoo.tiny("llama"), mx.array(zoo.prompt(20, seed=1))
+    with enable(model, page_size=8, prefix_cache=True):
+        assert explain(model).declined == {}
+        for _ in range(2):
+            list(zoo.GENERATE.generate_step(prompt, model, max_tokens=2, kv_bits=8))
+        found = explain(model)
+        assert found.declined == {"kv_bits is given": 2}
+        assert "prefixes declined 2 times: kv_bits is given" in repr(found)
+
+
 @pytest.mark.parametrize(
     "mask, reason",
     [

@@ -9,10 +9,13 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
-from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache  # noqa: E402
 from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx._native import _ext  # noqa: E402
+from paged_mlx.machine import memory  # noqa: E402
+from paged_mlx.machine.memory import memory_limit as memory_limit_of  # noqa: E402
 from paged_mlx.mlx_lm import enable  # noqa: E402
+from paged_mlx.pages.allocator import PageAllocator  # noqa: E402
 
 BYTES_PER_TOKEN = 2 * 2 * 8 * 4 * 3  # K and V, heads, head_dim, float32, layers
 
@@ -99,36 +102,121 @@ def test_a_pool_that_grows_takes_no_memory_once_warm():
     model = zoo.tiny("llama")
     with enable(model, page_size=8) as paged:
         churn(model, 60)
+        churn(model, 60)
         nbytes = paged.nbytes
         churn(model, 60)
         assert paged.nbytes == nbytes
 
 
-def test_a_limited_pool_at_the_memory_limit_is_out_of_pages_and_goes_on():
-    model = zoo.tiny("llama")
-    prompt = zoo.prompt(20, seed=1)
+def test_memory_of_a_burst_goes_back_by_itself_and_stays_for_what_comes_again():
+    model, burst = zoo.tiny("gemma3_text"), [zoo.prompt(300, seed=seed) for seed in range(6)]
+    expected = zoo.batched(model, burst, [4] * 6)
+    with enable(model, page_size=8) as paged:
+        for _ in range(2):
+            zoo.single(model, burst[0][:20], max_tokens=5)
+        small = paged.nbytes
+        assert zoo.batched(model, burst, [4] * 6) == expected
+        assert paged.nbytes == small
+        assert zoo.batched(model, burst, [4] * 6) == expected
+        warm = paged.nbytes
+        assert warm > 1.5 * small
+        assert zoo.batched(model, burst, [4] * 6) == expected
+        assert paged.nbytes == warm
+        assert paged.trim_memory() > 0.9 * warm
+        paged.check()
+
+
+@pytest.fixture
+def memory_limit():
+    """Sets the limit of MLX's memory, until the test is over."""
+    before = mx.get_memory_limit()
+    yield lambda room: mx.set_memory_limit(mx.get_active_memory() + room)
+    mx.set_memory_limit(before)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_bytes": 10**8}])
+def test_a_pool_at_mlxs_memory_limit_is_out_of_pages_and_goes_on(options, memory_limit):
+    model, prompt = zoo.tiny("llama"), zoo.prompt(20, seed=1)
     expected = zoo.single(model, prompt, max_tokens=5)
-    with enable(model, page_size=8, max_bytes=10**8) as paged:
+    with enable(model, page_size=8, **options) as paged:
         assert zoo.single(model, prompt, max_tokens=5) == expected
-        (pool,) = paged.groups[None].pools
-        pool.memory_limit = 0
+        nbytes = paged.nbytes
+        memory_limit(30_000)
         with pytest.raises(OutOfPages, match=r"^\[update_and_fetch\] the pool must have"):
             zoo.single(model, zoo.prompt(2000, seed=2), max_tokens=5)
+        assert paged.nbytes <= nbytes + 60_000
         assert zoo.single(model, prompt, max_tokens=5) == expected
-        pool.check()
+        paged.check()
 
 
-def test_without_a_limit_pools_grow_past_the_memory_limit_as_mlx_lms_caches_do(caplog):
-    model = zoo.tiny("llama")
-    prompt = zoo.prompt(900, seed=2)
+def test_without_a_limit_pools_grow_past_a_share_of_the_machine_and_never_past_all_of_it(
+    caplog, monkeypatch
+):
+    model, prompt = zoo.tiny("llama"), zoo.prompt(900, seed=2)
     expected = zoo.single(model, prompt, max_tokens=5)
     with enable(model, page_size=8) as paged:
         zoo.single(model, prompt[:20], max_tokens=5)
-        (pool,) = paged.groups[None].pools
-        pool.memory_limit = 0
+        machine = mx.get_active_memory() + 10 * paged.nbytes
+        monkeypatch.setattr(memory, "_usable", lambda: machine)
+        monkeypatch.setattr(memory_limit_of, "__defaults__", (0.1,))
         assert zoo.single(model, prompt, max_tokens=5) == expected
-        pool.check()
-    assert "enable takes max_bytes" in caplog.text
+        assert "enable takes max_bytes" in caplog.text
+        with pytest.raises(OutOfPages, match="the machine has no memory for more"):
+            zoo.single(model, zoo.prompt(9000, seed=2), max_tokens=5)
+        assert zoo.single(model, prompt, max_tokens=5) == expected
+        paged.check()
+
+
+@pytest.mark.parametrize("page_size", [8, 64])
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5"])
+def test_max_bytes_bounds_pages_prefixes_checkpoints_and_growth_together(
+    family, page_size, monkeypatch
+):
+    model, most, taken = zoo.tiny(family), 6 * 10**5, []
+    with enable(model, page_size=page_size, max_bytes=most, prefix_cache=True) as paged:
+        checkpoints = paged.prefixes.checkpoints
+
+        def grow(self, num_pages, before=PageAllocator.grow):
+            before(self, num_pages)
+            [group] = [group for group in paged.groups.values() if group.allocator is self]
+            kept = checkpoints.nbytes if checkpoints is not None else 0
+            taken.append(paged.nbytes + kept + group.nbytes // group.num_layers)
+
+        monkeypatch.setattr(PageAllocator, "grow", grow)
+        for seed in range(24):
+            zoo.single(model, zoo.prompt(60 + seed, seed=seed), max_tokens=4)
+        assert most / 3 < max(taken) <= most
+        assert checkpoints is None or 0 < checkpoints.nbytes <= most // 16
+        paged.check()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("lengths, new", [([40] * 20, 60), ([1500], 300), ([700, 300, 10], 5)])
+def test_an_estimate_is_what_is_then_taken(family, lengths, new):
+    model = zoo.tiny(family)
+    prompts = [zoo.prompt(length, seed=length) for length in lengths]
+    with enable(model, page_size=8) as paged:
+        estimate, peak = paged.estimate(lengths, new), 0
+        generator = BatchGenerator(model, max_tokens=new)
+        generator.insert(prompts)
+        while generator.next_generated():
+            peak = max(peak, paged.nbytes)
+        assert estimate.fits and abs(peak / estimate.nbytes - 1) <= 0.05
+
+
+def test_the_bytes_of_a_prompt_store_bound_cached_prefixes_too():
+    model = zoo.tiny("llama")
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+        store = LRUPromptCache(max_size=1000)
+        for seed in range(12):
+            cache, prompt = make_prompt_cache(model), zoo.prompt(100, seed=seed)
+            zoo.single(model, prompt, 4, cache=cache)
+            store.insert_cache("key", prompt, cache)
+            del cache
+            store.trim_to(n_bytes=60_000)
+            assert paged.nbytes_used <= 60_000 + 100 * BYTES_PER_TOKEN
+        assert paged.prefixes.known(zoo.prompt(100, seed=11)) > 90
+        paged.check()
 
 
 @pytest.mark.parametrize("before, after", [("float16", "float32"), ("float32", "bfloat16")])

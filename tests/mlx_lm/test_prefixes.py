@@ -415,3 +415,16 @@ def test_what_was_begun_before_everything_was_forgotten_is_not_remembered(notice
         begun.close()
         assert ask(model, SYSTEM) == expected
         paged.check()
+
+
+def test_functions_imported_before_enable_find_known_prefixes():
+    from mlx_lm import generate, stream_generate
+
+    model, tokenizer, prompt = zoo.tiny("llama"), mlx_lm_prompts.tokenizer(), zoo.prompt(60, seed=3)
+    expected = generate(model, tokenizer, prompt, max_tokens=4)
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+        assert generate(model, tokenizer, prompt, max_tokens=4) == expected
+        assert generate(model, tokenizer, prompt, max_tokens=4) == expected
+        assert paged.prefixes.tokens_reused == 59
+        texts = [r.text for r in stream_generate(model, tokenizer, prompt, max_tokens=4)]
+        assert "".join(texts) == expected and paged.prefixes.tokens_reused == 2 * 59

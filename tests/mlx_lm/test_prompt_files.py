@@ -2,6 +2,10 @@
 
 import copy
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -343,3 +347,39 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             paged.save(str(path), cache)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+SAVES_FOR_EVER = """
+import sys
+import mlx_lm_zoo as zoo
+from mlx_lm.models.cache import make_prompt_cache
+from paged_mlx.mlx_lm import enable
+
+model, path = zoo.tiny("llama"), sys.argv[1]
+with enable(model, page_size=8) as paged:
+    caches = [make_prompt_cache(model) for _ in range(2)]
+    for length, cache in zip((300, 700), caches):
+        zoo.single(model, zoo.prompt(length, seed=length), max_tokens=1, cache=cache)
+    while True:
+        for cache in caches:
+            paged.save(path, cache)
+            print(flush=True)
+"""
+
+
+@pytest.mark.long
+def test_a_save_that_is_killed_leaves_the_old_file_or_the_new(tmp_path):
+    path = str(tmp_path / "prompt.safetensors")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(zoo.__file__)}
+    model, found = zoo.tiny("llama"), []
+    for kill in range(3):
+        command = [sys.executable, "-c", SAVES_FOR_EVER, path]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as saving:
+            for _ in range(3 + kill):
+                saving.stdout.readline()
+            time.sleep(kill * 0.002)  # in the middle of the next, wherever that is
+            saving.kill()
+        assert saving.returncode == -signal.SIGKILL
+        with enable(model, page_size=8) as paged:
+            found.append(paged.load(path)[0].offset)
+    assert set(found) <= {301, 701}

@@ -143,7 +143,7 @@ def test_max_bytes_holds_whatever_is_asked():
             assert batch_generate(model, tokenizer, PROMPTS, max_tokens=12).texts == expected
             assert most / 2 < paged.nbytes <= most
         paged.check()
-    with pytest.raises(ValueError, match=r"\[enable\] max_bytes must be at least \d+, a page"):
+    with pytest.raises(ValueError, match=r"\[enable\] max_bytes must be at least \d+, two pages"):
         enable(model, max_bytes=100)
 
 

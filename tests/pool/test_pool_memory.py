@@ -113,10 +113,18 @@ def test_without_wiping_nothing_is_done_when_pages_are_freed():
 
 
 def test_the_memory_limit_is_a_share_of_the_machine():
-    assert 0 < memory_limit(0.5) < memory_limit() < memory_limit(1)
+    assert 0 < memory_limit(0.5) < memory_limit() <= memory_limit(1)
     for share in (0, 1.5):
         with pytest.raises(ValueError, match=r"^\[memory_limit\] share must be in \(0, 1\]; got"):
             memory_limit(share)
+
+
+def test_the_memory_limit_heeds_mlxs_own():
+    before = mx.set_memory_limit(12_345_678)
+    try:
+        assert memory_limit() == memory_limit(1) == 12_345_678
+    finally:
+        mx.set_memory_limit(before)
 
 
 def test_the_memory_limit_is_of_what_the_gpu_or_the_control_group_may_use(monkeypatch, tmp_path):

@@ -12,10 +12,10 @@ from paged_mlx.forward.gathered import LayerPlace, PagesOfLayer
 from paged_mlx.forward.lazy_pool import LazyPool
 from paged_mlx.forward.passes import Passes
 from paged_mlx.forward.step import Step
+from paged_mlx.machine.memory import memory_limit
 from paged_mlx.pages.block_table import pack
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.table import append_batch
-from paged_mlx.pool import MAX_BYTES
 
 log = logging.getLogger("paged_mlx")
 
@@ -56,6 +56,11 @@ class LayerGroup:
         self.allocator = PageAllocator(num_pages, page_size)
         self.geometry: dict[int, tuple] = {}  # layer -> what it is expected to write
         self.peak_pages = 0
+        self._first_pages = num_pages
+        self._peaks = [
+            0,
+            0,
+        ]  # pages in use since nobody used any, and between then and the time before
         self.grows_past_memory = False  # the model has no limit of its own
         self.pools: list[LazyPool] = []
         self._placed: dict[int, LayerPlace] = {}
@@ -191,7 +196,8 @@ class LayerGroup:
         for row in rows:
             row.last_step[window] = step
         self.newest = step
-        self.peak_pages = max(self.peak_pages, self.allocator.num_used)
+        used = self.allocator.num_used
+        self.peak_pages, self._peaks[0] = max(self.peak_pages, used), max(self._peaks[0], used)
         return step
 
     def _num_sealed(self) -> int:
@@ -225,12 +231,11 @@ class LayerGroup:
 
     def _append(self, tables, counts, cache):
         """Append to all tables or to none; pools grow when they must and may."""
-        if self.passes.max_bytes is None:
-            most = sum(count // self.page_size + 2 for count in counts)
-        else:
-            held = zip(cache.rows, cache.lens.tolist(), counts)
-            most = sum(self.pages_to_go(*row) for row in held)
-        self._grow(most, self.grow_first)
+        most = sum([count // self.page_size + 2 for count in counts])
+        if most > self.allocator.num_free:
+            rows = zip(cache.rows, cache.lens.tolist(), counts)
+            most = sum([self.pages_to_go(*row) for row in rows])
+            self._grow(most, self.grow_first)
         while True:
             try:
                 return append_batch(tables, counts, self.allocator)
@@ -248,13 +253,12 @@ class LayerGroup:
         return self.grows_past_memory and self._grow_past_memory(wanted)
 
     def _grow_past_memory(self, wanted: int) -> bool:
-        """Grow as mlx-lm's own caches do, which heed no limit, since nobody has set one here."""
+        """Grow as mlx-lm's own caches do, since nobody has set a limit here; but never past the
+        machine's memory, nor past ``mx.set_memory_limit``."""
         log.warning(
             "pools grow past memory_limit(), as mlx-lm's own caches do; enable takes max_bytes"
         )
-        for pool in self.pools:
-            pool.memory_limit = MAX_BYTES
-        return self._grow(wanted, self.max_pages)
+        return self._grow(wanted, self.max_pages, memory_limit(share=1.0))
 
     def _refuse(self, wanted: int) -> None:
         must = f"the pool must have up to {wanted} pages to give"
@@ -289,7 +293,7 @@ class LayerGroup:
     def most_pages(self) -> int:
         """Pages that the group may ever have."""
         budget = self.passes.max_bytes
-        return self.max_pages if budget is None else budget // max(1, self.page_bytes)
+        return self.max_pages if budget is None else budget // max(1, self._bytes_grown(1))
 
     def pages_missing(self, wanted: int) -> int:
         """How many of ``wanted`` pages are neither free nor cached and held by nobody."""
@@ -300,14 +304,34 @@ class LayerGroup:
         if self.passes.max_bytes is not None and self.page_bytes:
             left = self.passes.max_bytes - self.passes.nbytes
             left -= self._open_bytes_to_come()
-            most = min(most, max(0, left // self.page_bytes))
+            total = self.allocator.total_pages
+            left -= self._bytes_grown(total) - min(self.nbytes, total * self.page_bytes)
+            most = min(most, max(0, left // self._bytes_grown(1)))
         return most
 
-    def pages_for(self, num_tokens: int) -> int:
-        """Pages that a sequence needs to come to ``num_tokens`` tokens."""
+    def _bytes_grown(self, num_pages: int) -> int:
+        """Bytes of so many pages while pools grow to them: one layer is held twice then."""
+        return num_pages * self.page_bytes * (self.num_layers + 1) // max(1, self.num_layers)
+
+    def bytes_to_grow(self, more: int) -> tuple[int, int]:
+        """Bytes that ``more`` pages take, and those that growing by them takes for a moment."""
+        if not more:
+            return 0, 0
+        total = self.allocator.total_pages + more
+        return more * self.page_bytes, self._bytes_grown(total) - total * self.page_bytes
+
+    def pages_for(self, num_tokens: int, num_new: int = 0) -> int:
+        """Pages that a sequence needs for a prompt of ``num_tokens`` tokens and an answer."""
+        size, most = self.page_size, num_tokens + num_new
         if self.window is not None and self.retain is not None:
-            num_tokens = min(num_tokens, self.window + self.retain + MOST_AT_ONCE)
-        return -(-num_tokens // self.page_size)
+            kept = self.window + self.retain
+            most = max(min(num_tokens, kept + MOST_AT_ONCE), min(most, kept + size - 1))
+        return -(-most // size)
+
+    def pages_grown_to(self, wanted: int) -> int:
+        """Pages that the pools have once ``wanted`` are in use: they grow a little ahead."""
+        ahead = 1 + 1 / (2 * GROWTH) if self.max_pages > wanted > self._first_pages else 1
+        return max(self._first_pages, int(wanted * ahead))
 
     def pages_to_go(self, row, held: int, new: int) -> int:
         """Pages that ``new`` tokens of a sequence that holds ``held`` will take."""
@@ -323,7 +347,7 @@ class LayerGroup:
             more -= max(0, first - table.num_freed)
         return max(0, more)
 
-    def _grow(self, wanted: int, limit: int) -> bool:
+    def _grow(self, wanted: int, limit: int, memory: int | None = None) -> bool:
         """Grow until ``wanted`` pages are free, by 1 in GROWTH at least, up to ``limit`` pages;
         False when they are, or when the pools have as many or cannot grow."""
         total, most = self.allocator.total_pages, self._can_grow_by(limit)
@@ -331,6 +355,8 @@ class LayerGroup:
         if missing <= 0 or most <= 0:
             return False
         self.passes.join()
+        for pool in self.pools:
+            pool.memory_limit = memory_limit() if memory is None else memory
         try:
             ahead = 0 if self.passes.max_bytes is not None else -(-total // GROWTH)
             self.allocator.grow(min(max(missing, ahead), most))
@@ -338,6 +364,12 @@ class LayerGroup:
             return False
         self.passes.keep()
         return True
+
+    def give_back(self) -> None:
+        """Nobody uses pages: keep those that were needed both since the last time and before it."""
+        keep = max(self._first_pages, min(self._peaks))
+        self._peaks = [0, self._peaks[0]]
+        self.allocator.shrink(max(0, self.allocator.total_pages - keep))
 
     # K and V
 

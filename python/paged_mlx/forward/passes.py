@@ -152,9 +152,10 @@ class Passes:
             self._branch.base = self._computed
 
     def wait(self) -> None:
-        """Wait until what this thread has built is computed; what others have built is theirs."""
-        with self.lock:
-            if self._thread is threading.current_thread() and self.computes:
+        """Wait until what has been built is computed, but for what other threads are in the
+        middle of."""
+        with self.turn():
+            if self.computes:
                 self._settle()
                 mx.eval([pool.versions() for pool in self._pools()])
 
@@ -247,9 +248,29 @@ class Passes:
         self.aside.difference_update(found)
         return bool(found)
 
+    def retire(self, gone: tuple) -> None:
+        """Note that a sequence is gone, wherever the garbage collector has found it. If it was the
+        last, and no thread is at work on the pages, memory goes back."""
+        self.retired.append(gone)
+        if next(iter(self.sequences), None) is None and self.lock.acquire(blocking=False):
+            try:
+                if not self._turn.depth:
+                    self.give_back()
+            finally:
+                self.lock.release()
+
+    def give_back(self) -> None:
+        """Give back pages that were not needed lately; nobody uses any."""
+        with self.turn():
+            self.join()
+            self.reclaim()
+            for group in self.groups.values():
+                group.give_back()
+            self.keep()
+
     def reclaim(self) -> None:
         """Free the pages of sequences that are gone."""
-        with self.lock:
+        with self.turn():
             for _ in range(len(self.retired)):
                 gone = tables, history, last_steps = self.retired.popleft()
                 if any(map(self._is_anothers, last_steps.values())):
@@ -270,15 +291,22 @@ class Passes:
 
 
 class Turn:
-    """A thread's turn to build on the pages."""
+    """A thread's turn to build on the pages.
+
+    Attributes:
+        depth: How many times it is held, one in the other.
+    """
 
     def __init__(self, passes: Passes):
         self._passes = weakref.ref(passes)
         self._lock = passes.lock
+        self.depth = 0
 
     def __enter__(self):
         self._lock.acquire()
+        self.depth += 1
         self._passes().take_turn()
 
     def __exit__(self, *error):
+        self.depth -= 1
         self._lock.release()

@@ -118,14 +118,14 @@ class Sequence:
         self._forks: list[tuple] = []  # (weak reference, content when forked, caches that have it)
         self._siblings: list[Sequence] = []
         passes = next(iter(groups.values())).passes
-        self._lock = passes.lock
+        self._passes = passes
         passes.sequences.add(self)
         gone = (self.tables, self.history, self.last_step)
-        weakref.finalize(self, passes.retired.append, gone).atexit = False
+        weakref.finalize(self, passes.retire, gone).atexit = False
 
     def fork(self) -> "Sequence":
         """Another sequence of the same tokens on the same pages; no bytes move."""
-        with self._lock:
+        with self._passes.turn():
             tables = {window: table.fork() for window, table in self.tables.items()}
             fork = Sequence(self.groups, tables, self.history.copy())
         fork.first_token, fork.broken = dict(self.first_token), self.broken
@@ -152,7 +152,7 @@ class Sequence:
         mlx-lm copies, merges and extracts a prompt cache layer by layer: the first layer
         that asks makes the fork, the others get the same one.
         """
-        with self._lock:
+        with self._passes.turn():
             return self._fork_for((cache.group.window, cache.layer))
 
     def _fork_for(self, place: tuple) -> "Sequence":

@@ -17,14 +17,15 @@ def memory_limit(share: float = SHARE) -> int:
 
     Args:
         share: Share of the working set that MLX recommends for the GPU; without a GPU, of the
-            memory of the machine or of the process's control group.
+            memory of the machine or of the process's control group. Never more than
+            ``mx.set_memory_limit`` allows.
 
     Raises:
         ValueError: ``share`` is not in (0, 1].
     """
     if not 0 < share <= 1:
         fail("memory_limit", "share must be in (0, 1]", share)
-    return int(share * _usable())
+    return min(int(share * _usable()), mx.get_memory_limit())
 
 
 def _usable() -> int:

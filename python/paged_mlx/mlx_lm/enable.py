@@ -67,8 +67,9 @@ def enable(
         prefix_cache: Let prompts that begin alike share pages, in a batch and across calls.
             Pages outlive their sequences until the pool needs them; recurrent states are
             kept at some positions.
-        max_bytes: Bytes that all pages may take, those of cached prefixes too. With this or
-            ``num_pages`` a ``BatchGenerator`` has prompts wait for pages.
+        max_bytes: Bytes that all pages may take, those of cached prefixes, recurrent states kept
+            beside them and what growing takes for a moment included. With this or ``num_pages`` a
+            ``BatchGenerator`` has prompts wait for pages.
         kv_format: How K and V are held: None as they are, ``"q8"``, ``"q4"``, or a pair of them
             for K and V, ``("q8", "q4")``; see docs/formats.md.
 
@@ -138,7 +139,7 @@ class PagedModel:
         self._seams = contextlib.ExitStack()
         self.ranks = Ranks(model)
         self.has_states = any(True for _ in states_of(self.stock_cache()))
-        self.checkpoint_bytes = memory_limit() // SHARE_OF_CHECKPOINTS
+        self.checkpoint_bytes = (max_bytes or memory_limit()) // SHARE_OF_CHECKPOINTS
         self.ranks.have_met |= alone  # nobody else is asked
         if self.ranks.size == 1 or alone:
             self._build()
@@ -234,17 +235,19 @@ class PagedModel:
         self.max_bytes = max_bytes if limits[1] is not None else None
 
     def _limit(self, max_bytes: int | None) -> None:
-        """Hold all pages to so many bytes."""
-        self.passes.max_bytes = max_bytes
+        """Hold pages, checkpoints and what growing takes for a moment to so many bytes."""
         if max_bytes is None:
             return
         page = sum(group.page_bytes for group in self.groups.values())
         layers = sum(group.num_layers for group in self.groups.values())
+        states = self.checkpoint_bytes if self.has_states else 0
+        self.passes.max_bytes = max_bytes - states
         if sum(len(group.geometry) for group in self.groups.values()) != layers:
             must = "max_bytes must be left out for a model whose layers are not known beforehand"
             fail("enable", must, f"{max_bytes}; give num_pages")
-        if page > max_bytes:
-            fail("enable", f"max_bytes must be at least {page}, a page of each layer", max_bytes)
+        if 2 * page > self.passes.max_bytes:
+            must = f"max_bytes must be at least {2 * page + states}, two pages of each layer"
+            fail("enable", must, max_bytes)
 
     def _known_prefixes(self) -> PromptPrefixes:
         self.meet()
@@ -434,13 +437,16 @@ class PagedModel:
     def has_pages(self, rows: list) -> bool:
         """Whether this rank has pages for ``rows``: (sequence, tokens held, tokens to come)."""
         self.passes.reclaim()
-        more = 0
+        needs = []
         for group in self.groups.values():
             missing = group.pages_missing(sum(group.pages_to_go(*row) for row in rows))
             if missing > group.max_pages - group.allocator.total_pages:
                 return False
-            more += missing * group.page_bytes
-        return self.max_bytes is None or more == 0 or more <= self.max_bytes - self.nbytes
+            needs.append(group.bytes_to_grow(missing))
+        to_stay = sum(stays for stays, _ in needs)
+        for_a_moment = max(passes for _, passes in needs)
+        most = self.passes.max_bytes
+        return most is None or not to_stay or self.nbytes + to_stay + for_a_moment <= most
 
     def estimate(self, lengths: list[int], max_new_tokens: int) -> Estimate:
         """Bytes of the pages of sequences with prompts of ``lengths``, and whether they fit.
@@ -449,14 +455,16 @@ class PagedModel:
         """
         nbytes, fits = 0, True
         for group in self.groups.values():
-            pages = sum(group.pages_for(length + max_new_tokens) for length in lengths)
-            pages += 0 if self.is_limited else 2 * len(lengths)  # pools grow a little ahead
-            nbytes += pages * group.page_bytes
+            pages = sum(group.pages_for(length, max_new_tokens) for length in lengths)
+            if self.prefix_cache:  # pages behind windows stay, as long as pools may grow
+                tokens = sum(lengths) + max_new_tokens * len(lengths)
+                pages = max(pages, min(tokens // self.page_size, group.grow_first))
             fits = fits and pages <= group.most_pages
-        most = self.max_bytes if self.is_limited else memory_limit() - mx.get_active_memory()
-        if self.max_bytes is None and self.is_limited:
-            most = nbytes
-        return Estimate(nbytes, fits and nbytes <= most)
+            nbytes += group.pages_grown_to(pages) * group.page_bytes
+        most = self.passes.max_bytes
+        if not self.is_limited:
+            most = memory_limit() - mx.get_active_memory() + self.nbytes
+        return Estimate(nbytes, fits and (most is None or nbytes <= most))
 
     def trim_memory(self) -> int:
         """Give back pages that no sequence holds: cached prefixes, then free pages at the end of
@@ -475,9 +483,14 @@ class PagedModel:
 
     def trim_prefixes(self, nbytes: int) -> None:
         """Give up cached prefixes that nobody holds until they take ``nbytes`` at most."""
-        for window, cache in self.prefixes.caches.items() if self.prefixes is not None else ():
-            page = self.groups[window].page_bytes * len(self.groups)
-            cache.evict(max(0, cache.num_evictable - nbytes // max(1, page)))
+        if self.prefixes is None:
+            return
+        with self.passes.turn():
+            self.passes.reclaim()
+            caches = [(self.groups[w].page_bytes, c) for w, c in self.prefixes.caches.items()]
+            held = sum(page * cache.num_evictable for page, cache in caches)
+            for _, cache in caches if held > nbytes else ():
+                cache.evict(cache.num_evictable - cache.num_evictable * nbytes // held)
 
     # Figures
 

@@ -48,11 +48,13 @@ class Explanation:
         model: Its family.
         layers: One for each cache.
         calls: Attention calls so far by route, of a model that is enabled.
+        declined: How often prompts were not looked for or not remembered so far, by reason.
     """
 
     model: str
     layers: list[LayerRoute]
     calls: dict[str, int] = field(default_factory=dict)
+    declined: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_paged(self) -> int:
@@ -62,6 +64,7 @@ class Explanation:
         title = f"{self.model}: {self.num_paged} of {len(self.layers)} layers read pages"
         calls = ", ".join(f"{count} {route}" for route, count in self.calls.items())
         end = [f"calls so far: {calls}"] if calls else []
+        end += [f"prefixes declined {n} times: {reason}" for reason, n in self.declined.items()]
         return "\n".join([title, *map(str, self.layers), *end])
 
     __repr__ = __str__
@@ -88,7 +91,10 @@ def explain(model) -> Explanation:
     in_use = paged_model_of(model)
     routes = list(_routes(paged, in_use, paged.layout.places, ""))
     family = type(model).__module__.removeprefix("mlx_lm.models.")
-    return Explanation(family, routes, {} if in_use is None else in_use.routes)
+    if in_use is None:
+        return Explanation(family, routes)
+    declined = {} if in_use.prefixes is None else dict(in_use.prefixes.declined)
+    return Explanation(family, routes, in_use.routes, declined)
 
 
 def _routes(paged, in_use, places, prefix):

@@ -32,7 +32,6 @@ class PromptPrefixes:
     def __init__(self, paged):
         self._paged = paged
         self._passes = paged.passes
-        self._lock = paged.passes.lock
         self._ranks = paged.ranks
         self.caches = {
             window: PrefixCache(group.allocator, window=window)
@@ -52,7 +51,7 @@ class PromptPrefixes:
 
     def known(self, tokens: list[int], keys=()) -> int:
         """Length of the longest beginning, less than all, that nothing need be computed of."""
-        with self._lock:
+        with self._passes.turn():
             self.notice_changes()
             self._passes.reclaim()
             for sequence in list(self._passes.sequences):
@@ -63,7 +62,7 @@ class PromptPrefixes:
 
     def parting(self, tokens: list[int], keys=()) -> int:
         """Where ``tokens`` part from those whose pages are known: a good place for a checkpoint."""
-        with self._lock:
+        with self._passes.turn():
             return self._ranks.least("parting", self._longest(tokens, keys, None))[0]
 
     def _longest(self, tokens: list[int], keys, checkpoints: Checkpoints | None) -> int:
@@ -136,7 +135,7 @@ class PromptPrefixes:
         Raises:
             ValueError: The row is known to hold other tokens, or another number of them.
         """
-        with self._lock:
+        with self._passes.turn():
             self.notice_changes()
             layers = list(layers_of(prompt_cache))
             sequence = layers[0].rows[row]
@@ -195,7 +194,7 @@ class PromptPrefixes:
 
     def reset(self) -> None:
         """Forget every page, and what sequences that are there began with."""
-        with self._lock:
+        with self._passes.turn():
             self.generation += 1
             for cache in self.caches.values():
                 cache.reset()

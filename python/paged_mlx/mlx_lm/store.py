@@ -48,18 +48,26 @@ def _insert_cache(before):
     return insert_cache
 
 
+def _trim_to(before):
+    def trim_to(self, *, n_sequences=None, n_bytes=None):
+        before(self, n_sequences=n_sequences, n_bytes=n_bytes)
+        for paged in enabled_models() if n_bytes is not None else ():
+            if self in paged.passes.stores:
+                paged.trim_prefixes(max(0, n_bytes - self.nbytes))
+
+    return trim_to
+
+
 SEAMS, RANK_SEAMS = [], []  # older versions of mlx-lm keep the store elsewhere
 PromptStore = None
 if hasattr(stock, "LRUPromptCache"):
-    SEAMS.append(
-        Seam(
-            stock.LRUPromptCache,
-            "insert_cache",
-            _insert_cache,
-            "`prefix_cache=True`, `num_pages` or `max_bytes`",
-            "files a cache under the tokens that it holds",
-        )
-    )
+    when = "`prefix_cache=True`, `num_pages` or `max_bytes`"
+    files = "files a cache under the tokens that it holds"
+    gives = "gives up cached prefixes past the store's bytes"
+    SEAMS += [
+        Seam(stock.LRUPromptCache, "insert_cache", _insert_cache, when, files),
+        Seam(stock.LRUPromptCache, "trim_to", _trim_to, when, gives),
+    ]
     RANK_SEAMS.append(
         Seam(
             stock.LRUPromptCache,
@@ -115,4 +123,4 @@ if hasattr(stock, "LRUPromptCache"):
         def trim_to(self, *, n_sequences=None, n_bytes=None):
             super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)
             if n_bytes is not None and self.paged is not None:
-                self.paged.trim_prefixes(max(0, n_bytes))
+                self.paged.trim_prefixes(max(0, n_bytes - self.nbytes))
