@@ -41,8 +41,8 @@ def main(kernels: Path, output: Path) -> None:
         "#pragma once\n\n"
         "namespace paged_mlx {\n\n"
         "struct KernelSource {\n  const char* name;\n  const char* text;\n};\n\n"
-        f"inline constexpr int kNumKernelSources = {len(rows)};\n"
-        "inline constexpr KernelSource kKernelSources[] = {\n"
+        f"constexpr int kNumKernelSources = {len(rows)};\n"
+        "constexpr KernelSource kKernelSources[] = {\n"
         + "\n".join(rows)
         + "\n    {nullptr, nullptr}};\n\n} // namespace paged_mlx\n"
     )

@@ -8,6 +8,8 @@
 //             that are full or sealed. Pages that are not, open pages, stay dense, K and V of them.
 #pragma once
 
+#include "arguments.h" // group_size, rotation_size
+
 namespace paged_mlx {
 
 enum class PageFormat { dense, token8, token4, channel4 };
@@ -33,16 +35,6 @@ struct PageFormats {
 // Bits of a code; 0: there are none.
 constexpr int code_bits(PageFormat format) {
   return format == PageFormat::dense ? 0 : format == PageFormat::token8 ? 8 : 4;
-}
-
-// Channels that share a token's scale; 0: no format of tokens takes this head_dim.
-constexpr int group_size(int head_dim) {
-  return head_dim % 64 == 0 ? 64 : head_dim % 32 == 0 ? 32 : 0;
-}
-
-// Channels that are rotated together; 0: this head_dim cannot be.
-constexpr int rotation_size(int head_dim) {
-  return (head_dim & (head_dim - 1)) == 0 ? head_dim : head_dim % 64 == 0 ? 64 : 0;
 }
 
 // Arrays of a side: the pages, or codes, scales and biases.

@@ -18,6 +18,12 @@
 #define PAGED_MLX_CONSTANT_PAGE_SIZE 6 // int
 #define PAGED_MLX_CONSTANT_MASK_ADDS 7 // bool: the mask is additive, not boolean
 
+// Formats of pages, numbered as PageFormat. Macros, since they decide about parameters.
+#define PAGED_MLX_DENSE 0
+#define PAGED_MLX_TOKEN8 1
+#define PAGED_MLX_TOKEN4 2
+#define PAGED_MLX_CHANNEL4 3
+
 // Buffers of the attention kernels.
 #define PAGED_MLX_BUFFER_ARGUMENTS 0
 #define PAGED_MLX_BUFFER_PLAN 1
@@ -31,6 +37,10 @@
 #define PAGED_MLX_BUFFER_ALIBI 9
 #define PAGED_MLX_BUFFER_SINKS 10
 #define PAGED_MLX_BUFFER_MASK 11
+#define PAGED_MLX_BUFFER_K_SCALES 12
+#define PAGED_MLX_BUFFER_K_BIASES 13
+#define PAGED_MLX_BUFFER_V_SCALES 14
+#define PAGED_MLX_BUFFER_V_BIASES 15
 
 // Buffers of the kernels that move pages. copy_pages binds up to
 // PAGED_MLX_COPY_POOLS pools from PAGED_MLX_BUFFER_POOLS on.
@@ -43,6 +53,8 @@
 #define PAGED_MLX_BUFFER_V_OUT 6
 #define PAGED_MLX_BUFFER_PAGE_STARTS 7
 #define PAGED_MLX_BUFFER_PAGE_LENS 8
+#define PAGED_MLX_BUFFER_OPEN_K 9
+#define PAGED_MLX_BUFFER_OPEN_V 10
 #define PAGED_MLX_BUFFER_PAIRS 1
 #define PAGED_MLX_BUFFER_POOLS 2
 #define PAGED_MLX_COPY_POOLS 28
@@ -63,6 +75,16 @@ namespace paged_mlx {
 // slot's elements are [row * D, row * D + D).
 static inline long page_row(int page_id, int kv_head, int offset, int num_kv_heads, int page_size) {
   return (long(page_id) * num_kv_heads + kv_head) * page_size + offset;
+}
+
+// Channels that share a token's scale; 0: no format of tokens takes this head_dim.
+constexpr int group_size(int head_dim) {
+  return head_dim % 64 == 0 ? 64 : head_dim % 32 == 0 ? 32 : 0;
+}
+
+// Channels that are rotated together; 0: this head_dim cannot be.
+constexpr int rotation_size(int head_dim) {
+  return (head_dim & (head_dim - 1)) == 0 ? head_dim : head_dim % 64 == 0 ? 64 : 0;
 }
 
 // Lanes of the vector body that share the row of a key: so many that a lane's part of
@@ -105,6 +127,15 @@ struct CopyPagesArguments {
 struct GatherPagesArguments {
   int max_pages, length, num_kv_heads, page_size;
   int k_row, v_row; // units of one row
+};
+
+struct QuantisePagesArguments {
+  int num_kv_heads, page_size;
+};
+
+struct DequantisePagesArguments {
+  GatherPagesArguments gather; // without its rows
+  int num_sealed;              // page ids from here on are open pages
 };
 
 struct MergeStatesArguments {

@@ -8,6 +8,7 @@
 #define PAGED_MLX_MATRICES_H
 
 #include "numbers.h"
+#include "page_formats.h"
 #include "scores.h"
 
 namespace paged_mlx {
@@ -42,10 +43,10 @@ inline float row_sum(float x) {
 }
 
 // The two keys of a lane's columns. One that is not live counts as 0, unread.
-template <typename T>
+template <typename Stored>
 struct KeyPair {
-  const device T* first;
-  const device T* second;
+  const device Stored* first;
+  const device Stored* second;
   bool first_live, second_live;
 };
 
@@ -76,62 +77,139 @@ struct StagedMatrices {
 // The dims [BEGIN, D) of Q K^T, in runs of 8 lanes x kWidth dims. Matrix i of a
 // run holds the dims BEGIN + kWidth * lane + i. In threadgroup memory the runs of
 // Q's matrices follow each other; of a run, the elements of a lane stand together.
-template <typename T, int D, int BEGIN = 0, bool MORE = (BEGIN < D)>
+template <typename Rows, typename T, int D, int BEGIN = 0, bool MORE = (BEGIN < D)>
 struct DimRuns {
-  enum { kWidth = run_width<T>(D - BEGIN, 8), kNext = BEGIN + 8 * kWidth };
-  typedef DimRuns<T, D, kNext> Rest;
+  enum {
+    kWidth = Rows::width(D - BEGIN, 8, 8),
+    kNext = BEGIN + 8 * kWidth,
+    kStaged = Rows::kIsCoded && kWidth > 4 ? 4 : kWidth,      // matrices of Q at a time
+    kGroup = Rows::kHasTokenScales ? BEGIN / Rows::kGroup : 0 // of the run
+  };
+  typedef DimRuns<Rows, T, D, kNext> Rest;
+  typedef typename Rows::Stored Stored;
+  typedef typename Rows::template Elements<kWidth> Elements;
 
-  // The lane's elements of eight rows of Q; `row` is the row of the lane.
-  static void stage(const device T* row, LanePlace at, threadgroup T* q) {
-    Run<T, kWidth> first, second;
-    first.load(row + BEGIN + kWidth * at.column);
-    second.load(row + BEGIN + kWidth * (at.column + 1));
+  // The lane's elements of eight rows of Q; `row` is the row of the lane. sums: of the
+  // elements of each group of channels, kRows apart.
+  template <int ROWS>
+  static void stage(const device T* row, LanePlace at, threadgroup T* q, threadgroup float* sums) {
+    T first[kWidth], second[kWidth];
+    load_elements<kWidth>(row + BEGIN + kWidth * at.column, first);
+    load_elements<kWidth>(row + BEGIN + kWidth * (at.column + 1), second);
     threadgroup vec<T, 2>* to =
         reinterpret_cast<threadgroup vec<T, 2>*>(q + 8 * BEGIN + 2 * kWidth * at.lane);
 #pragma clang loop unroll(full)
     for (int i = 0; i < kWidth; i++) {
-      to[i] = vec<T, 2>(first.v[i], second.v[i]);
+      to[i] = vec<T, 2>(first[i], second[i]);
     }
-    Rest::stage(row, at, q);
+    if (Rows::kHasTokenScales) {
+      float sum = 0;
+#pragma clang loop unroll(full)
+      for (int i = 0; i < kWidth; i++) {
+        sum += float(first[i]) + float(second[i]);
+      }
+      sum = row_sum(sum);
+      if (at.column == 0) {
+        sums[ROWS * kGroup + at.row] = sum;
+      }
+    }
+    Rest::template stage<ROWS>(row, at, q, sums);
   }
 
   // scores[m][g] += Q[m] . K[g]^T for GROUPS groups of eight keys; the lane reads the
-  // dims of its row for the two keys of its columns.
-  template <int ROW_TILES, int GROUPS>
-  static void multiply(const threadgroup T* q, thread const KeyPair<T> (&pairs)[GROUPS],
-                       LanePlace at, thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
-    Run<T, kWidth> first[GROUPS], second[GROUPS];
+  // dims of its row for the two keys of its columns. q_sums: see stage, at the lane's row.
+  template <int ROW_TILES, int GROUPS, typename Q, typename Scales>
+  static void multiply(const threadgroup Q* q, const threadgroup float* q_sums,
+                       thread const KeyPair<Stored> (&pairs)[GROUPS], LanePlace at,
+                       thread const Scales& scales,
+                       thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+    Elements first[GROUPS], second[GROUPS];
 #pragma clang loop unroll(full)
     for (int g = 0; g < GROUPS; g++) {
-      first[g].load_if(pairs[g].first_live, pairs[g].first + BEGIN + kWidth * at.row);
-      second[g].load_if(pairs[g].second_live, pairs[g].second + BEGIN + kWidth * at.row);
+      first[g].load_if(pairs[g].first_live, pairs[g].first, BEGIN, kWidth * at.row);
+      second[g].load_if(pairs[g].second_live, pairs[g].second, BEGIN, kWidth * at.row);
     }
+    if (Rows::kHasTokenScales) {
+      Matrix<float> sums[ROW_TILES][GROUPS];
 #pragma clang loop unroll(full)
-    for (int m = 0; m < ROW_TILES; m++) {
-      StagedMatrices<T, kWidth> staged;
-      staged.load(q + 8 * (m * D + BEGIN) + 2 * kWidth * at.lane);
-#pragma clang loop unroll(full)
-      for (int i = 0; i < kWidth; i++) {
-        Matrix<T> rows;
-        elements(rows) = staged.elements_of(i);
+      for (int m = 0; m < ROW_TILES; m++) {
 #pragma clang loop unroll(full)
         for (int g = 0; g < GROUPS; g++) {
-          Matrix<T> keys;
-          elements(keys) = vec<T, 2>(first[g].v[i], second[g].v[i]);
-          simdgroup_multiply_accumulate(scores[m][g], rows, keys, scores[m][g]);
+          elements(sums[m][g]) =
+              float2(-CodeNumbers<T, Rows::kBits>::middle() * q_sums[8 * (kGroup * ROW_TILES + m)]);
+        }
+      }
+      accumulate(q, first, second, at, sums);
+      scale(q_sums, at, scales, sums, scores);
+    } else {
+      accumulate(q, first, second, at, scores);
+    }
+    Rest::multiply(q, q_sums, pairs, at, scales, scores);
+  }
+
+  // Codes become numbers as they are multiplied, once for all row tiles.
+  template <int ROW_TILES, int GROUPS, typename Q>
+  static void accumulate(const threadgroup Q* q, thread const Elements (&first)[GROUPS],
+                         thread const Elements (&second)[GROUPS], LanePlace at,
+                         thread Matrix<float> (&sums)[ROW_TILES][GROUPS]) {
+    constexpr int kTiles = Rows::kIsCoded ? ROW_TILES : 1; // at a time
+#pragma clang loop unroll(full)
+    for (int m = 0; m < ROW_TILES; m += kTiles) {
+#pragma clang loop unroll(full)
+      for (int part = 0; part < kWidth; part += kStaged) {
+        StagedMatrices<Q, kStaged> staged[kTiles];
+#pragma clang loop unroll(full)
+        for (int t = 0; t < kTiles; t++) {
+          staged[t].load(q + 8 * ((m + t) * D + BEGIN) + 2 * (kWidth * at.lane + part));
+        }
+#pragma clang loop unroll(full)
+        for (int i = 0; i < kStaged; i++) {
+#pragma clang loop unroll(full)
+          for (int g = 0; g < GROUPS; g++) {
+            Matrix<T> keys;
+            elements(keys) = vec<T, 2>(first[g].get(part + i), second[g].get(part + i));
+#pragma clang loop unroll(full)
+            for (int t = 0; t < kTiles; t++) {
+              Matrix<Q> rows;
+              elements(rows) = staged[t].elements_of(i);
+              simdgroup_multiply_accumulate(sums[m + t][g], rows, keys, sums[m + t][g]);
+            }
+          }
         }
       }
     }
-    Rest::template multiply<ROW_TILES, GROUPS>(q, pairs, at, scores);
+  }
+
+  // From dot products with codes of one group of channels to what they add to the scores.
+  template <int ROW_TILES, int GROUPS, typename Scales>
+  static void scale(const threadgroup float* q_sums, LanePlace at, thread const Scales& scales,
+                    thread Matrix<float> (&sums)[ROW_TILES][GROUPS],
+                    thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+#pragma clang loop unroll(full)
+    for (int g = 0; g < GROUPS; g++) {
+      const float2 first = scales.template of<Rows::kBits>(8 * g + at.column, kGroup);
+      const float2 second = scales.template of<Rows::kBits>(8 * g + at.column + 1, kGroup);
+#pragma clang loop unroll(full)
+      for (int m = 0; m < ROW_TILES; m++) {
+        const float q_sum = q_sums[8 * (kGroup * ROW_TILES + m)];
+        const float2 two = elements(sums[m][g]);
+        elements(scores[m][g]) +=
+            float2(first.x * two.x + first.y * q_sum, second.x * two.y + second.y * q_sum);
+      }
+    }
   }
 };
 
-template <typename T, int D, int BEGIN>
-struct DimRuns<T, D, BEGIN, false> {
-  static void stage(const device T*, LanePlace, threadgroup T*) {}
+template <typename Rows, typename T, int D, int BEGIN>
+struct DimRuns<Rows, T, D, BEGIN, false> {
+  typedef typename Rows::Stored Stored;
 
-  template <int ROW_TILES, int GROUPS>
-  static void multiply(const threadgroup T*, thread const KeyPair<T> (&)[GROUPS], LanePlace,
+  template <int ROWS>
+  static void stage(const device T*, LanePlace, threadgroup T*, threadgroup float*) {}
+
+  template <int ROW_TILES, int GROUPS, typename Q, typename Scales>
+  static void multiply(const threadgroup Q*, const threadgroup float*,
+                       thread const KeyPair<Stored> (&)[GROUPS], LanePlace, thread const Scales&,
                        thread Matrix<float> (&)[ROW_TILES][GROUPS]) {}
 };
 
@@ -153,18 +231,20 @@ inline float decoded(float codes) {
 
 // The columns [BEGIN, DV) of P V, in runs of 4 lanes x kWidth columns. Matrix i
 // of a run holds a lane's columns BEGIN + kWidth * (at.column / 2) + 2 i, + 1.
-template <typename T, int DV, int BEGIN = 0, bool MORE = (BEGIN < DV)>
+template <typename Rows, typename T, int DV, int BEGIN = 0, bool MORE = (BEGIN < DV)>
 struct ColumnRuns {
-  enum { kWidth = run_width<T>(DV - BEGIN, 4), kNext = BEGIN + 4 * kWidth };
-  typedef ColumnRuns<T, DV, kNext> Rest;
+  enum { kWidth = Rows::width(DV - BEGIN, 4, 4), kNext = BEGIN + 4 * kWidth };
+  typedef ColumnRuns<Rows, T, DV, kNext> Rest;
+  typedef typename Rows::Stored Stored;
+  typedef typename Rows::template Elements<kWidth> Elements;
 
   // out[m * STRIDE, columns] += weights[m] . V for 8 keys; the lane reads the row of
-  // its key. EDGE as in Scoring.
+  // its key, from the first of the columns on. EDGE as in Scoring; codes are finite.
   template <bool EDGE, int ROW_TILES, int STRIDE>
-  static void multiply(thread Matrix<float> (&weights)[ROW_TILES], const device T* key, bool live,
-                       LanePlace at, thread Matrix<float>* out) {
-    Run<T, kWidth> run;
-    run.load_if(live, key + BEGIN + kWidth * (at.column / 2));
+  static void multiply(thread Matrix<float> (&weights)[ROW_TILES], const device Stored* key,
+                       bool live, LanePlace at, thread Matrix<float>* out) {
+    Elements run;
+    run.load_if(live, key, BEGIN, kWidth * (at.column / 2));
     if (EDGE) {
       split_off<ROW_TILES, STRIDE>(weights, run, out);
     }
@@ -173,7 +253,7 @@ struct ColumnRuns {
 #pragma clang loop unroll(full)
       for (int i = 0; i < kWidth / 2; i++) {
         Matrix<T> values;
-        elements(values) = vec<T, 2>(run.v[2 * i], run.v[2 * i + 1]);
+        elements(values) = vec<T, 2>(run.get(2 * i), run.get(2 * i + 1));
         thread Matrix<float>& sum = out[m * STRIDE + BEGIN / 8 + i];
         simdgroup_multiply_accumulate(sum, weights[m], values, sum);
       }
@@ -212,6 +292,10 @@ struct ColumnRuns {
     }
   }
 
+  template <int ROW_TILES, int STRIDE, int BITS>
+  static void split_off(thread Matrix<float> (&)[ROW_TILES], thread CodeRun<T, BITS, kWidth>&,
+                        thread Matrix<float>*) {}
+
   // take(column, values): the lane's kWidth columns of each run of one row.
   template <typename Take>
   static void each(thread Matrix<float>* row, LanePlace at, thread const Take& take) {
@@ -227,11 +311,11 @@ struct ColumnRuns {
   }
 };
 
-template <typename T, int DV, int BEGIN>
-struct ColumnRuns<T, DV, BEGIN, false> {
+template <typename Rows, typename T, int DV, int BEGIN>
+struct ColumnRuns<Rows, T, DV, BEGIN, false> {
   template <bool EDGE, int ROW_TILES, int STRIDE>
-  static void multiply(thread Matrix<float> (&)[ROW_TILES], const device T*, bool, LanePlace,
-                       thread Matrix<float>*) {}
+  static void multiply(thread Matrix<float> (&)[ROW_TILES], const device typename Rows::Stored*,
+                       bool, LanePlace, thread Matrix<float>*) {}
 
   template <typename Take>
   static void each(thread Matrix<float>*, LanePlace, thread const Take&) {}

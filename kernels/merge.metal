@@ -1,8 +1,10 @@
 // Joins the partial results of a token that several items attended.
 //
 // Grid: one threadgroup per (merge, query head), heads fastest, of at most SIMDGROUPS
-// simdgroups, which share the parts. Macros T, DV and SIMDGROUPS of prefix PAGED_MLX_.
+// simdgroups, which share the parts. Macros T, DV and SIMDGROUPS of prefix PAGED_MLX_; ROTATED
+// where V is: the result is rotated back, in float32, before it is rounded.
 
+#include "rotation.h"
 #include "softmax.h"
 
 using namespace paged_mlx;
@@ -68,6 +70,25 @@ using namespace paged_mlx;
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const float factor = finish(all.most, all.sum, writer.sink(head)).factor;
+#ifdef PAGED_MLX_ROTATED
+  if (simdgroup == 0) {
+    float4 totals[kLaneQuads] = {};
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kLaneQuads; i++) {
+      for (int s = 0; lane + 32 * i < kQuads && s < num_simdgroups; s++) {
+        totals[i] += joined[s * kQuads + lane + 32 * i];
+      }
+    }
+    rotate_quads<DV>(totals, lane);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kLaneQuads; i++) {
+      const float values[4] = {totals[i].x, totals[i].y, totals[i].z, totals[i].w};
+      if (lane + 32 * i < kQuads) {
+        writer.write_values(merge.token, head, 0, 4 * (lane + 32 * i), factor, values);
+      }
+    }
+  }
+#else
   for (int quad = thread_index; quad < kQuads; quad += 32 * num_simdgroups) {
     float4 total = 0;
     for (int s = 0; s < num_simdgroups; s++) {
@@ -76,6 +97,7 @@ using namespace paged_mlx;
     const float values[4] = {total.x, total.y, total.z, total.w};
     writer.write_values(merge.token, head, 0, 4 * quad, factor, values);
   }
+#endif
   if (thread_index == 0) {
     writer.write_state(merge.token, head, 0, all.most, all.sum);
   }

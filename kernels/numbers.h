@@ -40,6 +40,20 @@ inline bool is_not_finite(float x) {
 template <int BYTES>
 struct Words;
 template <>
+struct Words<1> {
+  typedef uchar type;
+  static uint get(uchar word, int) {
+    return word;
+  }
+};
+template <>
+struct Words<2> {
+  typedef ushort type;
+  static uint get(ushort word, int) {
+    return word;
+  }
+};
+template <>
 struct Words<4> {
   typedef uint type;
   static uint get(uint words, int) {
@@ -83,20 +97,25 @@ struct Run {
   typedef Words<W* int(sizeof(T))> words;
   T v[W];
 
-  void load(const device T* from) {
-    take(*reinterpret_cast<const device typename words::type*>(from));
+  // From element first + part of a row on; `first` is a constant.
+  void load(const device T* row, int first = 0, int part = 0) {
+    take(*reinterpret_cast<const device typename words::type*>(row + first + part));
   }
 
   void load_staged(const threadgroup T* from) {
     take(*reinterpret_cast<const threadgroup typename words::type*>(from));
   }
 
-  void load_if(bool live, const device T* from) {
+  void load_if(bool live, const device T* row, int first, int part) {
     if (live) {
-      load(from);
+      load(row, first, part);
     } else {
       take(typename words::type(0));
     }
+  }
+
+  T get(int i) const {
+    return v[i];
   }
 
   void take(typename words::type raw) {
@@ -113,14 +132,43 @@ template <typename T>
 struct Run<T, 1> {
   T v[1];
 
-  void load(const device T* from) {
-    v[0] = *from;
+  void load(const device T* row, int first = 0, int part = 0) {
+    v[0] = row[first + part];
   }
 
-  void load_if(bool live, const device T* from) {
-    v[0] = live ? *from : T(0.0f);
+  void load_if(bool live, const device T* row, int first, int part) {
+    v[0] = live ? row[first + part] : T(0.0f);
+  }
+
+  T get(int) const {
+    return v[0];
   }
 };
+
+// W elements, in loads of 16 bytes at the most.
+template <int W, typename T>
+inline void load_elements(const device T* from, thread T* to) {
+  constexpr int kMost = 16 / int(sizeof(T)), kTake = W < kMost ? W : kMost;
+#pragma clang loop unroll(full)
+  for (int at = 0; at < W; at += kTake) {
+    Run<T, kTake> run;
+    run.load(from + at);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < kTake; i++) {
+      to[at + i] = run.v[i];
+    }
+  }
+}
+
+// Two elements that another lane holds.
+template <typename T>
+inline vec<T, 2> from_lane(vec<T, 2> two, ushort lane) {
+  return as_type<vec<T, 2>>(simd_shuffle(as_type<uint>(two), lane));
+}
+template <>
+inline float2 from_lane<float>(float2 two, ushort lane) {
+  return float2(simd_shuffle(two.x, lane), simd_shuffle(two.y, lane));
+}
 
 // Elements that each of `lanes` lanes takes from a row of which `left` are left:
 // 16 bytes, or less where the row ends sooner.

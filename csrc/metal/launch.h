@@ -9,11 +9,20 @@
 #include "metal/encoder.h"
 #include "metal/long_work.h"
 #include "metal/variant.h"
+#include "page_format.h"
 #include "plan/cost.h"
 
 namespace paged_mlx::metal {
 
 using cpu::DType;
+
+// Its name in Metal.
+const char* type_name(DType dtype);
+
+// Of a side whose pages are codes.
+struct ScaleBuffers {
+  Buffer scales = nullptr, biases = nullptr;
+};
 
 // The fields mean what they mean in cpu::AttentionArgs.
 struct AttendCall {
@@ -28,11 +37,15 @@ struct AttendCall {
   int64_t mask_head_stride, mask_token_stride;
   ItemRange items;                   // what this call attends
   Buffer partial_out, partial_state; // of all ranges of a plan; null: scratch memory
+
+  PageFormats formats;
+  ScaleBuffers k_scales, v_scales;
+  Buffer open_k, open_v; // the open pages, where the formats have some
 };
 
 void attend(Encoder& encoder, const AttendCall& call);
 
-// Bytes of one row of a head, and of one element.
+// Bytes of one row of a head; of a dense side.
 struct RowBytes {
   int k, v;
 };
@@ -43,9 +56,31 @@ struct WritePagesCall {
   Buffer slots;
   int tokens, num_kv_heads, page_size;
   RowBytes row;
+
+  // Of pages that are not dense. Where there are open pages, k_pages and v_pages are those, and
+  // slots are theirs.
+  PageFormats formats = {};
+  DType dtype = DType::float32;
+  int head_dim = 0, v_head_dim = 0;
+  ScaleBuffers k_scales = {}, v_scales = {};
 };
 
 void write_pages(Encoder& encoder, const WritePagesCall& call);
+
+// Pages of one layer, of formats that have open pages, are quantised as a whole.
+struct SealPagesCall {
+  Buffer k, v; // [n, num_kv_heads, page_size, D or DV], V rotated or not
+  bool rotated;
+  Buffer k_pages, v_pages;
+  ScaleBuffers k_scales, v_scales;
+  Buffer pairs; // int32 [num_pairs, 3]: source page, target page, tokens of it
+  int num_pairs, num_kv_heads, page_size;
+  PageFormats formats;
+  DType dtype;
+  int head_dim, v_head_dim;
+};
+
+void seal_pages(Encoder& encoder, const SealPagesCall& call);
 
 struct CopyPagesCall {
   std::vector<Buffer> pools;
@@ -63,6 +98,14 @@ struct GatherPagesCall {
   Buffer k_out, v_out;
   int batch, max_pages, length, num_kv_heads, page_size;
   RowBytes row;
+
+  // Of pages that are not dense.
+  PageFormats formats = {};
+  DType dtype = DType::float32;
+  int head_dim = 0, v_head_dim = 0;
+  ScaleBuffers k_scales = {}, v_scales = {};
+  Buffer open_k = nullptr, open_v = nullptr; // pages of ids from num_sealed on
+  int num_sealed = 0;
 };
 
 void gather_pages(Encoder& encoder, const GatherPagesCall& call);
@@ -88,13 +131,15 @@ struct Body {
 };
 
 // Most rows per KV head that an item of each kind has on this GPU, by what its bodies hold.
-KindRows kind_rows(int head_dim, int v_head_dim, DType dtype);
+KindRows kind_rows(int head_dim, int v_head_dim, DType dtype, PageFormats formats = {});
 
 // The body that attends items of a kind, of at most `rows` rows per KV head. Where a plan made
 // for another device puts more rows into a kind than its bodies hold, that of the next kind.
-Body choose_body(PlanKind kind, int rows, int head_dim, int v_head_dim, DType dtype);
+Body choose_body(PlanKind kind, int rows, int head_dim, int v_head_dim, DType dtype,
+                 PageFormats formats = {});
 
 // A body's text for threadgroups of so many simdgroups; its function constants are not set.
-Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, int v_head_dim);
+Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, int v_head_dim,
+                  PageFormats formats = {});
 
 } // namespace paged_mlx::metal

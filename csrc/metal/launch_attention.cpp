@@ -10,10 +10,6 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-const char* type_name(DType dtype) {
-  return dtype == DType::float32 ? "float" : dtype == DType::float16 ? "half" : "bfloat";
-}
-
 const PlanHeader& header(const AttendCall& call) {
   return *reinterpret_cast<const PlanHeader*>(call.words);
 }
@@ -70,7 +66,8 @@ void set_constants(Variant& variant, const AttendCall& call) {
 Variant fitting_variant(Encoder& encoder, const AttendCall& call, const Body& body,
                         int& simdgroups) {
   for (simdgroups = body.simdgroups;; simdgroups /= 2) {
-    Variant variant = body_text(body, simdgroups, call.dtype, call.head_dim, call.v_head_dim);
+    Variant variant =
+        body_text(body, simdgroups, call.dtype, call.head_dim, call.v_head_dim, call.formats);
     set_constants(variant, call);
     if (simdgroups == 1 || encoder.max_threads(variant) >= 32 * simdgroups) {
       return variant;
@@ -100,6 +97,14 @@ void bind(Encoder& encoder, const AttendCall& call, const Partials& partials) {
   encoder.set_input(PAGED_MLX_BUFFER_Q, call.q);
   encoder.set_pages(PAGED_MLX_BUFFER_K_PAGES, call.k_pages);
   encoder.set_pages(PAGED_MLX_BUFFER_V_PAGES, call.v_pages);
+  if (call.formats.k != PageFormat::dense) {
+    encoder.set_pages(PAGED_MLX_BUFFER_K_SCALES, call.k_scales.scales);
+    encoder.set_pages(PAGED_MLX_BUFFER_K_BIASES, call.k_scales.biases);
+  }
+  if (call.formats.v != PageFormat::dense) {
+    encoder.set_pages(PAGED_MLX_BUFFER_V_SCALES, call.v_scales.scales);
+    encoder.set_pages(PAGED_MLX_BUFFER_V_BIASES, call.v_scales.biases);
+  }
   encoder.set_output(PAGED_MLX_BUFFER_OUT, call.out);
   encoder.set_output(PAGED_MLX_BUFFER_LSE, call.lse);
   encoder.set_output(PAGED_MLX_BUFFER_PARTIAL_OUT, partials.out);
@@ -128,7 +133,8 @@ void attend_items(Encoder& encoder, const AttendCall& call, const Partials& part
   for (int i = begin; i < end; i++) {
     rows = std::max(rows, items(call)[i].row_count * gqa_factor(call));
   }
-  const Body body = choose_body(kind, rows, call.head_dim, call.v_head_dim, call.dtype);
+  const Body body =
+      choose_body(kind, rows, call.head_dim, call.v_head_dim, call.dtype, call.formats);
   int simdgroups = 0;
   const Variant variant = fitting_variant(encoder, call, body, simdgroups);
   const size_t row_tiles = (rows + body.rows - 1) / body.rows;
@@ -141,6 +147,14 @@ void attend_items(Encoder& encoder, const AttendCall& call, const Partials& part
                    {size_t(32 * simdgroups)});
 }
 
+// Items of open pages are attended like those of a dense pool.
+AttendCall on_open_pages(AttendCall call) {
+  call.k_pages = call.open_k;
+  call.v_pages = call.open_v;
+  call.formats = {};
+  return call;
+}
+
 void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& partials) {
   const PlanHeader& plan = header(call);
   Variant variant;
@@ -149,6 +163,9 @@ void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& pa
   variant.define("T", type_name(call.dtype))
       .define("DV", call.v_head_dim)
       .define("SIMDGROUPS", most);
+  if (call.formats.rotates()) {
+    variant.define("ROTATED", 1);
+  }
   set_constants(variant, call);
   const int simdgroups = std::clamp(encoder.max_threads(variant) / 32, 1, most);
   encoder.set_variant(variant);
@@ -166,7 +183,12 @@ void merge_partials(Encoder& encoder, const AttendCall& call, const Partials& pa
 
 } // namespace
 
-Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, int v_head_dim) {
+const char* type_name(DType dtype) {
+  return dtype == DType::float32 ? "float" : dtype == DType::float16 ? "half" : "bfloat";
+}
+
+Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, int v_head_dim,
+                  PageFormats formats) {
   Variant variant;
   variant.kernel = body.kernel;
   variant.define("T", type_name(dtype))
@@ -174,6 +196,9 @@ Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, i
       .define("DV", v_head_dim)
       .define("ROWS", body.rows)
       .define("SIMDGROUPS", simdgroups);
+  if (!formats.dense()) {
+    variant.define("K_FORMAT", int(formats.k)).define("V_FORMAT", int(formats.v));
+  }
   return variant;
 }
 
@@ -182,10 +207,12 @@ void attend(Encoder& encoder, const AttendCall& call) {
   const Partials partials = make_partials(encoder, call);
   encoder.add_work(share_of_node(call.words, call.items, call.head_dim + call.v_head_dim));
   encoder.begin_concurrent();
+  const AttendCall open = on_open_pages(call);
   int begin = 0;
   for (const PlanKind kind : {kVectorItem, kTileItem, kWideItem}) {
-    const int end = begin + plan.num_items[kind];
-    attend_items(encoder, call, partials, kind, begin, end);
+    const int end = begin + plan.num_items[kind], first_open = end - plan.num_open_items[kind];
+    attend_items(encoder, call, partials, kind, begin, first_open);
+    attend_items(encoder, open, partials, kind, first_open, end);
     begin = end;
   }
   encoder.end_concurrent();

@@ -110,8 +110,15 @@ def test_rows_move_by_the_widest_unit_that_divides_them(dim, unit):
 
 VARIANTS = {
     "attend_vector": dict(T="bfloat", D=72, DV=128, ROWS=2, SIMDGROUPS=4),
+    "attend_vector, q8": dict(T="half", D=96, DV=128, ROWS=1, SIMDGROUPS=4, K_FORMAT=1, V_FORMAT=2),
     "attend_tile": dict(T="half", D=128, DV=80, ROWS=16, SIMDGROUPS=4),
+    "attend_tile, q8": dict(T="half", D=128, DV=96, ROWS=8, SIMDGROUPS=4, K_FORMAT=1, V_FORMAT=1),
+    "attend_tile, q4": dict(T="bfloat", D=72, DV=64, ROWS=8, SIMDGROUPS=4, K_FORMAT=3, V_FORMAT=2),
     "merge": dict(T="half", DV=64, SIMDGROUPS=8),
+    "merge, q4": dict(T="half", DV=256, SIMDGROUPS=8, ROTATED=1),
+    "quantise_pages": dict(T="half", D=96, DV=256, K_FORMAT=1, V_FORMAT=2, ROTATES=1, FROM_PAGES=0),
+    "seal_keys": dict(T="bfloat", D=72),
+    "dequantise_pages": dict(T="float", D=72, DV=128, K_FORMAT=3, V_FORMAT=2, ROTATES=1),
     "merge_states": dict(T="bfloat"),
     "write_pages": dict(UNIT="uint4"),
     "copy_pages": dict(UNIT="uint2"),
@@ -121,15 +128,18 @@ VARIANTS = {
 
 
 def test_every_kernel_has_a_variant_here():
-    assert {path.stem for path in KERNELS.glob("*.metal")} == set(VARIANTS)
+    assert {path.stem for path in KERNELS.glob("*.metal")} == {
+        name.split(",")[0] for name in VARIANTS
+    }
 
 
 @pytest.mark.skipif(
     address_spaces.find_checker() is None, reason="needs a clang with C++ for OpenCL: clang-19"
 )
-@pytest.mark.parametrize("kernel", VARIANTS)
-def test_address_spaces_are_right(kernel):
-    macros = "".join(f"#define PAGED_MLX_{k} {v}\n" for k, v in VARIANTS[kernel].items())
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_address_spaces_are_right(variant):
+    kernel = variant.split(",")[0]
+    macros = "".join(f"#define PAGED_MLX_{k} {v}\n" for k, v in VARIANTS[variant].items())
     text = macros + (KERNELS / f"{kernel}.metal").read_text()
     everything = {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 16, 7: 1}
     assert address_spaces.check(text, [KERNELS], kernels=[kernel], constants=everything) == []

@@ -13,6 +13,12 @@ _FAULTS = {
     ],
     "page_walk.h": [
         (
+            "a step of one page's scales goes on into the next",
+            "(STEP == 1 || slot % page_slots() + count <= kPageSize) &&",
+            "",
+            "formats, tile, window",
+        ),
+        (
             "the page before is read in place of the next",
             "return page_row(pages[page], kv_head,",
             "return page_row(pages[max(page - 1, 0)], kv_head,",
@@ -26,14 +32,14 @@ _FAULTS = {
         ),
         (
             "keys of the slot after",
-            "slot - page * kPageSize, num_kv_heads, kPageSize);",
-            "min(slot - page * kPageSize + 1, kPageSize - 1), num_kv_heads, kPageSize);",
+            "slot - page * page_slots(), num_kv_heads, kPageSize);",
+            "min(slot - page * page_slots() + 1, kPageSize - 1), num_kv_heads, kPageSize);",
             "vector",
         ),
         (
             "one token too many is read",
-            "    return position >= key_begin && position < key_end;",
-            "    return position >= key_begin && position <= key_end;",
+            "position(slot) >= key_begin && position(slot) < key_end;",
+            "position(slot) >= key_begin && position(slot) <= key_end;",
             "tile",
         ),
         (
@@ -44,7 +50,7 @@ _FAULTS = {
         ),
         (
             "positions of a ragged page start at its slot in the item",
-            "return page_starts[page] + slot - page * kPageSize;",
+            "return page_starts[page] + slot - page * page_slots();",
             "return page_starts[page] + slot;",
             "tile, ragged",
         ),
@@ -68,8 +74,8 @@ _FAULTS = {
         ),
         (
             "steps begin where the first key lies",
-            "kRagged ? int2(0, page_count * kPageSize) : int2(low, high) - first_position;",
-            "kRagged ? int2(0, page_count * kPageSize) : int2(low, high);",
+            "int2(slot_of(low - first_position), slot_of(high - first_position - 1) + 1);",
+            "int2(slot_of(low), slot_of(high - 1) + 1);",
             "vector, window",
         ),
         (
@@ -86,8 +92,8 @@ _FAULTS = {
         ),
         (
             "the page behind the item's last is looked up",
-            "return min(slot / kPageSize, page_count - 1);",
-            "return slot / kPageSize;",
+            "return min(slot / page_slots(), page_count - 1);",
+            "return slot / page_slots();",
             "vector, ragged",
         ),
     ],
@@ -255,6 +261,18 @@ _FAULTS = {
     ],
     "merge.metal": [
         (
+            "the result is not rotated back",
+            "    rotate_quads<DV>(totals, lane);\n",
+            "",
+            "formats, tile, channels",
+        ),
+        (
+            "the result is rotated back twice",
+            "    rotate_quads<DV>(totals, lane);\n",
+            "    rotate_quads<DV>(totals, lane);\n    rotate_quads<DV>(totals, lane);\n",
+            "formats, vector, channels",
+        ),
+        (
             "the sum of parts forgets their maxima",
             "all.sum += part.y * weight_at(part.x - all.most);",
             "all.sum += part.y;",
@@ -345,8 +363,8 @@ _FAULTS = {
         ),
         (
             "the second half of a run repeats the first",
-            "elements(keys) = vec<T, 2>(first[g].v[i], second[g].v[i]);",
-            "elements(keys) = vec<T, 2>(first[g].v[i / 2], second[g].v[i / 2]);",
+            "elements(keys) = vec<T, 2>(first[g].get(part + i), second[g].get(part + i));",
+            "elements(keys) = vec<T, 2>(first[g].get((part + i) / 2), second[g].get((part + i) / 2));",
             "tile",
         ),
         (

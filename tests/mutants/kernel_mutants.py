@@ -7,8 +7,44 @@ _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 _FAULTS = {
     "attend_vector.metal": [
         (
+            "the scale of the neighbour group",
+            "return (BEGIN + 4 * kWidth * (part / 4)) / Rows::kGroup;",
+            "return (N - 1 - BEGIN - 4 * kWidth * (part / 4)) / Rows::kGroup;",
+            "formats, vector",
+        ),
+        (
+            "sums of q of a lane taken for the quad's",
+            "sums[RUN] = over_quad(sum);",
+            "sums[RUN] = sum;",
+            "formats, vector",
+        ),
+        (
+            "every key of a step has the scale of the first",
+            "return kPageSize % kStep == 0 ? first - key + own : walk.row(slot + own);",
+            "return first;",
+            "formats, vector",
+        ),
+        (
+            "the bias of a key counts in every lane",
+            "hidden || part % 4 != 0 ? 0.0f",
+            "hidden ? 0.0f",
+            "formats, vector",
+        ),
+        (
+            "a scale of NaN reaches the row that does not see its token",
+            "own[r] = hidden ? 0.0f : weights[r] * scale.x;",
+            "own[r] = weights[r] * scale.x;",
+            "formats, vector, hidden",
+        ),
+        (
+            "all pages have the first one's scales",
+            "walk.page_of(slot) == page) {",
+            "page >= 0) {",
+            "formats, vector, channels",
+        ),
+        (
             "a NaN in V reaches the row that does not see it",
-            "const bool hidden = EDGE && is_no_weight(weights[r]);",
+            "const bool hidden = EDGE && !Rows::kIsCoded && is_no_weight(weights[r]);",
             "const bool hidden = false;",
             "vector, not finite",
         ),
@@ -57,8 +93,8 @@ _FAULTS = {
         ),
         (
             "V offsets in 32 bits",
-            "const device T* row = v_pages + (v_rows.row(kKeys * t) + key) * DV;",
-            "const device T* row = v_pages + int((v_rows.row(kKeys * t) + key) * DV);",
+            "VRows::template at<DV>(v_pages, v_rows.row(kKeys * t) + key)",
+            "v_pages + int((v_rows.row(kKeys * t) + key) * DV)",
             "vector, far pages",
         ),
         (
@@ -70,21 +106,51 @@ _FAULTS = {
     ],
     "attend_tile.metal": [
         (
+            "all simdgroups' scales of V lie in one place",
+            "own_v_scales.stage(staged_v_scales + 8 * GROUPS * simdgroup, kStep, at.lane);",
+            "own_v_scales.stage(staged_v_scales, kStep, at.lane);",
+            "formats, tile",
+        ),
+        (
+            "sums of weight * bias are not rescaled",
+            "      out_biases[m][u] *= factor;\n",
+            "",
+            "formats, tile, far apart",
+        ),
+        (
+            "a lane's sum of weight * bias taken for the row's",
+            "const float bias = row_sum(out_biases[m][u]);",
+            "const float bias = out_biases[m][u];",
+            "formats, tile",
+        ),
+        (
+            "a scale of NaN reaches rows that do not see its token",
+            "no_first = EDGE && is_no_weight(two.x)",
+            "no_first = false",
+            "formats, tile, hidden",
+        ),
+        (
+            "K of a page is scaled as the page before",
+            "    tile.enter_page(slot);\n",
+            "    tile.enter_page(slots.x);\n",
+            "formats, tile, channels",
+        ),
+        (
             "values of dead slots are read",
-            "add_values<true>(v_pages + walk.row(value) * DV, walk.is_live(value), g);",
-            "add_values<true>(v_pages + walk.row(value) * DV, true, g);",
+            "VRows::template at<DV>(v_pages, walk.row(value)), walk.is_live(value), g);",
+            "VRows::template at<DV>(v_pages, walk.row(value)), true, g);",
             "tile, one key",
         ),
         (
             "K offsets in 32 bits",
-            "{k_pages + walk.row(first) * D,",
+            "{KRows::template at<D>(k_pages, walk.row(first)),",
             "{k_pages + int(walk.row(first) * D),",
             "tile, far pages",
         ),
         (
             "both keys of a lane are the first",
-            "pairs[g] = KeyPair<T>{key, key + D, true, true};",
-            "pairs[g] = KeyPair<T>{key, key, true, true};",
+            "{key, KRows::template at<D>(key, 1), true, true};",
+            "{key, key, true, true};",
             "tile, pages of 16",
         ),
         (
@@ -101,14 +167,14 @@ _FAULTS = {
         ),
         (
             "no barrier before the weights are read",
-            f"    put_weights<EDGE>(scores);\n    {_BARRIER}\n",
-            "    put_weights<EDGE>(scores);\n",
+            f"kStep, at.lane);\n    {_BARRIER}\n",
+            "kStep, at.lane);\n",
             "wide",
         ),
         (
             "no barrier before Q is read",
-            f"    {_BARRIER}\n  }}\n\n  // Slots",
-            "  }\n\n  // Slots",
+            f"    {_BARRIER}\n  }}\n\n  // To be called",
+            "  }\n\n  // To be called",
             "wide",
         ),
         ("values are not rescaled", "      elements(out[m][i]) *= factor;\n", "", "wide"),
@@ -181,18 +247,6 @@ _FAULTS = {
     ],
     "gather_pages.metal": [
         (
-            "one token too many",
-            "if (position >= context_len) {",
-            "if (position > context_len) {",
-            "gather",
-        ),
-        (
-            "a ragged page is read from its position on",
-            "slot.offset = position - starts[e];",
-            "slot.offset = position % arguments.page_size;",
-            "gather, ragged",
-        ),
-        (
             "every sequence has the first's table",
             "long(sequence) * arguments.max_pages;",
             "0;",
@@ -203,6 +257,144 @@ _FAULTS = {
             "k_out[to] = slot.page >= 0 ? k_pages[from] : Unit(0);",
             "if (slot.page >= 0) { k_out[to] = k_pages[from]; }",
             "gather",
+        ),
+    ],
+    "page_formats.h": [
+        (
+            "codes of a word in another order",
+            "const int left = MANTISSA - BITS - BITS * k;",
+            "const int left = MANTISSA - BITS - BITS * (16 / BITS - 1 - k);",
+            "formats, tile, channels",
+        ),
+        (
+            "the bias is dropped",
+            "float(bias) + Numbers::kShift * float(scale));",
+            "Numbers::kShift * float(scale));",
+            "formats, vector",
+        ),
+        (
+            "the bias of a key is dropped",
+            "float(bias) + (1 << (BITS - 1)) * float(scale));",
+            "(1 << (BITS - 1)) * float(scale));",
+            "formats, tile",
+        ),
+        (
+            "dot products do not begin at the middle of the codes",
+            "enum { kScale = 1 << BITS, kShift = -(1 << BITS) };\n\n  static constexpr float middle() { // of the codes\n    return 1.5f;",
+            "enum { kScale = 1 << BITS, kShift = -(1 << BITS) };\n\n  static constexpr float middle() { // of the codes\n    return 1.0f;",
+            "formats, tile",
+        ),
+        (
+            "scales of the key beside",
+            "from_lane(own[group / kStride], key +",
+            "from_lane(own[group / kStride], (key ^ 1) +",
+            "formats, tile",
+        ),
+    ],
+    "tile_queries.h": [
+        (
+            "no barrier before Q times scales is read",
+            f"    {_BARRIER}\n",
+            "",
+            "formats, tile, channels",
+        ),
+        (
+            "scales of the page before",
+            "const long channels = walk.page_head(page) * D;",
+            "const long channels = walk.page_head(max(page - 1, 0)) * D;",
+            "formats, tile, channels",
+        ),
+        (
+            "q . bias of one simdgroup's share",
+            "biases[m] += sums[s * kRows",
+            "biases[m] = sums[s * kRows",
+            "formats, tile, channels",
+        ),
+    ],
+    "rotation.h": [
+        (
+            "the difference of a butterfly turned round",
+            "? other - quads[i] : quads[i] + other;",
+            "? quads[i] - other : quads[i] + other;",
+            "formats, write",
+        ),
+        (
+            "the rotation is not its own inverse",
+            "    quads[i] *= inverse_root(kSize);\n",
+            "",
+            "formats, gather",
+        ),
+    ],
+    "row_quads.h": [
+        (
+            "the edge that is nearer to 0 is met",
+            "const bool from_low = fabs(edges.low) > fabs(edges.high);",
+            "const bool from_low = fabs(edges.low) < fabs(edges.high);",
+            "formats, write",
+        ),
+        (
+            "a group with a value that is not finite has a scale",
+            "T(edges.finite ? scale : NAN);",
+            "T(scale);",
+            "formats, write",
+        ),
+        (
+            "edges of half a group",
+            "for (int distance = 1; distance < kLanes; distance *= 2) {",
+            "for (int distance = 1; distance < kLanes / 2; distance *= 2) {",
+            "formats, write",
+        ),
+    ],
+    "quantise_pages.metal": [
+        ("slot -1 is written", "    if (slot < 0) {\n      return;\n    }\n", "", "formats, write"),
+        ("rotated values are not rounded", "    row.round();\n", "", "formats, write"),
+        (
+            "values that a page does not hold are written",
+            "    if (offset >= place[2]) {\n      return;\n    }\n",
+            "",
+            "formats, seal",
+        ),
+    ],
+    "seal_keys.metal": [
+        (
+            "tokens that a page does not hold count",
+            "for (int t = 0; t < tokens; t++) {",
+            "for (int t = 0; t < page_size; t++) {",
+            "formats, seal",
+        ),
+        (
+            "codes by the scale before it is rounded",
+            "scales[j] = float(scale);",
+            "scales[j] = (edges[j].high - edges[j].low) / 15;",
+            "formats, seal",
+        ),
+    ],
+    "dequantise_pages.metal": [
+        (
+            "the rotation is forgotten",
+            "    row.rotate();\n",
+            "",
+            "formats, gather",
+        ),
+        (
+            "an open page is read as sealed",
+            "slot.page >= arguments.num_sealed;",
+            "slot.page > arguments.num_sealed;",
+            "formats, gather",
+        ),
+    ],
+    "slot_lookup.h": [
+        (
+            "one token too many",
+            "if (position >= context_len) {",
+            "if (position > context_len) {",
+            "gather",
+        ),
+        (
+            "a ragged page is read from its position on",
+            "slot.offset = position - starts[e];",
+            "slot.offset = position % arguments.page_size;",
+            "gather, ragged",
         ),
     ],
     "copy_buffer.metal": [

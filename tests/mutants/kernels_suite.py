@@ -13,8 +13,10 @@ from functools import partial
 
 import mlx.core as mx
 import numpy as np
+from metal_kernels import attend, format_cases
 from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast, first_use
+from paged_mlx.reference import arrays
 from paged_mlx.testing import Case, Check, backends, run
 
 from .mutant import Mutant
@@ -254,6 +256,42 @@ def _far_write(change: Change | None) -> str | None:
     return _first(launches.findings) or (None if right else f"{written} at slot {slot}")
 
 
+_Q8 = dict(dtype="float16", k_format="q8", v_format="q8", head_dim=128)
+_Q4 = dict(dtype="float16", k_format="q4", v_format="q4", head_dim=128, page_size=64)
+_LONG = ((1, 200), (1, 330))
+FORMATS = {
+    "formats, vector": Case(num_q_heads=2, num_kv_heads=2, sequences=_LONG, **_Q8),
+    "formats, vector, channels": Case(num_q_heads=1, sequences=_LONG, **_Q4),
+    "formats, vector, hidden": Case(num_q_heads=2, sequences=((1, 90),), mask="boolean", seed=3, **_Q8),
+    "formats, tile": Case(num_q_heads=8, sequences=_LONG, **_Q8),
+    "formats, tile, channels": Case(num_q_heads=8, sequences=_LONG, **_Q4),
+    "formats, tile, window": Case(num_q_heads=8, sequences=((1, 330),), sliding_window=234, **_Q4),
+    "formats, tile, far apart": Case(num_q_heads=8, sequences=_LONG, spread=40.0, **_Q8),
+    "formats, tile, hidden": Case(num_q_heads=8, sequences=((3, 90),), mask="boolean_per_head", seed=3, **_Q8),
+}  # fmt: skip
+
+
+def attend_in_formats(case: Case, change: Change | None) -> str | None:
+    """Attention over quantised pages against the oracle, by the launch code alone."""
+    problem = case.build()
+    attended = attend(problem, workers=1, host={"change": change})
+    if attended.errors:
+        return attended.errors[0]
+    verdict = problem.judge(attended.out, attended.lse)
+    return None if verdict else verdict.reason
+
+
+def hide_in_formats(case: Case, change: Change | None) -> str | None:
+    """A token that is not finite, which a mask hides from some rows."""
+    rng = np.random.default_rng(1)
+    keys, values = arrays.draw_contexts(case, rng)
+    values[0][5, 0, 3] = np.inf
+    problem = arrays.assemble(case, arrays.draw_queries(case, rng), keys, values)
+    attended = attend(problem, workers=1, host={"change": change})
+    right = np.array_equal(np.isnan(attended.out), np.isnan(problem.exact[0]))
+    return _first(attended.errors) or (None if right else "other results are NaN")
+
+
 def _first(findings: list[str]) -> str | None:
     return findings[0] if findings else None
 
@@ -269,6 +307,22 @@ CASES: dict[str, Callable[[Change | None], str | None]] = {
     "vector, far pages": partial(_far_attention, q_heads=1),
     "tile, far pages": partial(_far_attention, q_heads=8),
     "write, far pages": _far_write,
+    **{
+        name: partial(hide_in_formats if "hidden" in name else attend_in_formats, case)
+        for name, case in FORMATS.items()
+    },
+    "formats, write": lambda change: _first(
+        format_cases.write(("q8", "q4"), "float16", change=change)
+        + format_cases.write(("q4", "q4"), "float16", change=change)
+    ),
+    "formats, seal": lambda change: _first(
+        format_cases.seal("q4", "float16", change=change)
+        + format_cases.seal("q4", "float16", rotated=True, change=change)
+    ),
+    "formats, gather": lambda change: _first(
+        format_cases.gather(("q8", "q4"), change=change)
+        + format_cases.gather(("q4", "q4"), True, change=change)
+    ),
 }
 
 

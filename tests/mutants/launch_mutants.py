@@ -5,6 +5,36 @@ from .mutant import Mutant
 _FAULTS = {
     "launch_attention.cpp": [
         (
+            "biases bound for scales",
+            "encoder.set_pages(PAGED_MLX_BUFFER_V_SCALES, call.v_scales.scales);",
+            "encoder.set_pages(PAGED_MLX_BUFFER_V_SCALES, call.v_scales.biases);",
+            "formats",
+        ),
+        (
+            "open pages are attended as sealed ones",
+            "  call.formats = {};\n  return call;",
+            "  return call;",
+            "formats",
+        ),
+        (
+            "items of open pages are attended in the sealed pages",
+            "attend_items(encoder, call, partials, kind, begin, first_open);",
+            "attend_items(encoder, call, partials, kind, begin, end);",
+            "formats",
+        ),
+        (
+            "what is rotated is merged as it is",
+            '    variant.define("ROTATED", 1);\n',
+            "",
+            "formats",
+        ),
+        (
+            "K's format for both sides",
+            '.define("V_FORMAT", int(formats.v));\n  }\n  return variant;',
+            '.define("V_FORMAT", int(formats.k));\n  }\n  return variant;',
+            "formats",
+        ),
+        (
             "K bound in place of V",
             "encoder.set_pages(PAGED_MLX_BUFFER_V_PAGES, call.v_pages);",
             "encoder.set_pages(PAGED_MLX_BUFFER_V_PAGES, call.k_pages);",
@@ -128,6 +158,24 @@ _FAULTS = {
     ],
     "launch_pages.cpp": [
         (
+            "what is rotated already is rotated as its page is sealed",
+            "call.formats.rotates() && !call.rotated);",
+            "call.formats.rotates());",
+            "formats",
+        ),
+        (
+            "open pages are written as codes",
+            "      if (stored.has_open_pages()) {",
+            "      if (false) {",
+            "formats",
+        ),
+        (
+            "the ids of open pages are not told from others",
+            "0, 0}, call.num_sealed});",
+            "0, 0}, 1 << 30});",
+            "formats",
+        ),
+        (
             "K's tokens bound for V",
             "call.v ? call.v : call.k);",
             "call.k);",
@@ -159,8 +207,8 @@ _FAULTS = {
         ),
         (
             "the grid has the sequences only",
-            "size_t(call.batch) * call.num_kv_heads},",
-            "size_t(call.batch)},",
+            "size_t(call.batch) * call.num_kv_heads},\n                   {wide, high});",
+            "size_t(call.batch)},\n                   {wide, high});",
             "gather",
         ),
         (

@@ -77,6 +77,17 @@ def _pipeline_names(mutant: Mutant) -> str | None:
     return None
 
 
+def _formats(mutant: Mutant) -> str | None:
+    """Quantised pages attended, written, sealed and gathered by the launch code alone."""
+    names = [name for name in kernels_suite.CASES if name.startswith("formats, ")]
+    with _launch_code(mutant):
+        for name in names:
+            reason = kernels_suite.CASES[name](None)
+            if reason:
+                return f"{name}: {reason}"
+    return None
+
+
 def cases(mutant: Mutant) -> dict[str, Callable[[], str | None]]:
     """The suite, by name."""
     return {
@@ -85,4 +96,5 @@ def cases(mutant: Mutant) -> dict[str, Callable[[], str | None]]:
         "odd rows": _odd_rows,
         "pipeline names": partial(_pipeline_names, mutant),
         "variants": partial(_variants, mutant),
+        "formats": partial(_formats, mutant),
     }

@@ -9,13 +9,18 @@ HEADER = (
     "| body | dtype | head_dim | rows | simdgroups | live words | instructions of the loop | threadgroup memory, B |\n"
     "|---|---|---|---|---|---|---|---|"
 )
+FORMATS_HEADER = (
+    "| body | K | V | head_dim | rows | simdgroups | live words | instructions of the loop | threadgroup memory, B |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
 
 
 def line(variant: registers.Variant) -> str:
-    """The variant's row of the table."""
+    """The variant's row of its table."""
     found = registers.footprint(variant)
+    kind = (variant.dtype,) if variant.formats == (None, None) else variant.formats
     cells = (
-        variant.kernel, variant.dtype, variant.head_dim, variant.rows, variant.simdgroups,
+        variant.kernel, *kind, variant.head_dim, variant.rows, variant.simdgroups,
         found.live_words, found.loop_instructions, found.threadgroup_bytes,
     )  # fmt: skip
     return (
@@ -33,5 +38,10 @@ def table() -> str:
     return "\n".join([HEADER, *map(line, listed())])
 
 
+def formats_table() -> str:
+    """A row for each variant over quantised pages that is listed."""
+    return "\n".join([FORMATS_HEADER, *map(line, registers.quantised())])
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), formats_table(), sep="\n\n")

@@ -12,6 +12,7 @@ import json
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from . import lowering
@@ -91,17 +92,20 @@ def _read(optimised: str) -> Footprint:
 _WORDS = {"half": 0.5, "bfloat": 0.5, "float": 1, "double": 2, "ptr": 2, "void": 0}
 _NAME = re.compile(r"%[\w.$-]+")
 # Loads and stores of a GPU take a place and a distance from it: a pointer at a constant
-# distance from another, and an index made 64 bits wide, take no register of their own.
+# distance from another, and an index made 64 bits wide, take no register of their own. Nor
+# do the same bits under another type.
 _NEAR = re.compile(
     r"getelementptr [^%]*(?:%\"[^\"]*\", )?ptr %[\w.$-]+(?:, i\d+ -?\d+)+$"
     r"|[sz]ext (?:nneg )?i32 %[\w.$-]+ to i64$"
+    r"|bitcast "
 )
 _CONVERSION = re.compile(
     r"(zext|sext|trunc|fpext|fptrunc|bitcast|sitofp|uitofp|fptosi|fptoui|ptrtoint|inttoptr|addrspacecast)\b"
 )
 _FLAG = r"(?:(?:nuw|nsw|exact|disjoint|fast|contract|nneg|samesign|nnan|ninf|nsz|arcp|afn|reassoc|inbounds|volatile|tail|noundef|range\([^)]*\)) )*"
 _TYPE = r"(<\d+ x \w+>|\w+)"
-# Parts of vectors are where they are: these cost no instruction.
+_HALF = re.compile(r"trunc (?:nuw |nsw )*i32 \S+ to i16$")
+_UPPER_HALF = re.compile(r"lshr (?:exact )?i32 \S+, 16$")
 _FREE = (
     "phi",
     "bitcast",
@@ -252,7 +256,22 @@ class _Body:
         return max((sum(self._cost(b) for b in loop) for loop in loops), default=0)
 
     def _cost(self, block: str) -> int:
-        return sum(not i.text.startswith(_FREE) for i in self.blocks[block])
+        return sum(not self._is_free(i) for i in self.blocks[block])
+
+    def _is_free(self, instruction: _Instruction) -> bool:
+        """Parts of vectors, and halves of words, are where they are: they cost no instruction."""
+        text = instruction.text
+        if text.startswith(_FREE) or _HALF.match(text):
+            return True
+        return bool(_UPPER_HALF.match(text)) and instruction.result in self._halved
+
+    @cached_property
+    def _halved(self) -> set[str]:
+        """Values that nothing takes but their lower half."""
+        uses = [(name, bool(_HALF.match(i.text))) for i in self._all() for name in i.operands]
+        phis = {value for i in self._all() for value, _ in i.incoming}
+        taken_whole = {name for name, is_half in uses if not is_half}
+        return {name for name, is_half in uses if is_half} - taken_whole - phis
 
     def _reachable(self, start: str) -> set[str]:
         found, todo = set(), list(self.next[start])
@@ -291,7 +310,7 @@ def _words_of(text: str) -> float:
         return _size(re.match(r"extractelement <\d+ x (\w+)>", text)[1])
     if operation == "shufflevector":
         parts = re.findall(r"<(\d+) x (\w+)>", text)
-        return int(parts[-1][0]) * _WORDS.get(parts[0][1], 1)
+        return int(parts[-1][0]) * _size(parts[0][1])
     if operation == "extractvalue":
         return 1
     if operation in ("call", "tail", "notail"):
@@ -311,7 +330,7 @@ def _words_of(text: str) -> float:
 def _size(type_name: str) -> float:
     vector = re.match(r"<(\d+) x (\w+)>", type_name)
     if vector:
-        return int(vector[1]) * _WORDS.get(vector[2], 1)
+        return int(vector[1]) * _size(vector[2])
     name = type_name.split()[0].rstrip(",")
     if re.fullmatch(r"i\d+", name):
         return int(name[1:]) / 32

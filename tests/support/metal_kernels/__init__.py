@@ -2,7 +2,16 @@
 
 from .attention import Attended, attend, dead_slots, metal_plan
 from .launcher import Launch, launch
-from .pages import copy_buffer, copy_pages, gather_pages, merge_states, write_pages
+from .pages import (
+    copy_buffer,
+    copy_pages,
+    gather_in_formats,
+    gather_pages,
+    merge_states,
+    seal_pages,
+    write_in_formats,
+    write_pages,
+)
 
 __all__ = [
     "Attended",
@@ -11,9 +20,12 @@ __all__ = [
     "copy_buffer",
     "copy_pages",
     "dead_slots",
+    "gather_in_formats",
     "gather_pages",
     "launch",
     "merge_states",
     "metal_plan",
+    "seal_pages",
+    "write_in_formats",
     "write_pages",
 ]

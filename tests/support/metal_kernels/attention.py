@@ -7,15 +7,19 @@ from ctypes import c_double, c_float, c_int, c_int64
 from dataclasses import dataclass
 
 import metal_host
+import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
-from paged_mlx.attention_plan import AttentionPlan
+from paged_mlx._native import _ext
+from paged_mlx.attention_plan import AttentionPlan, Geometry, PlanOptions
 from paged_mlx.reference import dtypes
 from paged_mlx.reference.problem import Problem
 
-from .launcher import DTYPES, MASK_KINDS, Launch, Memory, launch
+from .launcher import DTYPES, K_FORMATS, MASK_KINDS, V_FORMATS, Launch, Memory, launch
 
 K_PAGES, V_PAGES = 3, 4  # buffer indices of kernels/arguments.h
+K_SCALES, K_BIASES, V_SCALES, V_BIASES = range(12, 16)
+_OF_FORMATS = "k_scales k_biases v_scales v_biases open_k open_v".split()
 
 
 class _Request(ctypes.Structure):
@@ -23,7 +27,8 @@ class _Request(ctypes.Structure):
         *((n, Memory) for n in "q k_pages v_pages plan out lse alibi_slopes sinks mask".split()),
         ("mask_head_stride", c_int64),
         ("mask_token_stride", c_int64),
-        *((n, c_int) for n in "dtype mask_kind head_dim v_head_dim".split()),
+        *((n, Memory) for n in _OF_FORMATS),
+        *((n, c_int) for n in "dtype mask_kind head_dim v_head_dim k_format v_format".split()),
         ("scale", c_float),
         ("softcap", c_float),
         ("node_work", c_double),
@@ -81,6 +86,58 @@ def metal_plan(problem: Problem, **options) -> AttentionPlan:
     )
 
 
+def stored_arrays(problem: Problem) -> dict[str, np.ndarray]:
+    """The arrays of a problem's pages by name, as the launch code takes them."""
+    if problem.formats == (None, None):
+        pages = {"k_pages": problem.k_pages, "v_pages": problem.v_pages}
+        return {name: np.ascontiguousarray(array) for name, array in pages.items()}
+    names = []
+    for side, name in zip("kv", problem.formats):
+        parts = ("pages",) if name is None else ("pages", "scales", "biases")
+        names += [f"{side}_{part}" for part in parts]
+    names += ["open_k", "open_v"] if problem.formats[0] == "q4" else []
+    return {
+        name: np.ascontiguousarray(array) for name, array in zip(names, problem.stored, strict=True)
+    }
+
+
+def quantised_plan(problem: Problem, **options) -> AttentionPlan:
+    """The plan of a problem in formats, as for a GPU: open pages apart, results merged."""
+    num_q_heads, head_dim = problem.q.shape[1:]
+    num_kv_heads, page_size = problem.k_pages.shape[1:3]
+    v_head_dim, dtype = problem.v_pages.shape[3], getattr(mx, problem.dtype)
+    ints = {
+        name: None if values is None else np.array(values, np.int32)
+        for name, values in (
+            ("block_tables", problem.block_tables),
+            ("context_lens", problem.context_lens),
+            ("cu_seqlens_q", problem.cu_seqlens_q),
+            ("page_starts", problem.page_starts),
+            ("page_lens", problem.page_lens),
+        )
+    }
+    arguments = dict(share_prefixes=True, fixed_partition=0, workers=0) | options
+    native = _ext.NativePlan(
+        op="plan",
+        **ints,
+        **arguments,
+        num_pages=-1,
+        num_sealed_pages=len(problem.k_pages),
+        formats=problem.formats,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        page_size=page_size,
+        causal=problem.causal,
+        sliding_window=problem.sliding_window or 0,
+        dtype=dtype,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        kernels=True,
+    )
+    geometry = Geometry(num_q_heads, num_kv_heads, page_size, head_dim, v_head_dim, dtype)
+    return AttentionPlan(native, geometry, PlanOptions())
+
+
 def attend(
     problem: Problem,
     plan: AttentionPlan | None = None,
@@ -96,10 +153,10 @@ def attend(
     ``host`` are options of ``metal_host``, ``options`` those of ``fast.plan``, without ``plan``.
     """
     host = dict(host or {})
-    plan = metal_plan(problem, **options) if plan is None else plan
-    arrays = {
-        name: np.ascontiguousarray(getattr(problem, name)) for name in ("q", "k_pages", "v_pages")
-    }
+    if plan is None:
+        make = metal_plan if problem.formats == (None, None) else quantised_plan
+        plan = make(problem, **options)
+    arrays = stored_arrays(problem) | {"q": np.ascontiguousarray(problem.q)}
     tokens, num_q_heads, head_dim = problem.q.shape
     v_head_dim = problem.v_pages.shape[3]
     arrays["plan"] = np.array(plan.array)
@@ -119,6 +176,8 @@ def attend(
         mask_kind=MASK_KINDS[mask_kind],
         head_dim=head_dim,
         v_head_dim=v_head_dim,
+        k_format=K_FORMATS[problem.formats[0]],
+        v_format=V_FORMATS[problem.formats[1]],
         scale=head_dim**-0.5 if problem.scale is None else problem.scale,
         softcap=problem.softcap or 0.0,
         node_work=node_work,
@@ -126,20 +185,26 @@ def attend(
     if host.get("instrument", True):
         host["forbid"] = [
             (arrays[name], begin, end)
-            for name in ("k_pages", "v_pages")
-            for begin, end in dead_slots(plan, arrays[name])
+            for name in ("k_pages", "v_pages", "open_k", "open_v")
+            if name in arrays
+            for begin, end in dead_slots(plan, arrays[name], name.startswith("open"))
         ]
     launches = launch("run_attend", ctypes.byref(request), max_threads=max_threads, **host)
     return Attended(dtypes.decode(arrays["out"], problem.dtype), arrays["lse"], plan, launches)
 
 
-def dead_slots(plan: AttentionPlan, pages: np.ndarray) -> list[tuple[int, int]]:
-    """Byte ranges of the slots that no item of the plan holds."""
-    num_pages, num_kv_heads, page_size, _ = pages.shape
+def dead_slots(
+    plan: AttentionPlan, pages: np.ndarray, is_open: bool = False
+) -> list[tuple[int, int]]:
+    """Byte ranges of the slots that no item of the plan holds; of sealed or of open pages."""
+    num_pages, num_kv_heads, page_size = pages.shape[:3]
     live = np.zeros((num_pages, page_size), bool)
     spans = plan._ragged_spans() if plan._header["page_starts"] else plan._uniform_spans()
+    opens = (item["open"] for item in plan.items for _ in item["pages"])
     starts = _page_starts(plan)
-    for (page, begin, end), start in zip(spans, starts, strict=True):
+    for (page, begin, end), start, of_open in zip(spans, starts, opens, strict=True):
+        if of_open != is_open:
+            continue
         live[page, max(0, begin - start) : max(0, end - start)] = True
     rows = np.broadcast_to(live[:, None], (num_pages, num_kv_heads, page_size)).ravel()
     edges = np.flatnonzero(np.diff(np.concatenate(([True], rows, [True])).astype(np.int8)))

@@ -32,6 +32,9 @@ SOURCES = (
 #: The numbers of cpu::DType and cpu::MaskKind.
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 MASK_KINDS = {"none": 0, "boolean": 1, "additive": 2}
+#: The numbers of PageFormat, by what K and V call their formats.
+K_FORMATS = {None: 0, "q8": 1, "q4": 3}
+V_FORMATS = {None: 0, "q8": 1, "q4": 2}
 
 
 class Memory(ctypes.Structure):
@@ -85,11 +88,12 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("the launch code needs a C++ compiler: set CXX, or install g++ or clang++")
     headers = [*(ROOT / "csrc").glob("**/*.h"), *KERNELS.iterdir()]
-    texts = [path.read_text() for path in sorted((*SOURCES, *headers))]
+    embedder = ROOT / "cmake/embed_kernels.py"
+    texts = [path.read_text() for path in (*sorted((*SOURCES, *headers)), embedder)]
 
     def make(output: Path) -> str:
         with tempfile.TemporaryDirectory() as generated:
-            embed = [sys.executable, ROOT / "cmake/embed_kernels.py", KERNELS]
+            embed = [sys.executable, embedder, KERNELS]
             subprocess.run([*embed, Path(generated) / "kernel_sources.h"], check=True)
             includes = [f"-I{path}" for path in (ROOT / "csrc", KERNELS, generated)]
             flags = ["-std=c++20", "-O1", "-fPIC", "-shared", *includes]
@@ -115,13 +119,14 @@ class Launch:
 
 
 def launch(
-    function: str, *arguments, forbid=(), max_threads: int = 1024, **options
+    function: str, *arguments, forbid=(), max_threads: int = 1024, change=None, **options
 ) -> list[Launch]:
     """Call ``function`` of launcher.cpp; return its dispatches.
 
     Args:
         forbid: ``(array, begin, end)``: bytes that no dispatch may load.
         max_threads: What every pipeline says it can take.
+        change: ``dispatch -> dispatch``: another text in the place of a kernel's.
         options: Of ``metal_host.Program.run``.
     """
     done, failures = [], []
@@ -129,7 +134,7 @@ def launch(
     @_RUN
     def run(dispatch):
         try:
-            done.append(_run(dispatch.contents, forbid, options))
+            done.append(_run(dispatch.contents, forbid, change, options))
             return 0
         except Exception as error:  # crosses C++: carried around it
             failures.append(error)
@@ -147,7 +152,7 @@ def _program(text: str) -> metal_host.Program:
     return metal_host.Program(text)
 
 
-def _run(d: _Dispatch, forbid, options) -> Launch:
+def _run(d: _Dispatch, forbid, change, options) -> Launch:
     memory = {d.buffer_indices[i]: d.buffers[i] for i in range(d.num_buffers)}
     bound = {i: metal_host.HostMemory(m.address, m.nbytes) for i, m in memory.items()}
     for i in range(d.num_bytes):
@@ -164,7 +169,10 @@ def _run(d: _Dispatch, forbid, options) -> Launch:
         if address == array.ctypes.data
     ]
     kernel, grid = d.kernel.decode(), tuple(d.grid)
-    result = _program(d.text.decode()).run(
+    text = d.text.decode()
+    if change is not None:
+        text = change({"text": text})["text"]
+    result = _program(text).run(
         kernel,
         bound,
         groups=grid[:3],
@@ -190,8 +198,10 @@ def variants_are_told_apart() -> bool:
     return bool(library().variants_are_told_apart())
 
 
-def choose_body(rows: int, head_dim: int, v_head_dim: int, dtype: str) -> Body:
+def choose_body(
+    rows: int, head_dim: int, v_head_dim: int, dtype: str, formats=(None, None)
+) -> Body:
     """The launch code's choice for items of at most ``rows`` rows per KV head."""
-    body = Body()
-    library().choose_body_of(rows, head_dim, v_head_dim, DTYPES[dtype], ctypes.byref(body))
+    body, k, v = Body(), K_FORMATS[formats[0]], V_FORMATS[formats[1]]
+    library().choose_body_of(rows, head_dim, v_head_dim, DTYPES[dtype], k, v, ctypes.byref(body))
     return body
