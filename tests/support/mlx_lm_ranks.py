@@ -213,19 +213,28 @@ def refuse(family, how, **options):
         answers.append("ended")
     answers.append(zoo.batched(model, traffic(6), [5] * 6))
     paged.check()
-    return {"answers": answers, "lose": lose, "chat": chat, "keep": keep, "meet": meet}
+    return {"answers": answers}
 
 
-def draft(family, how, **options):
-    """Prompt look-up in a batch, in which every row rolls back for itself."""
-    import mlx_lm_prompts
-    from paged_mlx.mlx_lm import speculative_batch_generate
+def file(family, how, **options):
+    """What the server's prompt store gives back: a prompt that all ranks have filed, and one that
+    the last rank has not; then a batch for which the store gives up its pages."""
+    import mlx_lm_zoo as zoo
+    from mlx_lm.models.cache import LRUPromptCache
 
     model, paged = made(family, how, **options)
-    tokenizer = mlx_lm_prompts.tokenizer()
-    response = speculative_batch_generate(model, tokenizer, traffic(6), max_tokens=12)
-    paged.check()
-    return {"answers": response.token_ids, "reused": response.stats.accepted_tokens}
+    rank, size = paged.ranks.place
+    store, prompts = LRUPromptCache(10), traffic(2)
+    for i, tokens in enumerate(prompts):
+        cache = model.make_cache()
+        zoo.single(model, tokens, 1, cache=cache)
+        if i == 0 or rank < size - 1:
+            store.insert_cache("model", tokens, cache)
+    found = [store.fetch_nearest_cache("model", tokens + [5, 6]) for tokens in prompts]
+    filed = [(cache is not None, len(rest)) for cache, rest in found]
+    del cache, found
+    longest_first = sorted(traffic(6, seed=7), key=len, reverse=True)
+    return {"filed": filed, "answers": zoo.batched(model, longest_first, [4] * 6)}
 
 
 def lose(family, how, lost: int, **options):
@@ -333,7 +342,7 @@ def answers(family, how, **options):
     return [zoo.single(model, zoo.prompt(20, seed=1), 4), zoo.batched(model, traffic(6), [5] * 6)]
 
 
-_ALL = (serve, speculate, again, refuse, keep, meet, draft, lose, chat, answers)
+_ALL = (serve, speculate, again, refuse, keep, file, meet, lose, chat, answers)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
