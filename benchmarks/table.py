@@ -17,12 +17,14 @@ from paged_mlx.machine.cache import write_whole
 from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "formats.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def tables(record: dict) -> str:
     """Markdown: a table for each run of cases with the same first candidate, and the machine."""
+    if "table" in record:
+        return _plain_table(record)
     parts = []
     for _, cases in groupby(record["cases"], key=lambda case: case["candidates"][0]["name"]):
         parts += [_table(list(cases)), ""]
@@ -36,6 +38,17 @@ def tables(record: dict) -> str:
         f"`benchmarks/results/{record['question']}.json`."
     )
     return "\n".join(parts)
+
+
+def _plain_table(record: dict) -> str:
+    """A table that its benchmark has laid out itself, and what it is of."""
+    heads, *rows = record["table"]
+    lines = [heads, ["---"] * len(heads), *rows]
+    made = f"{record['model']}, {record['backend']}, {record['date']}"
+    record_of = f"record: `benchmarks/results/{record['question']}.json`."
+    return "\n".join(
+        [*("| " + " | ".join(cells) + " |" for cells in lines), "", f"{made}; {record_of}"]
+    )
 
 
 def _left_out(record: dict) -> Counter:

@@ -21,11 +21,14 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import BUILT, _ext
+from paged_mlx.formats.page_format import PageFormats, open_arrays, page_arrays
+from paged_mlx.formats.stored import stored
 from paged_mlx.machine.cache import cache_directory, machine_file, read_dict, write_dict
 from paged_mlx.options import AttentionOptions, OptionKinds
 from paged_mlx.reference import moves
 from paged_mlx.reference.case import Case, with_options
-from paged_mlx.reference.dtypes import decode
+from paged_mlx.reference.dtypes import decode, encode
+from paged_mlx.reference.problem import Problem
 from paged_mlx.reference.yardstick import Verdict
 
 #: Bound of a proof, in bounds of the conformance suite: it looks for wrong pages, not for ulps.
@@ -51,6 +54,7 @@ class Variant:
     window: bool = False
     ragged: bool = False
     options: OptionKinds = OptionKinds()
+    formats: PageFormats = PageFormats()
 
 
 class Guard:
@@ -160,12 +164,17 @@ def proof_case(variant: Variant) -> Case:
         sequences=((tokens, context_len + tokens), (tokens, page_size + tokens)),
         sliding_window=page_size + 3 if variant.window else None,
         ragged=variant.ragged,
+        k_format=variant.formats.k,
+        v_format=variant.formats.v,
         **with_options(*variant.options),
     )
 
 
 def _prove_attention(case: Case, variant: Variant, stream) -> bool:
     problem = case.build()
+    pages = _layer_of(problem)
+    num_sealed, told = len(problem.k_pages), variant.formats.told
+    num_open = pages[-1].shape[0] if variant.formats.have_open_pages else 0
     plan = _ext.NativePlan(
         op="first_use",
         block_tables=problem.block_tables,
@@ -173,7 +182,7 @@ def _prove_attention(case: Case, variant: Variant, stream) -> bool:
         cu_seqlens_q=problem.cu_seqlens_q,
         page_starts=problem.page_starts,
         page_lens=problem.page_lens,
-        num_pages=len(problem.k_pages),
+        num_pages=num_sealed + num_open,
         num_q_heads=case.num_q_heads,
         num_kv_heads=case.num_kv_heads,
         page_size=case.page_size,
@@ -186,14 +195,16 @@ def _prove_attention(case: Case, variant: Variant, stream) -> bool:
         fixed_partition=64 if variant.merged else 0,
         workers=0,
         kernels=True,
+        num_sealed_pages=num_sealed if num_open else -1,
+        **told,
     )
-    q, *pages = (_to_mlx(a, case.dtype) for a in (problem.q, problem.k_pages, problem.v_pages))
+    q = _to_mlx(problem.q, case.dtype)
     scoring: dict[str, Any] = {
         name: mx.array(value) if isinstance(value, np.ndarray) else value
         for name, value in problem.scoring.items()
     }
     options = AttentionOptions(**scoring)
-    out, lse, *_ = _ext.paged_attention(q, pages, plan.array(), *options, stream=stream)
+    out, lse, *_ = _ext.paged_attention(q, pages, plan.array(), *options, stream=stream, **told)
     return _finds_its_pages(problem.judge(decode(_from_mlx(out), case.dtype), np.array(lse)))
 
 
@@ -202,7 +213,90 @@ def _finds_its_pages(verdict: Verdict) -> bool:
     return verdict.ratio <= COARSE
 
 
+def _layer_of(problem: Problem) -> list[mx.array]:
+    """The arrays of a problem's pages."""
+    arrays = problem.stored or (problem.k_pages, problem.v_pages)
+    return [mx.array(a) if a.dtype == np.uint32 else _to_mlx(a, problem.dtype) for a in arrays]
+
+
+#: How far what is read may be from what was written, of normal values: a wrong one is farther.
+_LARGEST_ERROR = {None: 0.05, "q8": 0.1, "q4": 1.5}
+
+
+class _Moved:
+    """Normal tokens of a case, and pages of its formats to put them into."""
+
+    def __init__(self, case: Case, variant: Variant):
+        self.formats = variant.formats
+        rng = np.random.default_rng(case.seed)
+        shapes = [(6, 2, case.page_size, dim) for dim in (case.head_dim, case.value_dim)]
+        dense = [rng.standard_normal(shape, np.float32) for shape in shapes]
+        self.dense = [_to_mlx(encode(x, case.dtype), case.dtype) for x in dense]
+        sizes = 2, case.page_size, case.head_dim, case.value_dim, _DTYPES[case.dtype]
+        specs = [*page_arrays(self.formats, *sizes), *open_arrays(self.formats, *sizes)]
+        self.pages = [mx.zeros((6, *spec.shape), spec.dtype) for spec in specs]
+
+    def are_read(self, pages: list[mx.array], first_id: int = 0) -> bool:
+        """Whether MLX's own operations read the tokens in the pages from an id on."""
+        with mx.stream(mx.cpu):
+            sides = stored(pages, self.formats)
+            ids = np.arange(first_id, first_id + 6)
+            for side, name, dense in zip(sides, self.formats, self.dense):
+                name = name if first_id == 0 or name is None else "q8"  # open pages are dense
+                error = mx.abs(side.pages(ids).astype(mx.float32) - dense.astype(mx.float32)).max()
+                if not float(error) <= _LARGEST_ERROR[name]:
+                    return False
+        return True
+
+
+def _prove_quantised_write(case: Case, variant: Variant, stream) -> bool:
+    moved, size = _Moved(case, variant), case.page_size
+    tokens = [x.swapaxes(1, 2).flatten(0, 1) for x in moved.dense]
+    slots = mx.array(np.random.default_rng(1).permutation(6 * size).astype(np.int32))
+    shuffled = [x[slots] for x in tokens]
+    found = _ext.write_pages(shuffled, moved.pages, slots, stream=stream, **variant.formats.told)
+    return moved.are_read(found, 6 if variant.formats.have_open_pages else 0)
+
+
+def _prove_seal(case: Case, variant: Variant, stream) -> bool:
+    moved = _Moved(case, variant)
+    order = np.random.default_rng(2).permutation(6)
+    pairs = np.stack([np.arange(6), order, np.full(6, case.page_size)], axis=1).astype(np.int32)
+    sources = [x[mx.array(order)] for x in moved.dense]
+    (found,) = _ext.seal_pages(
+        sources, [moved.pages], mx.array(pairs), formats=variant.formats, rotated=False,
+        stream=stream,
+    )  # fmt: skip
+    return moved.are_read(found)
+
+
+def _prove_quantised_gather(case: Case, variant: Variant, stream) -> bool:
+    problem, _ = moves.gather(case)
+    ragged = _ragged(problem)
+    tables, lens = mx.array(problem.block_tables), mx.array(problem.context_lens)
+    longest, told = int(problem.context_lens.max()), variant.formats.told
+    gathered = _ext.gather_pages(
+        _layer_of(problem), tables, lens, longest, **ragged, stream=stream, **told
+    )
+    for found, contexts in zip(gathered, (problem.keys, problem.values)):
+        read = decode(_from_mlx(found), case.dtype)
+        for row, context in zip(read, contexts):
+            if not np.abs(row[:, : len(context)].swapaxes(0, 1) - context).max() <= 0.1:
+                return False
+    return True
+
+
+def _ragged(problem: Problem) -> dict[str, mx.array]:
+    return {
+        name: mx.array(getattr(problem, name))
+        for name in ("page_starts", "page_lens")
+        if getattr(problem, name) is not None
+    }
+
+
 def _prove_write(case: Case, variant: Variant, stream) -> bool:
+    if not variant.formats.are_dense:
+        return _prove_quantised_write(case, variant, stream)
     (k, v, k_pages, v_pages, slots), expected = moves.write(case)
     tokens, pages = (
         [_to_mlx(a, case.dtype) for a in arrays] for arrays in ((k, v), (k_pages, v_pages))
@@ -219,13 +313,10 @@ def _prove_copy(case: Case, variant: Variant, stream) -> bool:
 
 
 def _prove_gather(case: Case, variant: Variant, stream) -> bool:
+    if not variant.formats.are_dense:
+        return _prove_quantised_gather(case, variant, stream)
     problem, expected = moves.gather(case)
-    pages = [_to_mlx(a, case.dtype) for a in (problem.k_pages, problem.v_pages)]
-    ragged = {
-        name: mx.array(getattr(problem, name))
-        for name in ("page_starts", "page_lens")
-        if getattr(problem, name) is not None
-    }
+    pages, ragged = _layer_of(problem), _ragged(problem)
     tables = mx.array(problem.block_tables), mx.array(problem.context_lens)
     length = int(problem.context_lens.max())
     found = _ext.gather_pages(pages, *tables, length, **ragged, stream=stream)
@@ -246,6 +337,7 @@ _PROOFS = {
     "copy_pages": _prove_copy,
     "gather_pages": _prove_gather,
     "merge_states": _prove_merge,
+    "seal_pages": _prove_seal,
 }
 
 

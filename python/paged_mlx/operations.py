@@ -17,6 +17,8 @@ from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan
 from paged_mlx.first_use import Known, Variant
 from paged_mlx.formats.backend import module_for
+from paged_mlx.formats.page_format import PageFormats
+from paged_mlx.formats.raw_pages import head_dim_of
 from paged_mlx.options import AttentionOptions, OptionKinds, check_array, check_stream
 
 _ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last
@@ -81,9 +83,15 @@ def check_attention(q, pages, formats=(None, None)) -> dict[str, int]:
     return module_for(formats).attention_geometry(q, pages, formats)
 
 
-def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Variant]:
-    """What a plan's work may launch; a plan known only as an array may launch any body."""
-    head_dim, v_head_dim = q.shape[-1], v_pages.shape[3]
+def attention_variants(
+    q, k_pages, v_pages, work, kinds: OptionKinds, formats: PageFormats = PageFormats()
+) -> list[Variant]:
+    """What a plan's work may launch; a plan known only as an array may launch any body.
+
+    Args:
+        k_pages, v_pages: Pages, or their codes.
+    """
+    head_dim, v_head_dim = q.shape[-1], head_dim_of(v_pages, formats.v)
     gqa_factor = q.shape[1] // k_pages.shape[1]
     if work is None:
         tokens: Sequence[int] = _ANY_TOKENS
@@ -94,7 +102,7 @@ def attention_variants(q, k_pages, v_pages, work, kinds: OptionKinds) -> list[Va
     return [
         Variant(
             "paged_attention", _name(q.dtype), head_dim, v_head_dim, k_pages.shape[2],
-            rows=n, merged=merged, window=window, ragged=ragged, options=kinds,
+            rows=n, merged=merged, window=window, ragged=ragged, options=kinds, formats=formats,
         )
         for n, (merged, window, ragged) in product(sorted(rows), flags)
     ]  # fmt: skip
@@ -110,10 +118,15 @@ def _attention_geometry(q, pages, *_):
     return q.dtype, q.shape[-1], *(array.shape[1:] for array in pages)
 
 
-def _attention_variants(q, pages, words, *options, plan):
-    _ext.attention_geometry(q, pages)  # checks them
-    work = None if plan is None else plan.work
-    return attention_variants(q, *pages, work, AttentionOptions(*options).kinds)
+def _attention_variants(q, pages, words, *options, plan, formats=PageFormats()):
+    check_attention(q, pages, formats)
+    work, firsts = None if plan is None else plan.work, _firsts(pages, formats)
+    return attention_variants(q, *firsts, work, AttentionOptions(*options).kinds, formats)
+
+
+def _firsts(pages, formats: PageFormats) -> tuple[mx.array, mx.array]:
+    """Pages of K and V, or their codes."""
+    return pages[0], pages[1 if formats.k is None else 3]
 
 
 def _write_attend_geometry(q, k_pages, v_pages, *_):
@@ -149,9 +162,9 @@ def _no_kind(arguments, options, plan):
     return None
 
 
-def _write_variants(tokens, pages, slots, *, plan, **options):
-    _ext.write_pages(tokens, pages, slots, **options)
-    return [_mover("write_pages", *pages)]
+def _write_variants(tokens, pages, slots, *, plan, formats=PageFormats(), **options):
+    _ext.write_pages(tokens, pages, slots, **formats.told, **options)
+    return [_mover("write_pages", *_firsts(pages, formats), dtype=pages[-1].dtype, formats=formats)]
 
 
 def _copy_geometry(pools, pairs):
@@ -160,20 +173,29 @@ def _copy_geometry(pools, pairs):
 
 def _copy_variants(pools, pairs, *, plan, **options):
     _ext.copy_pages(pools, pairs, **options)
-    return [_mover("copy_pages", pool, pool) for pool in _first_layer(pools)]
+    return [_copier(pool) for pool in _first_layer(pools)]
 
 
 def _first_layer(pools):
-    return pools[:2]  # a pool's arrays repeat those of its first layer
+    return pools[:8]  # a pool's arrays repeat those of its first layer, which are as many at most
+
+
+def _copier(pool) -> Variant:
+    """The variant of a copy, which moves bytes: words of 32 bits are as good as floats."""
+    heads_and_more = pool.shape[1:] if pool.ndim == 4 else (*pool.shape[1:-1], 1, pool.shape[-1])
+    dtype = "float32" if pool.dtype == mx.uint32 else _name(pool.dtype)
+    return Variant("copy_pages", dtype, heads_and_more[2], heads_and_more[2], heads_and_more[1])
 
 
 def _gather_kind(arguments, options, plan):
     return options.get("page_starts") is None
 
 
-def _gather_variants(pages, *tables, plan, **options):
-    _ext.gather_pages(pages, *tables, **options)
-    return [_mover("gather_pages", *pages, options.get("page_starts") is not None)]
+def _gather_variants(pages, *tables, plan, formats=PageFormats(), **options):
+    _ext.gather_pages(pages, *tables, **formats.told, **options)
+    ragged = options.get("page_starts") is not None
+    firsts, dtype = _firsts(pages, formats), pages[-1].dtype
+    return [_mover("gather_pages", *firsts, ragged, dtype=dtype, formats=formats)]
 
 
 def _merge_geometry(outs, lses):
@@ -186,10 +208,13 @@ def _merge_variants(outs, lses, *, plan):
     return [Variant("merge_states", _name(outs[0].dtype), dim, dim)]
 
 
-def _mover(op, k_pages, v_pages, ragged=False) -> Variant:
+def _mover(
+    op, k_pages, v_pages, ragged=False, *, dtype=None, formats: PageFormats = PageFormats()
+) -> Variant:
     """The variant of an operation that moves pages."""
-    dims = (k_pages.shape[3], v_pages.shape[3], k_pages.shape[2])
-    return Variant(op, _name(k_pages.dtype), *dims, ragged=ragged)
+    dims = head_dim_of(k_pages, formats.k), head_dim_of(v_pages, formats.v)
+    name = _name(k_pages.dtype if dtype is None else dtype)
+    return Variant(op, name, *dims, k_pages.shape[2], ragged=ragged, formats=formats)
 
 
 def _pages_geometry(pages) -> tuple:
@@ -286,7 +311,16 @@ merge_states = proven("merge_states", _no_kind, _merge_geometry, _merge_variants
 )
 
 
-def seal_pages(sources, pages, pairs, *, rotated, formats, stream=None, known=None):
-    """The next versions of the arrays of each layer, with dense pages quantised into them."""
-    run = module_for(formats).seal_pages
-    return run(sources, pages, pairs, rotated=rotated, formats=formats, stream=stream)
+def _seal_geometry(sources, pages, pairs):
+    return _pages_geometry(pages[0])
+
+
+def _seal_variants(sources, pages, pairs, *, plan, formats, rotated):
+    _ext.seal_pages(sources, pages, pairs, formats=formats, rotated=rotated)
+    firsts, dtype = _firsts(pages[0], formats), pages[0][-1].dtype
+    return [_mover("seal_pages", *firsts, dtype=dtype, formats=formats)]
+
+
+seal_pages = proven("seal_pages", _no_kind, _seal_geometry, _seal_variants, _check_nothing)(
+    getattr(_ext, "seal_pages", _check_nothing)  # where there is none, it is never called
+)
