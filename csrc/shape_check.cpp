@@ -64,6 +64,18 @@ int ShapeCheck::at(std::string_view dim) const {
   return bound->size;
 }
 
+void ShapeCheck::set(const char* name, std::string_view dim, int size) {
+  const Bound* bound = find(dim);
+  if (!bound) {
+    bound_.at(count_++) = {dim, size, name};
+  } else if (bound->size != size) {
+    fail(op_,
+         std::string(name) + " must be of " + std::string(dim) + " = " +
+             std::to_string(bound->size) + " from " + bound->from,
+         std::to_string(size));
+  }
+}
+
 void ShapeCheck::refuse(const char* name, const mx::array& a,
                         std::initializer_list<std::string_view> dims) const {
   std::string list, why;

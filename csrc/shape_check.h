@@ -31,6 +31,9 @@ class ShapeCheck {
 
   int at(std::string_view dim) const;
 
+  // Gives a name the value that array `name` tells of it, which it must have if it has one.
+  void set(const char* name, std::string_view dim, int size);
+
  private:
   struct Bound {
     std::string_view dim;
@@ -43,7 +46,7 @@ class ShapeCheck {
                            std::initializer_list<std::string_view> dims) const;
 
   const char* op_;
-  std::array<Bound, 12> bound_;
+  std::array<Bound, 16> bound_;
   size_t count_ = 0;
 };
 

@@ -91,6 +91,16 @@ void bind_operations(nb::module_& m) {
       "formats"_a = FormatNames(), "stream"_a = nb::none(),
       "[*pages'] with new tokens, [k, v], in their slots.");
   m.def(
+      "seal_pages",
+      [](const Arrays& sources, const std::vector<Arrays>& pages, const mx::array& pairs,
+         const FormatNames& formats, bool rotated, mx::StreamOrDevice s) {
+        return seal_pages(sources, pages, pairs, page_formats("seal_pages", formats), rotated, s);
+      },
+      "sources"_a, "pages"_a, "pairs"_a, "formats"_a, nb::kw_only(), "rotated"_a = true,
+      "stream"_a = nb::none(),
+      "[[*pages'], ...] of all layers, where page pairs[i, 0] of each layer's two sources has been "
+      "quantised into page pairs[i, 1], pairs[i, 2] tokens of it. V of the sources is rotated.");
+  m.def(
       "copy_pages",
       [](const std::vector<mx::array>& pools, const mx::array& pairs, bool alias,
          mx::StreamOrDevice s) { return copy_pages(pools, pairs, write_mode(alias), s); },

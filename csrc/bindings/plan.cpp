@@ -96,7 +96,8 @@ void bind_plan(nb::module_& m) {
                 step_of(op, block_tables, context_lens, cu_seqlens_q, page_starts, page_lens),
                 geometry,
                 target_of({kernels, workers, cores, cpu_dtype(dtype), head_dim, v_head_dim,
-                           num_kv_heads > 0 ? num_q_heads / num_kv_heads : 1}),
+                           num_kv_heads > 0 ? num_q_heads / num_kv_heads : 1,
+                           page_formats(op.c_str(), formats)}),
                 {share_prefixes, fixed_partition,
                  kernels && page_formats(op.c_str(), formats).rotates()});
           },

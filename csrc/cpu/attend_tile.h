@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/tile_block.h"
+#include "cpu/tile_integers.h"
 
 namespace paged_mlx::cpu {
 namespace {
@@ -131,29 +132,32 @@ void locate_ahead(const Walk& walk, const Span& span, int index, int first,
   }
 }
 
-// All row groups of one KV head against one block.
-template <typename X>
+// The row groups of `chosen`, a bit each, of one KV head, whose first row in a page is
+// `head_row`, against one block.
+template <typename X, bool kAhead>
 void attend_rows(const TilePass& pass, const GroupRange* groups, const Block& whole,
-                 const State& state, int kv_head, const Ahead& ahead) {
+                 const State& state, int kv_head, int64_t head_row, const Ahead& ahead,
+                 uint32_t chosen = ~0u) {
   Block block = whole;
-  const int64_t head_row = int64_t(kv_head) * pass.job.page_size;
-  bool first = true;
+  bool first = kAhead;
   for (int r = 0; r < pass.num_rows; r += kRowGroup) {
     const GroupRange range = groups[r / kRowGroup];
     block.low = max_int(range.begin - block.position, whole.low);
     block.high = min_int(range.end - block.position, whole.high);
-    if (block.low >= block.high) {
+    if (block.low >= block.high || !(chosen >> r / kRowGroup & 1)) {
       continue;
     }
     block.seen_alike = range.all_begin <= block.position + block.low &&
         range.all_end >= block.position + block.high;
     block.seen_by_all = block.seen_alike && block.high - block.low == kBlockKeys;
-    if (first) {
-      attend_group<X, true>(pass, block, state, r, kv_head, head_row, ahead);
-    } else {
-      attend_group<X, false>(pass, block, state, r, kv_head, head_row, ahead);
+    if constexpr (kAhead) {
+      if (first) {
+        attend_group<X, true>(pass, block, state, r, kv_head, head_row, ahead);
+        first = false;
+        continue;
+      }
     }
-    first = false;
+    attend_group<X, false>(pass, block, state, r, kv_head, head_row, ahead);
   }
 }
 
@@ -180,14 +184,142 @@ void attend_span(const TilePass& pass, const Walk& walk, int index, const GroupR
       } else {
         memcpy(block.next, block.far, sizeof(block.far));
       }
-      attend_rows<X>(pass, groups, block, states[h], h, ahead);
+      attend_rows<X, true>(pass, groups, block, states[h], h, int64_t(h) * job.page_size, ahead);
     }
   }
 }
 
+// The rows of an item over pages of codes. A block of keys at a time becomes floats.
+class CodedPass {
+ public:
+  // `job` is a copy of the pass's, whose pages become the block.
+  CodedPass(const TilePass& pass, Job& job, const GroupRange& all, const GroupRange* groups,
+            const State* states, Scratch& scratch)
+      : job_(job),
+        pass_{job, pass.item, pass.rows, pass.num_rows, pass.q_stride, pass.acc_stride},
+        walk_(job, pass.item),
+        all_(all),
+        groups_(groups),
+        states_(states),
+        k_(job.k),
+        v_(job.v),
+        keys_(scratch.take<float>(size_t(kBlockKeys) * job.head_dim)),
+        values_(scratch.take<float>(size_t(kBlockKeys) * job.v_head_dim)) {
+    job.k_pages = keys_;
+    job.v_pages = values_;
+  }
+
+  void attend(Scratch& scratch) {
+#ifdef PAGED_MLX_TILE_INTEGERS
+    if (walk_.one_page() && takes_integers(job_)) {
+      IntegerState integers(pass_, states_, scratch);
+      for (int i = 0; i < walk_.count(); i++) {
+        attend_span(i, &integers);
+      }
+      return;
+    }
+#endif
+    for (int i = 0; i < walk_.count(); i++) {
+      attend_span(i, nullptr);
+    }
+  }
+
+ private:
+#ifndef PAGED_MLX_TILE_INTEGERS
+  using IntegerState = void;
+#endif
+
+  void attend_span(int index, IntegerState* integers) {
+    const Span span = walk_.span(index);
+    const int begin = max_int(all_.begin - span.position, 0);
+    const int end = min_int(all_.end - span.position, span.keys);
+    for (int h = 0; h < job_.num_kv_heads; h++) {
+      for (int first = begin / kBlockKeys * kBlockKeys, step = 0; first < end; first += step) {
+        uint32_t rest = ~0u; // row groups
+        step = kBlockKeys;
+#ifdef PAGED_MLX_TILE_INTEGERS
+        const int whole = min_int(kChunkKeys, (end - first) / kBlockKeys * kBlockKeys);
+        if (integers && first >= begin && whole > 0) {
+          step = whole;
+          rest = attend_integers(*integers, index, span, h, first, whole);
+        }
+#endif
+        for (int block = first; rest && block < min_int(first + step, end); block += kBlockKeys) {
+          attend_floats(span, h, block, begin, end, rest);
+        }
+      }
+    }
+  }
+
+  void attend_floats(const Span& span, int h, int first, int begin, int end, uint32_t chosen) {
+    Block block{};
+    block.position = span.position + first;
+    block.low = max_int(begin - first, 0);
+    block.high = min_int(end - first, kBlockKeys);
+    locate(walk_, span, first, block);
+    for (int j = block.low; j < block.high; j++) {
+      const int64_t row = block.rows[j] + int64_t(h) * job_.page_size;
+      k_.read(row, keys_ + j * job_.head_dim);
+      v_.read(row, values_ + j * job_.v_head_dim);
+    }
+    for (int j = 0; j < kBlockKeys; j++) {
+      block.rows[j] = clamp_int(j, block.low, block.high - 1);
+    }
+    attend_rows<Float32, false>(pass_, groups_, block, states_[h], h, 0, {}, chosen);
+  }
+
+#ifdef PAGED_MLX_TILE_INTEGERS
+  // Attends the row groups that see the whole chunk; returns the others.
+  uint32_t attend_integers(IntegerState& integers, int index, const Span& span, int h, int first,
+                           int keys) {
+    const int64_t row = walk_.row(span, first) + int64_t(h) * job_.page_size;
+    if (!k_scales_.load_keys(*job_.k, row, keys) || !v_scales_.load_keys(*job_.v, row, keys)) {
+      return ~0u;
+    }
+    int64_t next = row + keys;
+    if (first + keys >= span.keys) {
+      const bool last = h + 1 == job_.num_kv_heads;
+      next = walk_.row_ahead(index + last, 0) + (last ? 0 : int64_t(h + 1) * job_.page_size);
+    }
+    auto codes = [](const PageSide& side, int64_t at) {
+      return static_cast<const uint8_t*>(side.pages) + at * side.dim * code_bits(side.format) / 8;
+    };
+    auto ahead = [&](const PageSide& side) {
+      prefetch_scales(side, next, keys);
+      return reinterpret_cast<const char*>(codes(side, next));
+    };
+    const Chunk chunk{span.position + first, keys,           codes(*job_.k, row),
+                      codes(*job_.v, row),   ahead(*job_.k), ahead(*job_.v)};
+    const IntegerRows& q = integers.rows(pass_, states_[h], k_, h, row);
+    uint32_t rest = 0;
+    for (int r = 0; r < pass_.num_rows; r += kRowGroup) {
+      const GroupRange& range = groups_[r / kRowGroup];
+      const bool sees_all = range.all_begin <= chunk.position &&
+          range.all_end >= chunk.position + keys && range.begin < range.end;
+      const int rows = min_int(kRowGroup, pass_.num_rows - r);
+      if (!sees_all ||
+          !attend_chunk_rows(rows, pass_, chunk, k_scales_, v_scales_, q, states_[h], r, h)) {
+        rest |= 1u << r / kRowGroup;
+      }
+    }
+    return rest;
+  }
+
+  ChunkScales k_scales_, v_scales_;
+#endif
+
+  const Job& job_;
+  TilePass pass_;
+  Walk walk_;
+  GroupRange all_;
+  const GroupRange* groups_;
+  const State* states_;
+  RowReader k_, v_;
+  float *keys_, *values_;
+};
+
 template <typename X>
 void start_states(const TilePass& pass, Scratch& scratch, State* states) {
-  using T = typename X::T;
   using Query = typename DotProduct<X>::Query;
   const Job& job = pass.job;
   for (int h = 0; h < job.num_kv_heads; h++) {
@@ -202,8 +334,7 @@ void start_states(const TilePass& pass, Scratch& scratch, State* states) {
     for (int r = 0; r < pass.num_rows; r++) {
       const Row& row = pass.rows[r];
       const int64_t at = int64_t(row.token) * job.num_q_heads + row.head + h * job.gqa_factor;
-      DotProduct<X>::pack_row(static_cast<const T*>(job.q) + at * job.head_dim, job.head_dim,
-                              q + int64_t(r) * pass.q_stride);
+      pack_query<X>(job, at, q + int64_t(r) * pass.q_stride);
       state.most[r] = kNegInf;
     }
   }
@@ -215,8 +346,8 @@ void finish_states(const TilePass& pass, const State* states) {
     for (int r = 0; r < pass.num_rows; r++) {
       Row row = pass.rows[r];
       row.head += h * pass.job.gqa_factor;
-      finish_row<X>(pass.job, row, states[h].acc + int64_t(r) * pass.acc_stride, states[h].most[r],
-                    sum(load(states[h].sums + r * kLanes)));
+      finish_attended<X>(pass.job, row, states[h].acc + int64_t(r) * pass.acc_stride,
+                         states[h].most[r], sum(load(states[h].sums + r * kLanes)));
     }
   }
 }
@@ -231,7 +362,9 @@ int tile_rows(const Job& job) {
 size_t tile_scratch_bytes(const Job& job) {
   const size_t row = sizeof(float) * (padded(job.head_dim) + padded(job.v_head_dim) + kLanes + 1);
   return job.num_kv_heads * (tile_rows(job) * row + sizeof(State) + 5 * 64) +
-      kMaxTileRows * (sizeof(Row) + sizeof(GroupRange)) + 4 * 64;
+      kMaxTileRows * (sizeof(Row) + sizeof(GroupRange)) + 6 * 64 +
+      kBlockKeys * (job.head_dim + job.v_head_dim) * sizeof(float) +
+      integer_scratch_bytes(job, tile_rows(job));
 }
 
 template <typename X>
@@ -245,6 +378,13 @@ void attend_pass(const TilePass& pass, Scratch scratch) {
   }
   start_states<X>(pass, scratch, states);
   const Walk walk(pass.job, pass.item);
+  if constexpr (kAttendsCodes<X>) {
+    if (pass.job.k) {
+      Job job = pass.job;
+      CodedPass(pass, job, all, groups, states, scratch).attend(scratch);
+      return finish_states<X>(pass, states);
+    }
+  }
   for (int i = 0; i < walk.count(); i++) {
     attend_span<X>(pass, walk, i, all, groups, states);
   }

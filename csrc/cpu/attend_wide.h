@@ -49,7 +49,6 @@ void transpose_out(const float* from, int count, float* const* rows) {
 template <typename X, typename Pass>
 void pack_queries(const Pass& pass, float* wide_rows) {
   const Job& job = pass.job;
-  const auto* const q = static_cast<const typename X::T*>(job.q);
   float* rows[4];
   for (int i = 0; i < 4; i++) {
     rows[i] = wide_rows + i * pass.words;
@@ -59,7 +58,7 @@ void pack_queries(const Pass& pass, float* wide_rows) {
       if (r + i < pass.num_rows) {
         const Row& row = pass.rows[r + i];
         const int64_t at = int64_t(row.token) * job.num_q_heads + row.head;
-        pack_row<X>(q + at * job.head_dim, job.head_dim, rows[i]);
+        pack_query<X>(job, at, reinterpret_cast<typename DotProduct<X>::Query*>(rows[i]));
       } else {
         memset(rows[i], 0, pass.words * sizeof(float));
       }
@@ -97,7 +96,7 @@ void finish_pass(const Pass& pass) {
     transpose_out<Pass::kPanel>(pass.acc + panel * pass.v_dim * Pass::kPanel + r % Pass::kPanel,
                                 pass.v_dim, rows);
     for (int i = 0; i < 4 && r + i < pass.num_rows; i++) {
-      finish_row<X>(pass.job, pass.rows[r + i], rows[i], pass.most[r + i], pass.sums[r + i]);
+      finish_attended<X>(pass.job, pass.rows[r + i], rows[i], pass.most[r + i], pass.sums[r + i]);
     }
   }
 }

@@ -51,13 +51,19 @@ int num_items(const PlanHeader& plan) {
   return plan.num_items[kVectorItem] + plan.num_items[kTileItem] + plan.num_items[kWideItem];
 }
 
-Job make_job(const AttentionArgs& args) {
+// The work over sealed pages, or over open ones.
+Job make_job(const AttentionArgs& args, bool open) {
   const int32_t* const words = args.plan;
   const auto* const plan = reinterpret_cast<const PlanHeader*>(words);
   Job job{};
+  job.dtype = args.dtype;
   job.q = args.q;
-  job.k_pages = args.k_pages;
-  job.v_pages = args.v_pages;
+  job.k_pages = open ? args.open_k.pages : args.k.pages;
+  job.v_pages = open ? args.open_v.pages : args.v.pages;
+  const bool dense = args.k.format == PageFormat::dense && args.v.format == PageFormat::dense;
+  job.k = open || dense ? nullptr : &args.k;
+  job.v = open || dense ? nullptr : &args.v;
+  job.rotated = args.v.rotated;
   job.out = args.out;
   job.lse = args.lse;
   job.plan = plan;
@@ -74,8 +80,8 @@ Job make_job(const AttentionArgs& args) {
   job.num_kv_heads = plan->num_kv_heads;
   job.gqa_factor = plan->num_q_heads / plan->num_kv_heads;
   job.page_size = plan->page_size;
-  job.head_dim = args.head_dim;
-  job.v_head_dim = args.v_head_dim;
+  job.head_dim = args.k.dim;
+  job.v_head_dim = args.v.dim;
   job.sliding_window = plan->sliding_window;
   job.options = args.options;
   job.alibi_slopes = args.options.alibi ? args.alibi_slopes : nullptr;
@@ -83,18 +89,24 @@ Job make_job(const AttentionArgs& args) {
   job.mask = args.options.mask == MaskKind::none ? nullptr : &args.mask;
   job.plain = job.options.is_plain() && job.options.scale > 0;
   job.score_unit = job.plain ? job.options.scale : 1.0f;
-  job.partial_stride = (args.v_head_dim + kDimAlign - 1) / kDimAlign * kDimAlign;
+  job.partial_stride = (args.v.dim + kDimAlign - 1) / kDimAlign * kDimAlign;
   return job;
 }
 
+// Bytes of one token of one head, roughly: without its scales.
+double row_bytes(const PageSide& side) {
+  const int bits = code_bits(side.format);
+  return side.dim * (bits ? bits / 8.0 : side.dtype == DType::float32 ? 4 : 2);
+}
+
 // Time that the items take on one thread, roughly.
-double estimate_microseconds(const Job& job, int itemsize) {
+double estimate_microseconds(const Job& job, double key_bytes) {
   double bytes = 0, flops = 0;
   const double dims = job.head_dim + job.v_head_dim;
   for (int i = 0; i < num_items(*job.plan); i++) {
     const PlanItem& item = job.items[i];
     const double keys = double(item.key_end - item.key_begin);
-    bytes += keys * job.num_kv_heads * dims * itemsize;
+    bytes += keys * job.num_kv_heads * key_bytes;
     flops += keys * item.row_count * job.num_q_heads * dims * 2;
   }
   return std::max(bytes / kBytesPerMicrosecond, flops / kFlopsPerMicrosecond);
@@ -103,7 +115,8 @@ double estimate_microseconds(const Job& job, int itemsize) {
 // One call in flight: what a unit of work needs. A unit never throws, so that every
 // thread comes back: what it found no memory for is told to the caller afterwards.
 struct Call {
-  Job job;
+  Job job;  // over sealed pages
+  Job open; // over open ones
   const Kernels* kernels;
   int dtype;
   size_t scratch_bytes = 0;
@@ -127,19 +140,34 @@ struct Call {
     if (!memory) {
       return;
     }
-    if (unit < wide_units) {
-      const int item = other_items + unit / job.num_kv_heads;
-      kernels->attend_wide[dtype](job, item, unit % job.num_kv_heads, memory);
+    const bool wide = unit < wide_units;
+    const int item = wide ? other_items + unit / job.num_kv_heads : unit - wide_units;
+    const Job& of_item = is_open(item) ? open : job;
+    const int body = of_item.k ? int(DType::float32) : dtype;
+    if (wide) {
+      kernels->attend_wide[body](of_item, item, unit % job.num_kv_heads, memory);
     } else {
-      kernels->attend_tile[dtype](job, unit - wide_units, memory);
+      kernels->attend_tile[body](of_item, item, memory);
     }
+  }
+
+  // Items over open pages are the last of their kind.
+  bool is_open(int item) const {
+    int end = 0;
+    for (int kind = 0; kind < kNumPlanKinds; kind++) {
+      end += job.plan->num_items[kind];
+      if (item < end) {
+        return item >= end - job.plan->num_open_items[kind];
+      }
+    }
+    return false;
   }
 
   void merge(int unit) {
     const int begin = unit * kMergesPerUnit;
     const int end = std::min(begin + kMergesPerUnit, job.plan->num_merges);
     if (char* const memory = scratch()) {
-      kernels->merge[dtype](job, begin, end, memory);
+      kernels->merge[dtype](job, begin, end, memory); // partial results lie as those of dtype
     }
   }
 
@@ -168,17 +196,18 @@ void place_partials(Job& job, Workspace& workspace) {
 
 void attend(const AttentionArgs& args) {
   thread_local Workspace partials;
-  Call call{make_job(args), &kernels(), int(args.dtype)};
+  Call call{make_job(args, false), make_job(args, true), &kernels(), int(args.dtype)};
   const PlanHeader& plan = *call.job.plan;
   call.scratch_bytes = call.kernels->scratch_bytes(call.job);
   call.wide_units = plan.num_items[kWideItem] * plan.num_kv_heads;
   call.other_items = plan.num_items[kVectorItem] + plan.num_items[kTileItem];
   place_partials(call.job, partials);
+  place_partials(call.open, partials);
 
-  const double time = estimate_microseconds(call.job, args.dtype == DType::float32 ? 4 : 2);
+  const double time = estimate_microseconds(call.job, row_bytes(args.k) + row_bytes(args.v));
   const int threads =
       std::clamp(int(std::min(time / kMicrosecondsPerThread, 1e6)), 1, num_threads());
-  call.job.prefetch_next_item = threads == 1;
+  call.job.prefetch_next_item = call.open.prefetch_next_item = threads == 1;
   call.run(call.wide_units + call.other_items, threads,
            [](void* context, int i) { static_cast<Call*>(context)->attend(i); });
   const int merge_units = (plan.num_merges + kMergesPerUnit - 1) / kMergesPerUnit;

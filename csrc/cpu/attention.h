@@ -7,10 +7,9 @@
 #include <cstdint>
 
 #include "attention_options.h"
+#include "cpu/page_side.h"
 
 namespace paged_mlx::cpu {
-
-enum class DType { float32, float16, bfloat16 };
 
 // A mask over (query head, query token, key position), of the kind that the options name.
 // A stride of 0 broadcasts.
@@ -21,16 +20,15 @@ struct Mask {
 };
 
 struct AttentionArgs {
-  DType dtype;         // of q, k_pages, v_pages and out
-  const void* q;       // [tokens, num_q_heads, head_dim]
-  const void* k_pages; // [num_pages, num_kv_heads, page_size, head_dim]
-  const void* v_pages; // [num_pages, num_kv_heads, page_size, v_head_dim]
+  DType dtype;     // of q, of dense pages and of out
+  const void* q;   // [tokens, num_q_heads, head_dim]
+  PageSide k, v;   // [num_pages, num_kv_heads, page_size, head_dim or v_head_dim]
+  PageSide open_k; // the same of open pages, if the formats have them: dense
+  PageSide open_v;
   const int32_t* plan; // kernels/plan_format.h; holds heads, page size, window
   void* out;           // [tokens, num_q_heads, v_head_dim]
   float* lse;          // [tokens, num_q_heads], natural log, or null
 
-  int head_dim;
-  int v_head_dim;
   AttentionOptions options;
   const float* alibi_slopes; // [num_q_heads], if the options have them
   const float* sinks;        // [num_q_heads], if the options have them

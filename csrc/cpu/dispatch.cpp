@@ -31,7 +31,7 @@ bool runs_v4() {
       __builtin_cpu_supports("avx512vl");
 }
 bool runs_v4_bf16() {
-  return runs_v4() && __builtin_cpu_supports("avx512bf16");
+  return runs_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
 constexpr Isa kIsas[] = {

@@ -17,9 +17,12 @@ namespace paged_mlx::cpu {
 constexpr int kDimAlign = 32;
 
 struct Job {
+  DType dtype; // of q and of out
   const void* q;
-  const void* k_pages;
+  const void* k_pages; // dense
   const void* v_pages;
+  const PageSide* k; // where K or V is codes: both of them; else null
+  const PageSide* v;
   void* out;
   float* lse;
 
@@ -50,6 +53,8 @@ struct Job {
   float score_unit;          // kernels keep scores, and their maxima, in units of this:
                              // scale when plain, so that they need not multiply; else 1
 
+  bool rotated; // V is: what was attended is rotated back when it is finished
+
   bool prefetch_next_item; // the caller will run item i + 1 after item i
 
   // One partial state per (partial slot, query head).
@@ -67,12 +72,18 @@ constexpr int kNumDTypes = 3;    // indexed by DType
 struct Kernels {
   int lanes; // floats of a vector
   size_t (*scratch_bytes)(const Job& job);
-  // All KV heads of one vector or tile item.
+  // All KV heads of one vector or tile item. Pages of codes are attended in float32.
   void (*attend_tile[kNumDTypes])(const Job& job, int item, char* scratch);
   // One KV head of one wide item.
   void (*attend_wide[kNumDTypes])(const Job& job, int item, int kv_head, char* scratch);
   // Merges [begin, end).
   void (*merge[kNumDTypes])(const Job& job, int begin, int end, char* scratch);
+
+  // One token of one head, `from` or `to` in the dtype of the side.
+  void (*write_row)(const PageSide& side, int64_t row, const void* from);
+  void (*read_row)(const PageSide& side, int64_t row, void* to);
+  // A page of one head, whose first row is `row`, of a format with a scale for each channel.
+  void (*seal_channels)(const PageSide& side, int64_t row, const void* from, int tokens);
 };
 
 } // namespace paged_mlx::cpu

@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "cpu/job.h"
+#include "cpu/page_codes.h"
 #include "cpu/simd.h"
 
 namespace paged_mlx::cpu {
@@ -103,9 +104,30 @@ PAGED_MLX_INLINE Vec to_score(const Job& job, Vec dot, Vec slope, Vec distance) 
   return s;
 }
 
+// A row of q as DotProduct takes it.
+template <typename X>
+void pack_query(const Job& job, int64_t row, typename DotProduct<X>::Query* to) {
+  const auto* const q = static_cast<const typename X::T*>(job.q) + row * job.head_dim;
+  if constexpr (kAttendsCodes<X>) {
+    if (job.k) { // q is of any dtype
+      widen(job.dtype, at_element(job.dtype, job.q, row * job.head_dim), job.head_dim, to);
+      return pad(to, job.head_dim);
+    }
+  }
+  DotProduct<X>::pack_row(q, job.head_dim, to);
+}
+
 // out = acc / sum, and the log of the sum; the sink enters here, once.
 template <typename X>
 void write_result(const Job& job, int token, int head, const float* acc, float most, float sum) {
+  alignas(64) float turned[padded(kMaxHeadDim)];
+  if (job.rotated) {
+    alignas(64) float ordered[padded(kMaxHeadDim)];
+    to_memory_order<X>(acc, job.v_head_dim, ordered);
+    rotate(ordered, job.v_head_dim, rotation_size(job.v_head_dim));
+    to_lane_order<X>(ordered, job.v_head_dim, turned);
+    acc = turned;
+  }
   const int64_t row = int64_t(token) * job.num_q_heads + head;
   typename X::T* const out = static_cast<typename X::T*>(job.out) + row * job.v_head_dim;
   const bool nothing = most == kNegInf && sum == 0.0f;
@@ -143,6 +165,27 @@ void finish_row(const Job& job, const Row& row, const float* acc, float most, fl
   memcpy(job.partial_acc + at * job.partial_stride, acc, padded(job.v_head_dim) * sizeof(float));
   job.partial_max[at] = most;
   job.partial_sum[at] = sum;
+}
+
+// The same for what was attended in float32, of a call of any dtype.
+template <typename X>
+void finish_row_as(const Job& job, const Row& row, const float* acc, float most, float sum) {
+  alignas(64) float lanes[padded(kMaxHeadDim)];
+  to_lane_order<X>(acc, job.v_head_dim, lanes);
+  finish_row<X>(job, row, lanes, most, sum);
+}
+
+template <typename X>
+void finish_attended(const Job& job, const Row& row, const float* acc, float most, float sum) {
+  if constexpr (kAttendsCodes<X>) {
+    if (job.k && job.dtype == DType::float16) {
+      return finish_row_as<Float16>(job, row, acc, most, sum);
+    }
+    if (job.k && job.dtype == DType::bfloat16) {
+      return finish_row_as<BFloat16>(job, row, acc, most, sum);
+    }
+  }
+  finish_row<X>(job, row, acc, most, sum);
 }
 
 } // namespace

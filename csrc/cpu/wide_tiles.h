@@ -82,7 +82,9 @@ class TileLoader {
         ahead_(job, item, kv_head),
         all_(all),
         words_(words),
-        v_stride_(tile_v_stride(v_dim)) {
+        v_stride_(tile_v_stride(v_dim)),
+        k_codes_(job.k),
+        v_codes_(job.v) {
     for (int key = all.begin; key < min_int(all.begin + kKeysAhead, all.end); key++) {
       prefetch_key(key);
     }
@@ -124,11 +126,22 @@ class TileLoader {
     }
     const int64_t row = next_.row(key);
     const int at = key - position_;
+    if constexpr (kAttendsCodes<X>) {
+      if (job_.k) {
+        k_codes_.read(row, tile_.k + size_t(at) * words_);
+        v_codes_.read(row, tile_.v + size_t(at) * v_stride_);
+        pad(tile_.k + size_t(at) * words_, job_.head_dim);
+        return pad(tile_.v + size_t(at) * v_stride_, job_.v_head_dim);
+      }
+    }
     pack_row<X>(k_row(row), job_.head_dim, tile_.k + size_t(at) * words_);
     widen_row<X>(v_row(row), job_.v_head_dim, tile_.v + size_t(at) * v_stride_);
   }
 
   void prefetch_key(int key) {
+    if (job_.k) {
+      return;
+    }
     const int64_t row = ahead_.row(key);
     prefetch_row(k_row(row), job_.head_dim);
     prefetch_row(v_row(row), job_.v_head_dim);
@@ -151,6 +164,7 @@ class TileLoader {
   int position_ = 0;
   KeyRange keys_ = {0, 0};
   int at_ = 0;
+  RowReader k_codes_, v_codes_; // where pages are codes
 };
 
 } // namespace

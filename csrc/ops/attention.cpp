@@ -7,6 +7,7 @@
 
 #include "metal/launch.h"
 #include "ops/dtypes.h"
+#include "ops/page_arrays.h"
 #include "ops/page_rows.h"
 #include "ops/parts.h"
 #include "ops/primitive.h"
@@ -54,39 +55,38 @@ int64_t head_stride(const mx::array& mask) {
   return mask.shape(0) == 1 ? 0 : int64_t(mask.shape(1)) * mask.shape(2);
 }
 
-PlanGeometry geometry_of(const ShapeCheck& shape, const std::optional<mx::array>& mask) {
-  return {shape.at("tokens"),       shape.at("num_q_heads"),
-          shape.at("num_kv_heads"), shape.at("page_size"),
-          shape.at("num_pages"),    mask && mask->ndim() > 0 ? mask->shape(-1) : -1};
+PlanGeometry geometry_of(const ShapeCheck& shape, PageFormats formats,
+                         const std::optional<mx::array>& mask) {
+  return {shape.at("tokens"),
+          shape.at("num_q_heads"),
+          shape.at("num_kv_heads"),
+          shape.at("page_size"),
+          shape.at("num_pages"),
+          mask && mask->ndim() > 0 ? mask->shape(-1) : -1,
+          formats.has_open_pages() ? shape.at("num_open") : 0};
 }
 
 // One node; attention whose work is long is a chain of them.
 class PagedAttention : public PagesPrimitive {
  public:
-  PagedAttention(mx::Stream stream, AttentionOptions options, PageFormats formats, int v_head_dim,
-                 Part part)
-      : PagesPrimitive(stream),
-        options_(options),
-        formats_(formats),
-        v_head_dim_(v_head_dim),
-        part_(part) {}
+  PagedAttention(mx::Stream stream, AttentionOptions options, LayerArrays layer, Part part)
+      : PagesPrimitive(stream), options_(options), layer_(layer), part_(part) {}
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     const auto& q = inputs[kQ];
-    std::vector<mx::Shape> shapes = {{q.shape(0), q.shape(1), v_head_dim_},
+    std::vector<mx::Shape> shapes = {{q.shape(0), q.shape(1), layer_.v_head_dim},
                                      {q.shape(0), q.shape(1)}};
     for (int i = kPages; i < plan_at(); i++) {
       shapes.push_back(inputs[i].shape());
     }
-    for (auto& partial : partial_shapes(part_, q.shape(1), v_head_dim_)) {
+    for (auto& partial : partial_shapes(part_, q.shape(1), layer_.v_head_dim)) {
       shapes.push_back(std::move(partial));
     }
     return shapes;
   }
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& node = static_cast<const PagedAttention&>(other);
-    return options_ == node.options_ && formats_ == node.formats_ &&
-        v_head_dim_ == node.v_head_dim_ && part_ == node.part_;
+    return options_ == node.options_ && layer_ == node.layer_ && part_ == node.part_;
   }
   const char* name() const override {
     return "PagedAttention";
@@ -109,18 +109,17 @@ class PagedAttention : public PagesPrimitive {
     return at;
   }
   int plan_at() const {
-    return kPages + num_arrays(formats_);
+    return kPages + layer_.count();
   }
   int partial_at() const { // among the outputs
-    return kNext + num_arrays(formats_);
+    return kNext + layer_.count();
   }
   PlanGeometry geometry(const Arrays& inputs) const;
   auto launch(const Arrays& inputs);
   cpu::AttentionArgs cpu_args(const Arrays& inputs, Arrays& outputs) const;
 
   AttentionOptions options_;
-  PageFormats formats_;
-  int v_head_dim_;
+  LayerArrays layer_; // of the inputs
   Part part_;
 };
 
@@ -128,7 +127,13 @@ PlanGeometry PagedAttention::geometry(const Arrays& inputs) const {
   const auto &q = inputs[kQ], &k = inputs[kPages];
   const int mask = optional_inputs().mask;
   const int mask_keys = mask < 0 ? -1 : inputs[mask].shape(2);
-  return {q.shape(0), q.shape(1), k.shape(1), k.shape(2), k.shape(0), mask_keys};
+  return {q.shape(0),
+          q.shape(1),
+          k.shape(1),
+          k.shape(2),
+          k.shape(0),
+          mask_keys,
+          layer_.num_open(inputs)};
 }
 
 auto PagedAttention::launch(const Arrays& inputs) {
@@ -136,7 +141,7 @@ auto PagedAttention::launch(const Arrays& inputs) {
   call.dtype = cpu_dtype(inputs[kQ].dtype());
   call.words = inputs[plan_at()].data<int32_t>();
   call.head_dim = inputs[kQ].shape(2);
-  call.v_head_dim = v_head_dim_;
+  call.v_head_dim = layer_.v_head_dim;
   call.options = options_;
   call.items = part_.items;
   const OptionalInputs at = optional_inputs();
@@ -144,7 +149,7 @@ auto PagedAttention::launch(const Arrays& inputs) {
     call.mask_head_stride = head_stride(inputs[at.mask]);
     call.mask_token_stride = inputs[at.mask].shape(2);
   }
-  return [call, at, part = part_, plan = plan_at(), partial = partial_at(),
+  return [call, at, part = part_, layer = layer_, plan = plan_at(), partial = partial_at(),
           place = place_of_kernels(device()), geometry = geometry(inputs),
           words = inputs[plan_at()].size()](metal::Encoder& encoder, auto in, auto out) mutable {
     check_plan(kOp, call.words, words, geometry);
@@ -152,8 +157,8 @@ auto PagedAttention::launch(const Arrays& inputs) {
       count_items(call.words, place);
     }
     call.q = in(kQ);
-    call.k_pages = in(kPages);
-    call.v_pages = in(kPages + 1);
+    layer.bind(call, in);
+    layer.bind_open(call, in);
     call.plan = in(plan);
     call.out = out(kOut);
     call.lse = out(kLse);
@@ -172,13 +177,13 @@ cpu::AttentionArgs PagedAttention::cpu_args(const Arrays& inputs, Arrays& output
   cpu::AttentionArgs args{};
   args.dtype = cpu_dtype(inputs[kQ].dtype());
   args.q = inputs[kQ].data<char>();
-  args.k_pages = inputs[kPages].data<char>();
-  args.v_pages = inputs[kPages + 1].data<char>();
+  args.k = layer_.k_side(inputs);
+  args.v = layer_.v_side(inputs);
+  args.open_k = layer_.open_k_side(inputs);
+  args.open_v = layer_.open_v_side(inputs);
   args.plan = inputs[plan_at()].data<int32_t>();
   args.out = outputs[kOut].data<char>();
   args.lse = outputs[kLse].data<float>();
-  args.head_dim = inputs[kQ].shape(2);
-  args.v_head_dim = v_head_dim_;
   args.options = options_;
   args.alibi_slopes = optional(at.alibi);
   args.sinks = optional(at.sinks);
@@ -190,7 +195,7 @@ cpu::AttentionArgs PagedAttention::cpu_args(const Arrays& inputs, Arrays& output
 }
 
 void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
-  take_memory(part_, inputs, outputs, {kNext, size_t(num_arrays(formats_))},
+  take_memory(part_, inputs, outputs, {kNext, size_t(layer_.count())},
               [](mx::array& output) { output.set_data(mx::allocator::malloc(output.nbytes())); });
   if (runs_kernels(stream())) {
     return run_kernels(inputs, outputs, launch(inputs));
@@ -212,7 +217,7 @@ void PagedAttention::eval(const Arrays& inputs, Arrays& outputs) {
 
 PlanGeometry attention_geometry(const mx::array& q, const std::vector<mx::array>& pages,
                                 PageFormats formats) {
-  return geometry_of(check_arrays(q, pages, formats), std::nullopt);
+  return geometry_of(check_arrays(q, pages, formats), formats, std::nullopt);
 }
 
 std::vector<mx::array> paged_attention(const mx::array& q, const std::vector<mx::array>& pages,
@@ -224,7 +229,7 @@ std::vector<mx::array> paged_attention(const mx::array& q, const std::vector<mx:
                                        mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   ShapeCheck shape = check_arrays(q, pages, formats);
-  check_plan(kOp, plan, geometry_of(shape, mask));
+  check_plan(kOp, plan, geometry_of(shape, formats, mask));
   AttentionOptions options;
   options.scale = scale.value_or(1.0f / std::sqrt(float(shape.at("head_dim"))));
   check_number(kOp, "scale", options.scale, false);
@@ -252,9 +257,9 @@ std::vector<mx::array> paged_attention(const mx::array& q, const std::vector<mx:
   }
   const auto parts = parts_of(plan, shape.at("head_dim") + shape.at("v_head_dim"), s);
   const PagesAt at{kNext, pages.size()};
+  const LayerArrays layer{formats, shape.at("head_dim"), shape.at("v_head_dim"), kPages};
   auto outputs = chain(parts, inputs, at, [&](const Part& part, auto part_inputs) {
-    const auto node =
-        std::make_shared<PagedAttention>(s, options, formats, shape.at("v_head_dim"), part);
+    const auto node = std::make_shared<PagedAttention>(s, options, layer, part);
     std::vector<mx::Dtype> dtypes = {q.dtype(), mx::float32};
     for (const mx::array& array : pages) {
       dtypes.push_back(array.dtype());

@@ -196,12 +196,12 @@ void GatherHandle::eval(const Arrays& inputs, Arrays& outputs) {
                           pages.shape(2)};
   std::vector<SlotWriter> writers; // the gather is seen as `batch` pages of `length` slots
   if (tokens_) {
-    writers.emplace_back(inputs[kTokens], whole[0]);
+    writers.emplace_back(inputs[kTokens], dense_side(whole[0]));
   }
   run_on_cpu(inputs, outputs,
-             [gather, writers, from = pages.data<char>(), to = whole[0].data<char>(),
-              row = row_bytes(pages), slots = words + t.slots()]() {
-               gather.run(from, to, row);
+             [gather, writers, from = dense_side(pages), to = whole[0].data<char>(),
+              slots = words + t.slots()]() {
+               gather.run(from, {}, to);
                write_slots(kOp, "slots", writers, slots);
              });
 }

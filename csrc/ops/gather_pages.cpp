@@ -2,6 +2,7 @@
 #include "mlx/ops.h"
 
 #include "metal/launch.h"
+#include "ops/dtypes.h"
 #include "ops/page_arrays.h"
 #include "ops/page_rows.h"
 #include "ops/pages.h"
@@ -12,21 +13,27 @@ namespace paged_mlx {
 
 namespace {
 
-auto gather_launch(const Arrays& inputs, int length) {
+auto gather_launch(const Arrays& inputs, const LayerArrays& layer, cpu::DType dtype, int length) {
+  const int tables = layer.count();
   metal::GatherPagesCall call{};
-  call.batch = inputs[2].shape(0);
-  call.max_pages = inputs[2].shape(1);
+  call.batch = inputs[tables].shape(0);
+  call.max_pages = inputs[tables].shape(1);
   call.length = length;
   call.num_kv_heads = inputs[0].shape(1);
   call.page_size = inputs[0].shape(2);
-  call.row = {row_bytes(inputs[0]), row_bytes(inputs[1])};
-  return [call, ragged = inputs.size() > 4](metal::Encoder& encoder, auto in, auto out) mutable {
-    call.k_pages = in(0);
-    call.v_pages = in(1);
-    call.tables = in(2);
-    call.context_lens = in(3);
-    call.page_starts = ragged ? in(4) : nullptr;
-    call.page_lens = ragged ? in(5) : nullptr;
+  call.row = {row_bytes(inputs[0]), row_bytes(inputs[layer.v()])};
+  call.dtype = dtype;
+  call.head_dim = layer.head_dim;
+  call.v_head_dim = layer.v_head_dim;
+  call.num_sealed = inputs[0].shape(0);
+  return [call, layer, tables, ragged = int(inputs.size()) > tables + 2](
+             metal::Encoder& encoder, auto in, auto out) mutable {
+    layer.bind(call, in);
+    layer.bind_open(call, in);
+    call.tables = in(tables);
+    call.context_lens = in(tables + 1);
+    call.page_starts = ragged ? in(tables + 2) : nullptr;
+    call.page_lens = ragged ? in(tables + 3) : nullptr;
     call.k_out = out(0);
     call.v_out = out(1);
     metal::gather_pages(encoder, call);
@@ -35,18 +42,21 @@ auto gather_launch(const Arrays& inputs, int length) {
 
 class GatherPages : public PagesPrimitive {
  public:
-  GatherPages(mx::Stream stream, int length) : PagesPrimitive(stream), length_(length) {}
+  GatherPages(mx::Stream stream, LayerArrays layer, int length)
+      : PagesPrimitive(stream), layer_(layer), length_(length) {}
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    const auto &k = inputs[0], &v = inputs[1];
-    const int batch = inputs[2].shape(0);
-    return {{batch, k.shape(1), length_, k.shape(3)},
-            {batch, v.shape(1), length_, v.shape(3)},
-            k.shape(),
-            v.shape()};
+    const int batch = inputs[layer_.count()].shape(0), heads = inputs[0].shape(1);
+    std::vector<mx::Shape> shapes = {{batch, heads, length_, layer_.head_dim},
+                                     {batch, heads, length_, layer_.v_head_dim}};
+    for (int i = 0; i < layer_.count(); i++) {
+      shapes.push_back(inputs[i].shape());
+    }
+    return shapes;
   }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return length_ == static_cast<const GatherPages&>(other).length_;
+    const auto& node = static_cast<const GatherPages&>(other);
+    return layer_ == node.layer_ && length_ == node.length_;
   }
   const char* name() const override {
     return "GatherPages";
@@ -54,33 +64,39 @@ class GatherPages : public PagesPrimitive {
 
  protected:
   void eval(const Arrays& inputs, Arrays& outputs) override {
+    for (int i = 0; i < layer_.count(); i++) {
+      outputs[2 + i].copy_shared_buffer(inputs[i]);
+    }
     for (int side : {0, 1}) {
       outputs[side].set_data(mx::allocator::malloc(outputs[side].nbytes()));
-      outputs[2 + side].copy_shared_buffer(inputs[side]);
     }
     if (runs_kernels(stream())) {
-      return run_kernels(inputs, outputs, gather_launch(inputs, length_));
+      return run_kernels(inputs, outputs,
+                         gather_launch(inputs, layer_, cpu_dtype(outputs[0].dtype()), length_));
     }
-    const bool ragged = inputs.size() > 4;
-    const PageGather gather{inputs[2].data<int32_t>(),
-                            inputs[3].data<int32_t>(),
-                            ragged ? inputs[4].data<int32_t>() : nullptr,
-                            ragged ? inputs[5].data<int32_t>() : nullptr,
-                            inputs[2].shape(0),
-                            inputs[2].shape(1),
+    const mx::array* const tables = inputs.data() + layer_.count();
+    const bool ragged = inputs.size() > size_t(layer_.count()) + 2;
+    const PageGather gather{tables[0].data<int32_t>(),
+                            tables[1].data<int32_t>(),
+                            ragged ? tables[2].data<int32_t>() : nullptr,
+                            ragged ? tables[3].data<int32_t>() : nullptr,
+                            tables[0].shape(0),
+                            tables[0].shape(1),
                             length_,
                             inputs[0].shape(1),
-                            inputs[0].shape(2)};
+                            inputs[0].shape(2),
+                            layer_.formats.has_open_pages() ? inputs[0].shape(0) : INT32_MAX};
     run_on_cpu(inputs, outputs,
-               [gather, k = inputs[0].data<char>(), v = inputs[1].data<char>(),
-                k_out = outputs[0].data<char>(), v_out = outputs[1].data<char>(),
-                k_row = row_bytes(inputs[0]), v_row = row_bytes(inputs[1])]() {
-                 gather.run(k, k_out, k_row);
-                 gather.run(v, v_out, v_row);
+               [gather, k = layer_.k_side(inputs), v = layer_.v_side(inputs),
+                open_k = layer_.open_k_side(inputs), open_v = layer_.open_v_side(inputs),
+                k_out = outputs[0].data<char>(), v_out = outputs[1].data<char>()]() {
+                 gather.run(k, open_k, k_out);
+                 gather.run(v, open_v, v_out);
                });
   }
 
  private:
+  LayerArrays layer_; // of the inputs
   int length_;
 };
 
@@ -94,24 +110,29 @@ std::vector<mx::array> gather_pages(const std::vector<mx::array>& pages,
   const auto s = mx::to_stream(s_);
   ShapeCheck shape("gather_pages");
   check_page_shapes("gather_pages", shape, pages, formats);
-  const auto &k_pages = pages[0], &v_pages = pages[1];
   shape("block_tables", block_tables, {"batch", "max_pages"});
   shape("context_lens", context_lens, {"batch"});
-  check_page_dtypes("gather_pages", pages, formats);
+  const mx::Dtype dtype = check_page_dtypes("gather_pages", pages, formats);
   check_dtype("gather_pages", "block_tables", block_tables, mx::int32, "page ids");
   check_dtype("gather_pages", "context_lens", context_lens, mx::int32, "lengths");
-  std::vector<mx::array> inputs = {row_contiguous(k_pages, s), row_contiguous(v_pages, s),
-                                   block_tables, context_lens};
+  std::vector<mx::array> inputs;
+  std::vector<mx::Dtype> dtypes = {dtype, dtype};
+  for (const mx::array& array : pages) {
+    inputs.push_back(row_contiguous(array, s));
+    dtypes.push_back(array.dtype());
+  }
+  inputs.push_back(block_tables);
+  inputs.push_back(context_lens);
   if (page_starts && page_lens) {
     shape("page_starts", *page_starts, {"batch", "max_pages"});
     shape("page_lens", *page_lens, {"batch", "max_pages"});
     inputs.push_back(*page_starts);
     inputs.push_back(*page_lens);
   }
-  auto primitive = std::make_shared<GatherPages>(s, length);
+  const LayerArrays layer{formats, shape.at("head_dim"), shape.at("v_head_dim")};
+  auto primitive = std::make_shared<GatherPages>(s, layer, length);
   auto shapes = primitive->output_shapes(inputs);
-  return mx::array::make_arrays(std::move(shapes), std::vector<mx::Dtype>(4, k_pages.dtype()),
-                                primitive, std::move(inputs));
+  return mx::array::make_arrays(std::move(shapes), dtypes, primitive, std::move(inputs));
 }
 
 } // namespace paged_mlx

@@ -8,6 +8,7 @@
 #include "mlx/array.h"
 #include "mlx/utils.h"
 
+#include "cpu/page_side.h"
 #include "ops/token_rows.h"
 
 namespace paged_mlx {
@@ -25,25 +26,20 @@ inline int row_bytes(const mx::array& pages) {
 // New tokens of one side, K or V, on their way to slots of pages.
 class SlotWriter {
  public:
-  SlotWriter(const mx::array& tokens, mx::array& pages)
-      : tokens_(tokens),
-        pages_(pages.data<char>()),
-        num_pages_(pages.shape(0)),
-        page_size_(pages.shape(2)) {}
+  SlotWriter(const mx::array& tokens, const cpu::PageSide& side) : tokens_(tokens), side_(side) {}
 
   int64_t num_tokens() const {
     return tokens_.num_tokens();
   }
   int64_t num_slots() const {
-    return int64_t(num_pages_) * page_size_;
+    return int64_t(side_.num_pages) * side_.page_size;
   }
 
   void write(int64_t token, int32_t slot) const;
 
  private:
   TokenRows tokens_;
-  char* pages_;
-  int num_pages_, page_size_;
+  cpu::PageSide side_;
 };
 
 // Writes all tokens of every writer to slots[token]; below 0 skips a token. A slot that the
@@ -58,9 +54,10 @@ struct PageGather {
   const int32_t* page_starts; // [batch, max_pages]: each page's first column; null: not ragged
   const int32_t* page_lens;
   int batch, max_pages, length, num_kv_heads, page_size;
+  int num_sealed = INT32_MAX; // ids from here on are open pages, number 0 on
 
-  // out: [batch, num_kv_heads, length, D]
-  void run(const char* pages, char* out, int64_t row_bytes) const;
+  // out: [batch, num_kv_heads, length, D], of the side's dtype. `open`: of the open pages.
+  void run(const cpu::PageSide& side, const cpu::PageSide& open, char* out) const;
 };
 
 } // namespace paged_mlx

@@ -7,7 +7,10 @@
 #include "mlx/allocator.h"
 #include "mlx/ops.h"
 
+#include "arguments.h"
+#include "cpu/dispatch.h"
 #include "metal/launch.h"
+#include "ops/dtypes.h"
 #include "ops/page_arrays.h"
 #include "ops/page_rows.h"
 #include "ops/primitive.h"
@@ -80,57 +83,78 @@ std::vector<int64_t> sizes_of(const std::vector<mx::array>& arrays) {
   return bytes;
 }
 
-auto write_launch(const Arrays& inputs, const Arrays& outputs, std::vector<bool> copies) {
-  const int n = int(outputs.size());
-  const auto& pages = inputs[n];
-  metal::WritePagesCall call{};
-  call.tokens = inputs.back().shape(0);
-  call.num_kv_heads = pages.shape(1);
-  call.page_size = pages.shape(2);
-  call.row = {row_bytes(pages), n > 1 ? row_bytes(inputs[n + 1]) : 0};
-  return [call, n, copies, bytes = sizes_of(outputs)](metal::Encoder& encoder, auto in,
-                                                      auto out) mutable {
-    copy_buffers(encoder, copies, bytes, [&](int i) { return in(n + i); }, out);
-    call.k = in(0);
-    call.k_pages = out(0);
-    call.v = n > 1 ? in(1) : nullptr;
-    call.v_pages = n > 1 ? out(1) : nullptr;
-    call.slots = in(2 * n);
-    metal::write_pages(encoder, call);
-  };
-}
+// K or V as a node writes it; where its arrays are follows from the sides before it.
+struct WrittenSide {
+  PageFormat format;
+  bool rotated;
 
-// Inputs: the tokens of each output, the pages of each output, the slots.
+  bool operator==(const WrittenSide&) const = default;
+};
+
+// Inputs: the tokens of each side, the arrays of each side, the slots.
 class WritePages : public PagesPrimitive {
  public:
-  WritePages(mx::Stream stream, WriteMode mode) : PagesPrimitive(stream), mode_(mode) {}
+  WritePages(mx::Stream stream, WriteMode mode, std::vector<WrittenSide> sides, PageFormats formats)
+      : PagesPrimitive(stream), mode_(mode), sides_(std::move(sides)), formats_(formats) {}
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     std::vector<mx::Shape> shapes;
-    for (size_t i = inputs.size() / 2; i + 1 < inputs.size(); i++) {
+    for (size_t i = sides_.size(); i + 1 < inputs.size(); i++) {
       shapes.push_back(inputs[i].shape());
     }
     return shapes;
   }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return mode_ == static_cast<const WritePages&>(other).mode_;
+    const auto& node = static_cast<const WritePages&>(other);
+    return mode_ == node.mode_ && sides_ == node.sides_ && formats_ == node.formats_;
   }
   const char* name() const override {
     return "WritePages";
   }
 
+ private:
+  auto launch(const Arrays& inputs, const Arrays& outputs, std::vector<bool> copies) const {
+    const int n = int(sides_.size());
+    const auto& pages = inputs[n];
+    metal::WritePagesCall call{};
+    call.tokens = inputs.back().shape(0);
+    call.num_kv_heads = pages.shape(1);
+    call.page_size = pages.shape(2);
+    call.row = {row_bytes(pages), n > 1 ? row_bytes(inputs[n + 1]) : 0};
+    call.dtype = cpu_dtype(inputs[0].dtype());
+    call.head_dim = inputs[0].shape(2);
+    call.v_head_dim = n > 1 ? inputs[1].shape(2) : 0;
+    const PageFormats written{sides_[0].format, n > 1 ? sides_[1].format : PageFormat::dense};
+    return [call, n, layer = LayerArrays{written, 0, 0}, formats = formats_, copies,
+            bytes = sizes_of(outputs)](metal::Encoder& encoder, auto in, auto out) mutable {
+      copy_buffers(encoder, copies, bytes, [&](int i) { return in(n + i); }, out);
+      call.k = in(0);
+      call.v = n > 1 ? in(1) : nullptr;
+      layer.bind(call, [&](int i) { return i < int(bytes.size()) ? out(i) : nullptr; });
+      call.formats = formats;
+      call.slots = in(n + int(bytes.size()));
+      metal::write_pages(encoder, call);
+    };
+  }
+
  protected:
   void eval(const Arrays& inputs, Arrays& outputs) override {
-    const size_t n = outputs.size();
+    const size_t n = sides_.size();
     const auto copies = reuse(inputs, n, outputs, mode_);
     if (runs_kernels(stream())) {
-      return run_kernels(inputs, outputs, write_launch(inputs, outputs, copies));
+      return run_kernels(inputs, outputs, launch(inputs, outputs, copies));
     }
     std::vector<BufferCopy> olds;
-    std::vector<SlotWriter> writers;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < outputs.size(); i++) {
       olds.push_back(copy_of(inputs[n + i], outputs[i], copies[i]));
-      writers.emplace_back(inputs[i], outputs[i]);
+    }
+    std::vector<SlotWriter> writers;
+    const mx::array* arrays = outputs.data();
+    for (size_t i = 0; i < n; i++) {
+      const WrittenSide& side = sides_[i];
+      writers.emplace_back(inputs[i],
+                           page_side(arrays, side.format, inputs[i].shape(2), side.rotated));
+      arrays += num_arrays(side.format);
     }
     run_on_cpu(inputs, outputs, [olds, writers, slots = inputs.back().data<int32_t>()]() {
       for (const BufferCopy& old : olds) {
@@ -142,6 +166,111 @@ class WritePages : public PagesPrimitive {
 
  private:
   WriteMode mode_;
+  std::vector<WrittenSide> sides_;
+  PageFormats formats_; // of the layer
+};
+
+// Pages to quantise as a whole, and where they go.
+struct Sealing {
+  const char *k, *v; // [num_sources, num_kv_heads, page_size, D]
+  cpu::PageSide k_side, v_side;
+  const int32_t* pairs;
+  int num_pairs, num_sources, num_kv_heads;
+
+  void run() const {
+    for (int i = 0; i < num_pairs; i++) {
+      const int source = pairs[3 * i], target = pairs[3 * i + 1], tokens = pairs[3 * i + 2];
+      if (source < 0 || source >= num_sources || target < 0 || target >= k_side.num_pages ||
+          tokens < 0 || tokens > k_side.page_size) {
+        fail(
+            "seal_pages",
+            "pairs must name a page of the sources, one of the pages, and at most page_size "
+            "tokens",
+            std::to_string(source) + ", " + std::to_string(target) + ", " + std::to_string(tokens));
+      }
+      for (int head = 0; head < num_kv_heads; head++) {
+        seal(page_row(source, head, 0, num_kv_heads, k_side.page_size),
+             page_row(target, head, 0, num_kv_heads, k_side.page_size), tokens);
+      }
+    }
+  }
+
+ private:
+  void seal(int64_t from, int64_t to, int tokens) const {
+    const int64_t itemsize = k_side.dtype == cpu::DType::float32 ? 4 : 2;
+    cpu::kernels().seal_channels(k_side, to, k + from * k_side.dim * itemsize, tokens);
+    for (int t = 0; t < tokens; t++) {
+      cpu::kernels().write_row(v_side, to + t, v + (from + t) * v_side.dim * itemsize);
+    }
+  }
+};
+
+// Inputs: K's and V's pages to seal, the layer's arrays, the pairs.
+class SealPages : public PagesPrimitive {
+ public:
+  SealPages(mx::Stream stream, LayerArrays layer, bool rotated)
+      : PagesPrimitive(stream), layer_(layer), rotated_(rotated) {}
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    std::vector<mx::Shape> shapes;
+    for (int i = 0; i < layer_.count(); i++) {
+      shapes.push_back(inputs[layer_.first + i].shape());
+    }
+    return shapes;
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& node = static_cast<const SealPages&>(other);
+    return layer_ == node.layer_ && rotated_ == node.rotated_;
+  }
+  const char* name() const override {
+    return "SealPages";
+  }
+
+ private:
+  auto launch(const Arrays& inputs) const {
+    metal::SealPagesCall call{};
+    call.rotated = rotated_;
+    call.num_pairs = inputs.back().shape(0);
+    call.num_kv_heads = inputs[0].shape(1);
+    call.page_size = inputs[0].shape(2);
+    call.dtype = cpu_dtype(inputs[0].dtype());
+    call.head_dim = layer_.head_dim;
+    call.v_head_dim = layer_.v_head_dim;
+    const LayerArrays of_outputs{layer_.formats, layer_.head_dim, layer_.v_head_dim};
+    return [call, of_outputs, pairs = int(inputs.size()) - 1](metal::Encoder& encoder, auto in,
+                                                              auto out) mutable {
+      call.k = in(0);
+      call.v = in(1);
+      call.pairs = in(pairs);
+      of_outputs.bind(call, out);
+      metal::seal_pages(encoder, call);
+    };
+  }
+
+ protected:
+  void eval(const Arrays& inputs, Arrays& outputs) override {
+    for (size_t i = 0; i < outputs.size(); i++) {
+      outputs[i].copy_shared_buffer(inputs[layer_.first + i]);
+    }
+    if (runs_kernels(stream())) {
+      return run_kernels(inputs, outputs, launch(inputs));
+    }
+    Sealing sealing{};
+    sealing.k = inputs[0].data<char>();
+    sealing.v = inputs[1].data<char>();
+    sealing.k_side = layer_.k_side(inputs);
+    sealing.v_side = layer_.v_side(inputs);
+    sealing.v_side.rotated &= !rotated_;
+    sealing.pairs = inputs.back().data<int32_t>();
+    sealing.num_pairs = inputs.back().shape(0);
+    sealing.num_sources = inputs[0].shape(0);
+    sealing.num_kv_heads = inputs[0].shape(1);
+    run_on_cpu(inputs, outputs, [sealing]() { sealing.run(); });
+  }
+
+ private:
+  LayerArrays layer_; // of the inputs
+  bool rotated_;
 };
 
 int64_t page_bytes(const mx::array& pages) {
@@ -244,24 +373,90 @@ std::vector<mx::array> write_pages(const std::vector<mx::array>& tokens,
   if (tokens.size() != 2) {
     fail("write_pages", "tokens must hold k and v", std::to_string(tokens.size()) + " arrays");
   }
-  const auto &k = tokens[0], &v = tokens[1], &k_pages = pages[0], &v_pages = pages[1];
+  const auto &k = tokens[0], &v = tokens[1];
   shape("k", k, {"tokens", "num_kv_heads", "head_dim"});
   shape("v", v, {"tokens", "num_kv_heads", "v_head_dim"});
   shape("slot_mapping", slots, {"tokens"});
-  check_page_dtypes("write_pages", pages, formats);
-  check_dtype("write_pages", "k", k, k_pages.dtype(), "the dtype of k_pages");
-  check_dtype("write_pages", "v", v, k_pages.dtype(), "the dtype of k_pages");
+  const mx::Dtype dtype = check_page_dtypes("write_pages", pages, formats);
+  check_dtype("write_pages", "k", k, dtype, "the dtype of k_pages");
+  check_dtype("write_pages", "v", v, dtype, "the dtype of k_pages");
   check_dtype("write_pages", "slot_mapping", slots, mx::int32, "slot numbers");
-  const auto write = std::make_shared<WritePages>(s, mode);
+  const bool opens = formats.has_open_pages();
+  const std::vector<WrittenSide> sides = {
+      {opens ? PageFormat::dense : formats.k, false},
+      {opens ? PageFormat::dense : formats.v, formats.rotates()}};
+  const LayerArrays layer{formats, 0, 0};
+  size_t first = opens ? layer.open_k() : 0; // of the arrays that are written
+  std::vector<mx::array> next = pages;
+  auto write = [&](std::vector<WrittenSide> written, std::vector<mx::array> inputs) {
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    size_t count = 0;
+    for (const WrittenSide& side : written) {
+      count += num_arrays(side.format);
+    }
+    for (size_t i = first; i < first + count; i++) {
+      inputs.push_back(row_contiguous(pages[i], s));
+      shapes.push_back(pages[i].shape());
+      dtypes.push_back(pages[i].dtype());
+    }
+    inputs.push_back(slots);
+    const auto node = std::make_shared<WritePages>(s, mode, std::move(written), formats);
+    const auto made = mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(inputs));
+    std::copy(made.begin(), made.end(), next.begin() + first);
+    first += count;
+  };
   const auto k_rows = mx::contiguous(k, false, s), v_rows = mx::contiguous(v, false, s);
-  const auto k_old = row_contiguous(k_pages, s), v_old = row_contiguous(v_pages, s);
-  if (mode == WriteMode::donate) { // outputs of one node hold its inputs: nothing could be donated
-    return {mx::array(k_pages.shape(), k_pages.dtype(), write, {k_rows, k_old, slots}),
-            mx::array(v_pages.shape(), v_pages.dtype(), write, {v_rows, v_old, slots})};
+  if (mode == WriteMode::donate &&
+      formats.dense()) { // outputs of one node hold its inputs: nothing could be donated
+    write({sides[0]}, {k_rows});
+    write({sides[1]}, {v_rows});
+  } else {
+    write(sides, {k_rows, v_rows});
   }
-  return mx::array::make_arrays({k_pages.shape(), v_pages.shape()},
-                                {k_pages.dtype(), v_pages.dtype()}, write,
-                                {k_rows, v_rows, k_old, v_old, slots});
+  return next;
+}
+
+std::vector<std::vector<mx::array>> seal_pages(const std::vector<mx::array>& sources,
+                                               const std::vector<std::vector<mx::array>>& pages,
+                                               const mx::array& pairs, PageFormats formats,
+                                               bool rotated, mx::StreamOrDevice s_) {
+  constexpr const char* kOp = "seal_pages";
+  const auto s = mx::to_stream(s_);
+  if (!formats.has_open_pages()) {
+    fail(kOp, "formats must have q4 for K, whose pages are sealed", "others");
+  }
+  if (sources.size() != 2 * pages.size()) {
+    fail(kOp, "sources must hold K and V of each layer of pages",
+         std::to_string(sources.size()) + " arrays of " + std::to_string(pages.size()) + " layers");
+  }
+  if (pairs.ndim() != 2 || pairs.shape(1) != 3) {
+    fail(kOp, "pairs must have shape [n, 3]", shape_string(pairs));
+  }
+  check_dtype(kOp, "pairs", pairs, mx::int32, "page ids");
+  std::vector<std::vector<mx::array>> next;
+  for (size_t i = 0; i < pages.size(); i++) {
+    ShapeCheck shape(kOp);
+    check_page_shapes(kOp, shape, pages[i], formats);
+    const mx::Dtype dtype = check_page_dtypes(kOp, pages[i], formats);
+    std::vector<mx::array> inputs = {row_contiguous(sources[2 * i], s),
+                                     row_contiguous(sources[2 * i + 1], s)};
+    shape("sources' k", inputs[0], {"num_sources", "num_kv_heads", "page_size", "head_dim"});
+    shape("sources' v", inputs[1], {"num_sources", "num_kv_heads", "page_size", "v_head_dim"});
+    check_dtype(kOp, "sources' k", inputs[0], dtype, "the dtype of the pages");
+    check_dtype(kOp, "sources' v", inputs[1], dtype, "the dtype of the pages");
+    std::vector<mx::Dtype> dtypes;
+    for (const mx::array& array : pages[i]) {
+      inputs.push_back(row_contiguous(array, s));
+      dtypes.push_back(array.dtype());
+    }
+    inputs.push_back(pairs);
+    const LayerArrays layer{formats, shape.at("head_dim"), shape.at("v_head_dim"), 2};
+    const auto node = std::make_shared<SealPages>(s, layer, rotated);
+    auto shapes = node->output_shapes(inputs);
+    next.push_back(mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(inputs)));
+  }
+  return next;
 }
 
 std::vector<mx::array> copy_pages(const std::vector<mx::array>& pools, const mx::array& pairs,

@@ -24,11 +24,20 @@ enum class WriteMode {
 int64_t buffer_copies();
 
 // `tokens`, k [tokens, num_kv_heads, head_dim] and v [tokens, num_kv_heads, v_head_dim],
-// go to slots (int32 [tokens]; -1 skips) of a layer's pages. Returns the next versions of
-// their arrays.
+// go to slots (int32 [tokens]; -1 skips) of a layer's pages, or where the formats have them of
+// its open pages. Returns the next versions of the layer's arrays.
 std::vector<mx::array> write_pages(const std::vector<mx::array>& tokens,
                                    const std::vector<mx::array>& pages, const mx::array& slots,
                                    WriteMode mode, PageFormats formats, mx::StreamOrDevice s = {});
+
+// Pages are quantised as a whole, of formats that have open pages. For each layer, `sources`
+// has its K and V in page shape, [n, num_kv_heads, page_size, head_dim] and alike, V `rotated`
+// or not, and `pages` its arrays: pairs int32 [m, 3] are (source page, target page, tokens of
+// it). Returns the next versions of the arrays.
+std::vector<std::vector<mx::array>> seal_pages(const std::vector<mx::array>& sources,
+                                               const std::vector<std::vector<mx::array>>& pages,
+                                               const mx::array& pairs, PageFormats formats,
+                                               bool rotated, mx::StreamOrDevice s = {});
 
 // Page pairs[i, 0] of every array goes to page pairs[i, 1]. pairs: int32 [n,
 // 2]; no page is both a source and a target, none a target twice. Returns the

@@ -16,9 +16,9 @@ constexpr int kHostCores = 8;
 PlanTarget kernels_target(const TargetOptions& options, int itemsize) {
   const int cores = options.cores > 0 ? options.cores : metal::gpu_cores();
   const int head_dim = options.head_dim, v_head_dim = options.v_head_dim;
-  const KindRows rows = metal::kind_rows(head_dim, v_head_dim, options.dtype);
-  const metal::Body decodes =
-      metal::choose_body(kVectorItem, options.gqa_factor, head_dim, v_head_dim, options.dtype);
+  const KindRows rows = metal::kind_rows(head_dim, v_head_dim, options.dtype, options.formats);
+  const metal::Body decodes = metal::choose_body(kVectorItem, options.gqa_factor, head_dim,
+                                                 v_head_dim, options.dtype, options.formats);
   PlanTarget target =
       gpu_target(cores > 0 ? cores : kHostCores, itemsize, rows,
                  metal::threadgroups_per_core(decodes, options.dtype, head_dim, v_head_dim));

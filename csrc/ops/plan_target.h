@@ -13,6 +13,7 @@ struct TargetOptions {
   cpu::DType dtype;
   int head_dim, v_head_dim;
   int gqa_factor;
+  PageFormats formats;
 };
 
 PlanTarget target_of(const TargetOptions& options);

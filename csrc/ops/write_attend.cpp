@@ -6,6 +6,7 @@
 #include "metal/launch.h"
 #include "ops/attention_checks.h"
 #include "ops/dtypes.h"
+#include "ops/page_arrays.h"
 #include "ops/page_rows.h"
 #include "ops/parts.h"
 #include "ops/primitive.h"
@@ -147,18 +148,17 @@ void WriteAttend::eval(const Arrays& inputs, Arrays& outputs) {
   cpu::AttentionArgs args{};
   args.dtype = cpu_dtype(inputs[kQ].dtype());
   args.q = bound[kQ].data<char>();
-  args.k_pages = inputs[kKPages].data<char>();
-  args.v_pages = inputs[kVPages].data<char>();
+  const LayerArrays layer{{}, inputs[kQ].shape(3), inputs[kVPages].shape(3), kKPages};
+  args.k = layer.k_side(inputs);
+  args.v = layer.v_side(inputs);
   args.plan = inputs[kPlan].data<int32_t>();
   args.out = outputs[kOut].data<char>();
-  args.head_dim = inputs[kQ].shape(3);
-  args.v_head_dim = inputs[kVPages].shape(3);
   args.options = options_;
   args.sinks = sinks_at() < 0 ? nullptr : inputs[sinks_at()].data<float>();
   const int32_t* slots = nullptr;
   std::vector<SlotWriter> writers;
   if (has_tokens_) {
-    writers = {{inputs[kK], outputs[kKNext]}, {inputs[kV], outputs[kVNext]}};
+    writers = {{inputs[kK], args.k}, {inputs[kV], args.v}};
     slots = inputs[kSlots].data<int32_t>();
   }
   run_on_cpu(inputs, outputs,

@@ -4,6 +4,38 @@ from .mutant import Mutant
 
 # fmt: off
 _FAULTS = {
+    "page_codes.h": [
+        (
+            "a scale of the neighbour group",
+            "const int64_t at = row * (dim / group) + g;",
+            "const int64_t at = row * (dim / group) + (g + 1) % (dim / group);",
+            "codes by token",
+        ),
+        (
+            "the minimum of a group is dropped",
+            "splat(scale), splat(bias)));",
+            "splat(scale), Vec{}));",
+            "codes by token",
+        ),
+        (
+            "codes of the neighbour nibble",
+            "shifts[i] = 4 * (i % 8);",
+            "shifts[i] = 4 * (i % 8 ^ 1);",
+            "codes by token",
+        ),
+        (
+            "channels keep the scales of the first page",
+            "if (page != page_) {",
+            "if (page_ < 0) {",
+            "codes by channel",
+        ),
+        (
+            "the minimum of the channel beside",
+            "load(scales + d), load(biases + d)",
+            "load(scales + d), load(biases + (d ^ kLanes))",
+            "codes by channel",
+        ),
+    ],
     "walk.h": [
         (
             "every key of small pages lies in the first",
@@ -31,6 +63,12 @@ _FAULTS = {
         ),
     ],
     "rows.h": [
+        (
+            "rotated values are not rotated back",
+            "if (job.rotated) {",
+            "if (false) {",
+            "codes by token",
+        ),
         (
             "the window is one key too wide",
             "row.position - job.sliding_window + 1);",
@@ -148,9 +186,21 @@ _FAULTS = {
     ],
     "attention.cpp": [
         (
+            "an open page is read as a sealed one",
+            "is_open(item) ? open : job;",
+            "job;",
+            "codes by channel",
+        ),
+        (
+            "open items are taken for the first of their kind",
+            "return item >= end - job.plan->num_open_items[kind];",
+            "return item < end - job.plan->num_items[kind] + job.plan->num_open_items[kind];",
+            "codes by channel",
+        ),
+        (
             "every wide item is the first",
-            "const int item = other_items + unit / job.num_kv_heads;",
-            "const int item = other_items;",
+            "wide ? other_items + unit / job.num_kv_heads :",
+            "wide ? other_items :",
             "wide",
         ),
         (
@@ -187,8 +237,8 @@ _FAULTS = {
         ),
         (
             "every head reads KV head 0",
-            "const int64_t head_row = int64_t(kv_head) * pass.job.page_size;",
-            "const int64_t head_row = 0;",
+            "states[h], h, int64_t(h) * job.page_size, ahead);",
+            "states[h], h, 0, ahead);",
             "tile",
         ),
         (

@@ -34,6 +34,12 @@ MORE = {
     ),
     "two passes": Check("", Case(num_q_heads=192, num_kv_heads=16, head_dim=512, sequences=((1, 20),))),
     "two tiles of keys": Check("", Case(num_q_heads=2, sequences=((60, 200),))),
+    "codes by token": Check(
+        "", Case(**_TILE, head_dim=128, sequences=((1, 40), (2, 33), (30, 50)), k_format="q8", v_format="q4")
+    ),
+    "codes by channel": Check(
+        "", Case(**_TILE, head_dim=128, sequences=((1, 70), (2, 90), (30, 50)), k_format="q4", v_format="q8")
+    ),
     "panels of 4 vectors": Check("", Case(num_q_heads=1, head_dim=128, sequences=((32, 90),))),
 }  # fmt: skip
 

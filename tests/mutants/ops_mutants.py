@@ -36,8 +36,8 @@ _FAULTS = {
         ),
         (
             "attentions of other options are one",
-            "return options_ == node.options_ && formats_",
-            "return formats_",
+            "return options_ == node.options_ && layer_",
+            "return layer_",
             "compiled_graphs.attentions_that_differ_in_an_option_stay_two",
         ),
         (
@@ -60,8 +60,8 @@ _FAULTS = {
         ),
         (
             "K and V change places on the CPU",
-            "args.k_pages = inputs[kPages].data<char>();\n  args.v_pages = inputs[kPages + 1].data<char>();",
-            "args.k_pages = inputs[kPages + 1].data<char>();\n  args.v_pages = inputs[kPages].data<char>();",
+            "args.k = layer_.k_side(inputs);\n  args.v = layer_.v_side(inputs);",
+            "args.k = layer_.v_side(inputs);\n  args.v = layer_.k_side(inputs);",
             "chapter.a_block_of_positions_attends_causally_across_pages",
         ),
         (
@@ -84,17 +84,23 @@ _FAULTS = {
         ),
         (
             "a mask for too few keys is taken",
-            "mask && mask->ndim() > 0 ? mask->shape(-1) : -1};",
-            "-1};",
+            "mask && mask->ndim() > 0 ? mask->shape(-1) : -1,",
+            "-1,",
             "fast.a_bad_call_is_a_typed_error",
         ),
     ],
     "ops/page_arrays.cpp": [
         (
             "pages of another dtype are taken",
-            '  check_dtype(op, "v_pages", pages[1], dtype, why);\n',
-            "",
+            "      return check_dtype(op, names.pages, pages[first], dtype, why);\n",
+            "      return;\n",
             "fast.a_bad_call_is_a_typed_error",
+        ),
+        (
+            "V of open pages is not rotated back",
+            "dense_side(arrays[open_k() + 1], formats.rotates())",
+            "dense_side(arrays[open_k() + 1])",
+            "formats.a_gather_gives_what_the_pages_read_as",
         ),
     ],
     "ops/attention_checks.cpp": [
@@ -156,9 +162,21 @@ _FAULTS = {
         ),
         (
             "tokens of another dtype are written",
-            '  check_dtype("write_pages", "k", k, k_pages.dtype(), "the dtype of k_pages");\n',
+            '  check_dtype("write_pages", "k", k, dtype, "the dtype of k_pages");\n',
             "",
             "fast.a_bad_write_is_refused",
+        ),
+        (
+            "values that are rotated are rotated again as they are sealed",
+            "    sealing.v_side.rotated &= !rotated_;\n",
+            "",
+            "formats.pages_are_sealed_as_a_whole",
+        ),
+        (
+            "the last token of a sealed page has no say",
+            "k + from * k_side.dim * itemsize, tokens);",
+            "k + from * k_side.dim * itemsize, tokens - 1);",
+            "formats.pages_are_sealed_as_a_whole",
         ),
     ],
     "ops/page_rows.cpp": [
@@ -176,8 +194,8 @@ _FAULTS = {
         ),
         (
             "heads of a token change places",
-            "    tokens_.copy(from, h, pages_",
-            "    tokens_.copy(from, heads - 1 - h, pages_",
+            "    tokens_.copy(from, h, static_cast<char*>(side_.pages)",
+            "    tokens_.copy(from, heads - 1 - h, static_cast<char*>(side_.pages)",
             "fast.write_puts_each_token_in_its_slot_and_touches_nothing_else",
         ),
         (
@@ -188,7 +206,7 @@ _FAULTS = {
         ),
         (
             "a gather reads a page where there is none",
-            "count > 0 && tables[at] >= 0; h++",
+            "count > 0 && page >= 0; h++",
             "count > 0; h++",
             "carried_state.a_gather_leaves_zeros_where_a_table_has_no_page",
         ),
@@ -228,20 +246,20 @@ _FAULTS = {
     "ops/gather_pages.cpp": [
         (
             "the next version of V is K",
-            "outputs[2 + side].copy_shared_buffer(inputs[side]);",
-            "outputs[2 + side].copy_shared_buffer(inputs[0]);",
+            "outputs[2 + i].copy_shared_buffer(inputs[i]);",
+            "outputs[2 + i].copy_shared_buffer(inputs[0]);",
             "pool_plans.every_option_reaches_pools_and_page_blocks_alike",
         ),
         (
             "starts and lengths of pages change places",
-            "                            ragged ? inputs[4].data<int32_t>() : nullptr,\n                            ragged ? inputs[5]",
-            "                            ragged ? inputs[5].data<int32_t>() : nullptr,\n                            ragged ? inputs[4]",
+            "                            ragged ? tables[2].data<int32_t>() : nullptr,\n                            ragged ? tables[3]",
+            "                            ragged ? tables[3].data<int32_t>() : nullptr,\n                            ragged ? tables[2]",
             "fast.gather_follows_ragged_pages",
         ),
         (
-            "V is gathered with rows of K",
-            "          gather.run(v, v_out, v_row);",
-            "          gather.run(v, v_out, k_row);",
+            "V is gathered from K",
+            "gather.run(v, open_v, v_out);",
+            "gather.run(k, open_v, v_out);",
             "fast.gather_makes_each_context_contiguous_and_zeroes_the_rest",
         ),
     ],
@@ -280,8 +298,8 @@ _FAULTS = {
         ),
         (
             "V of a step is written as K",
-            "{inputs[kV], outputs[kVNext]}};",
-            "{inputs[kK], outputs[kVNext]}};",
+            "{inputs[kV], args.v}};",
+            "{inputs[kK], args.v}};",
             "write_attend.one_node_has_the_bits_of_a_write_and_an_attention",
         ),
         (

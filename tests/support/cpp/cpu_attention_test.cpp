@@ -216,13 +216,14 @@ void run(Problem& p) {
   cpu::AttentionArgs args{};
   args.dtype = p.c.dtype;
   args.q = p.q.bytes.data();
-  args.k_pages = p.k.bytes.data();
-  args.v_pages = p.v.bytes.data();
+  args.k.pages = p.k.bytes.data();
+  args.v.pages = p.v.bytes.data();
+  args.k.dtype = args.v.dtype = p.c.dtype;
+  args.k.dim = p.c.head_dim;
+  args.v.dim = p.c.v_head_dim;
   args.plan = p.plan.data();
   args.out = p.out.bytes.data();
   args.lse = p.lse.data();
-  args.head_dim = p.c.head_dim;
-  args.v_head_dim = p.c.v_head_dim;
   args.options.scale = 1.0f / std::sqrt(float(p.c.head_dim));
   cpu::attend(args);
 }
