@@ -125,8 +125,8 @@ _FAULTS = {
         ),
         (
             "a scale of NaN reaches rows that do not see its token",
-            "no_first = EDGE && is_no_weight(two.x)",
-            "no_first = false",
+            "no_second = EDGE && is_no_weight(two.y);",
+            "no_second = false;",
             "formats, tile, hidden",
         ),
         (
@@ -294,8 +294,8 @@ _FAULTS = {
     "tile_queries.h": [
         (
             "no barrier before Q times scales is read",
-            f"    {_BARRIER}\n",
-            "",
+            f"    {_BARRIER}\n#pragma clang loop unroll(full)\n    for (int m = 0; m < ROW_TILES; m++) {{\n      biases",
+            "#pragma clang loop unroll(full)\n    for (int m = 0; m < ROW_TILES; m++) {\n      biases",
             "formats, tile, channels",
         ),
         (
@@ -377,9 +377,9 @@ _FAULTS = {
             "formats, gather",
         ),
         (
-            "an open page is read as sealed",
-            "slot.page >= arguments.num_sealed;",
-            "slot.page > arguments.num_sealed;",
+            "an open page is read as the one after it",
+            "slot.page -= is_open ? arguments.num_sealed : 0;",
+            "slot.page -= is_open ? arguments.num_sealed - 1 : 0;",
             "formats, gather",
         ),
     ],

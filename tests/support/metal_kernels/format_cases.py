@@ -37,11 +37,11 @@ def write(pair: tuple[str | None, str | None], dtype: str, dims=(128, 64), **opt
 
 
 def seal(v_format: str | None, dtype: str, rotated: bool = False, **options) -> list[str]:
-    """Two of three pages, the second with five tokens of eight."""
+    """Three pages, the second with five tokens of eight, the last all the same."""
     heads, page_size, dims = 2, 8, (72, 64)
     k, v = (_tokens((3, heads, page_size, dim), i, dtype) for i, dim in enumerate(dims))
     k[2, 1, :, 5] = -1.5  # a constant channel
-    pairs = np.array([[2, 0, 8], [0, 3, 5]], np.int32)
+    pairs = np.array([[2, 0, 8], [1, 3, 5], [0, 4, 8]], np.int32)
     turned = v if rotated else _turned(v, v_format, dtype)
     stored = {
         "k": formats.quantise_channels(k[pairs[:, 0]], pairs[:, 2], dtype),
