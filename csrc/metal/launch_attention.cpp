@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 
 #include "arguments.h"
@@ -204,6 +205,11 @@ Variant body_text(const Body& body, int simdgroups, DType dtype, int head_dim, i
 
 void attend(Encoder& encoder, const AttendCall& call) {
   const PlanHeader& plan = header(call);
+  if (call.formats.rotates() && plan.num_merges != plan.num_tokens) {
+    throw std::invalid_argument(
+        "[paged_attention] plan must have no final results where V is rotated, since the merge "
+        "rotates them back; got some: plan for these formats, on this device.");
+  }
   const Partials partials = make_partials(encoder, call);
   encoder.add_work(share_of_node(call.words, call.items, call.head_dim + call.v_head_dim));
   encoder.begin_concurrent();

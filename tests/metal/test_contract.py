@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 SUITE = "tests/support/metal_contract/suite.py"
 LAUNCHES = (
     "tests/metal/test_launch_on_host.py",
+    "tests/metal/test_formats_on_host.py",
     "tests/metal/test_long_work.py",
     "tests/pool/test_pipelined_graph.py",
 )

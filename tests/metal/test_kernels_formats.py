@@ -9,7 +9,7 @@ import itertools
 import metal_host
 import numpy as np
 import pytest
-from metal_kernels import attend, format_cases
+from metal_kernels import attend, format_cases, metal_plan
 from metal_kernels.attention import K_BIASES, K_PAGES, K_SCALES, V_BIASES, V_PAGES, V_SCALES
 from paged_mlx.reference.arrays import assemble, draw_contexts, draw_queries
 from paged_mlx.reference.case import Case
@@ -111,6 +111,12 @@ def test_a_shared_prefix_of_formats_is_read_once(pair):
     case = Case(num_q_heads=4, sequences=((1, 600),) * 12, prefixes=((0, 12, 512),))
     attended = check(case.replace(dtype="float16", page_size=64), pair)
     assert max(len(item["tokens"]) for item in attended.plan.items) == 8  # of 32 rows
+
+
+def test_a_plan_with_final_results_is_refused_where_v_is_rotated():
+    problem = Case(num_q_heads=4, k_format="q8", v_format="q4").build()
+    with pytest.raises(AssertionError, match="run_attend threw"):
+        attend(problem, metal_plan(problem))
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
