@@ -14,7 +14,7 @@ from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx._native import _ext  # noqa: E402
 from paged_mlx.machine import memory  # noqa: E402
 from paged_mlx.machine.memory import memory_limit as memory_limit_of  # noqa: E402
-from paged_mlx.mlx_lm import enable  # noqa: E402
+from paged_mlx.mlx_lm import PromptStore, enable  # noqa: E402
 from paged_mlx.pages.allocator import PageAllocator  # noqa: E402
 
 BYTES_PER_TOKEN = 2 * 2 * 8 * 4 * 3  # K and V, heads, head_dim, float32, layers
@@ -204,18 +204,23 @@ def test_an_estimate_is_what_is_then_taken(family, lengths, new):
         assert estimate.fits and abs(peak / estimate.nbytes - 1) <= 0.05
 
 
-def test_the_bytes_of_a_prompt_store_bound_cached_prefixes_too():
-    model = zoo.tiny("llama")
-    with enable(model, page_size=8, prefix_cache=True) as paged:
-        store = LRUPromptCache(max_size=1000)
+@pytest.mark.parametrize("kind", ["mlx-lm's", "mlx-lm's, trimmed", "PromptStore"])
+def test_the_bytes_of_a_prompt_store_bound_cached_prefixes_too(kind):
+    model, most = zoo.tiny("llama"), 60_000
+    with enable(model, page_size=8, prefix_cache=kind != "PromptStore") as paged:
+        bytes_of_store = {} if "trimmed" in kind else {"max_bytes": most}
+        store = LRUPromptCache(max_size=1000, **bytes_of_store)
+        if kind == "PromptStore":
+            store = PromptStore(paged, max_size=1000, max_bytes=most)
         for seed in range(12):
             cache, prompt = make_prompt_cache(model), zoo.prompt(100, seed=seed)
             zoo.single(model, prompt, 4, cache=cache)
             store.insert_cache("key", prompt, cache)
             del cache
-            store.trim_to(n_bytes=60_000)
-            assert paged.nbytes_used <= 60_000 + 100 * BYTES_PER_TOKEN
-        assert paged.prefixes.known(zoo.prompt(100, seed=11)) > 90
+            if "trimmed" in kind:
+                store.trim_to(n_bytes=most)
+            assert paged.nbytes_used <= most + 100 * BYTES_PER_TOKEN
+        assert paged.known(zoo.prompt(100, seed=11)) > 90
         paged.check()
 
 

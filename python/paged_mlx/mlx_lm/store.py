@@ -41,9 +41,17 @@ def put_aside(store, tokens: list[int], prompt_cache: list) -> list[int]:
     return tokens[:length]
 
 
+def bound_prefixes(store, nbytes: int | None) -> None:
+    """Hold what a store has filed and the cached prefixes of its models to so many bytes."""
+    for paged in enabled_models() if nbytes is not None else ():
+        if store in paged.passes.stores:
+            paged.trim_prefixes(max(0, nbytes - store.nbytes))
+
+
 def _insert_cache(before):
     def insert_cache(self, model, tokens, prompt_cache, **options):
-        return before(self, model, put_aside(self, tokens, prompt_cache), prompt_cache, **options)
+        before(self, model, put_aside(self, tokens, prompt_cache), prompt_cache, **options)
+        bound_prefixes(self, self.max_bytes)
 
     return insert_cache
 
@@ -51,9 +59,7 @@ def _insert_cache(before):
 def _trim_to(before):
     def trim_to(self, *, n_sequences=None, n_bytes=None):
         before(self, n_sequences=n_sequences, n_bytes=n_bytes)
-        for paged in enabled_models() if n_bytes is not None else ():
-            if self in paged.passes.stores:
-                paged.trim_prefixes(max(0, n_bytes - self.nbytes))
+        bound_prefixes(self, n_bytes)
 
     return trim_to
 
@@ -119,8 +125,8 @@ if hasattr(stock, "LRUPromptCache"):
             super().insert_cache(model, tokens, prompt_cache, **options)
             if self.paged is not None and len(prompt_cache) == len(self.paged.layout.places):
                 self.paged.remember(tokens, prompt_cache)
+            bound_prefixes(self, self.max_bytes)
 
         def trim_to(self, *, n_sequences=None, n_bytes=None):
             super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)
-            if n_bytes is not None and self.paged is not None:
-                self.paged.trim_prefixes(max(0, n_bytes - self.nbytes))
+            bound_prefixes(self, n_bytes)
