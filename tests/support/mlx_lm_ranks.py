@@ -213,7 +213,7 @@ def refuse(family, how, **options):
         answers.append("ended")
     answers.append(zoo.batched(model, traffic(6), [5] * 6))
     paged.check()
-    return {"answers": answers}
+    return {"answers": answers, "limits": [paged.num_pages, paged.max_bytes]}
 
 
 def file(family, how, **options):
