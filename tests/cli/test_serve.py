@@ -159,6 +159,21 @@ def test_events_are_published_as_a_subscriber_of_vllms_reads_them(folder):
         assert tokens[:16] == prompt[:16]
 
 
+def test_another_model_that_is_not_there_is_an_error_and_the_first_is_served_again(
+    folder, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    with serving(folder) as (server, client, get):
+        expected = client.chat(CHATS[0])
+        for model in (str(tmp_path / "empty"), str(tmp_path / "empty")):
+            with pytest.raises(RuntimeError, match="config.json"):
+                client.chat(CHATS[0], model=model)
+        assert get("/pages")[0] == 503
+        assert client.chat(CHATS[0]) == client.chat(CHATS[0]) == expected
+        assert get("/pages")[0] == 200
+        server.provider.paged.check()
+
+
 def test_other_paths_are_mlx_lms_and_unknown_ones_are_404(folder):
     with serving(folder) as (_, _, get):
         assert get("/health") == (200, '{"status": "ok"}')

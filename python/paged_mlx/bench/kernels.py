@@ -103,8 +103,8 @@ class InFormat:
         """Append tokens from ``start`` on of a sequence's K and V, ``[heads, tokens, dim]``."""
         if count:
             slots = table.append_tokens(count, self._pool.allocator).slots
-            own = [x[:, start : start + count].swapaxes(0, 1) for x in (k, v)]
-            self._pool[0].write(*own, slots)
+            own_k, own_v = (x[:, start : start + count].swapaxes(0, 1) for x in (k, v))
+            self._pool[0].write(own_k, own_v, slots)
             mx.eval(self._pool.state)
 
     def attend(self) -> mx.array:

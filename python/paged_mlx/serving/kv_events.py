@@ -44,7 +44,7 @@ class KVEventPublisher:
         except zmq.ZMQError as error:
             self._socket.close(0)
             raise OSError(f"events cannot be published on {endpoint}: {error}") from error
-        self.endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        self.endpoint: str = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()
         self._converters: dict[int, tuple[Any, VllmEvents]] = {}  # by the id of a cache
         self._number = 0
         self._stopped = threading.Event()

@@ -67,6 +67,7 @@ class PagedProvider(server.ModelProvider):
 
     def _forget(self) -> None:
         self._store.paged = None
+        self._store.trim_to(n_sequences=0)  # of the model that goes, whose name may come again
         for paged in (self.paged, self._draft):
             if paged is not None:
                 paged.disable()
