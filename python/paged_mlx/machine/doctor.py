@@ -217,6 +217,10 @@ def usual() -> list[Check]:
     checks += [
         Check("pages", case.replace(head_dim=128), ask) for ask in ("write", "copy", "gather")
     ]
+    long = case.replace(head_dim=128, page_size=64, sequences=((1, 200), (1, 33)))
+    for k_format, v_format in (("q8", "q8"), ("q8", "q4"), ("q4", "q4")):
+        own = long.replace(k_format=k_format, v_format=v_format)
+        checks += [Check("formats", own.replace(num_q_heads=heads)) for heads in (2, 16)]
     return checks
 
 

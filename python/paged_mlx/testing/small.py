@@ -45,7 +45,9 @@ _OPTIONS = {
 def checks() -> tuple[Check, ...]:
     """About 150 checks, the cheapest of each kind."""
     return tuple(
-        itertools.chain(_needles(), _poison(), _numbers(), _grid(), _invariance(), _pages())
+        itertools.chain(
+            _needles(), _poison(), _numbers(), _grid(), _formats(), _invariance(), _pages()
+        )
     )
 
 
@@ -58,6 +60,16 @@ def _cases(axes: dict, **fixed) -> Iterator[Case]:
 def _grid() -> Iterator[Check]:
     for case in _cases({**_SHAPE, **_OPTIONS, "sequences": _SEQUENCES}):
         yield Check("grid", case)
+
+
+def _formats() -> Iterator[Check]:
+    for i, pair in enumerate((("q8", "q8"), ("q8", "q4"), ("q4", "q4"), (None, "q4"))):
+        for heads, ask in ((2, "oracle"), (8, "poison")):
+            case = Case(
+                dtype=dtypes.NAMES[i % 3], num_q_heads=heads, num_kv_heads=2, seed=i,
+                k_format=pair[0], v_format=pair[1], sequences=((1, 50), (3, 40), (2, 0)),
+            )  # fmt: skip
+            yield Check("formats", case, ask)
 
 
 def _needles() -> Iterator[Check]:
