@@ -1,5 +1,7 @@
 """One enabled model in several threads: they take turns, and what cannot be is an error."""
 
+import functools
+import random
 import threading
 from concurrent import futures
 
@@ -265,4 +267,63 @@ def test_explaining_and_checking_in_another_thread_disturb_nothing(family):
 
         found, looks = run_in_threads(generate, look)
         assert found == expected and looks >= 3
+        paged.check()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llama", {"prefix_cache": True}),
+        ("llama", {"prefix_cache": True, "max_bytes": 250_000}),
+        ("gemma3_text", {"prefix_cache": True}),
+        ("qwen3_5", {"prefix_cache": True}),
+        ("gemma2", {}),
+    ],
+)
+def test_faults_in_every_hook_of_four_threads_change_nobodys_tokens(family, options, monkeypatch):
+    model = zoo.tiny(family)
+    asked = [zoo.prompt(length, seed=length) for length in (20, 45, 70)]
+    asked.append(asked[2][:50] + zoo.prompt(10, seed=9))
+    expected = [zoo.single(model, prompt, 12) for prompt in asked]
+    passes_left = threading.local()
+
+    def may_fail(call):
+        passes_left.count = getattr(passes_left, "count", 0) - 1
+        if not passes_left.count:
+            raise Fault
+
+    def traffic(seed):
+        draw, held, wrong = random.Random(seed), [], []
+        for _ in range(16):
+            i, kind = draw.randrange(len(asked)), draw.choice(["whole", "left", "model", "logits"])
+            passes_left.count = draw.randrange(1, 8) if kind == "model" else 0
+
+            def processor(tokens, logits, kind=kind):
+                if kind == "logits" and draw.random() < 0.3:
+                    raise Fault
+                return logits
+
+            chunk, cache = draw.choice([16, 2048]), draw.choice([None, make_prompt_cache(model)])
+            steps, found = 12 if kind != "left" else draw.randrange(1, 12), []
+            try:
+                for token, _ in zoo.GENERATE.generate_step(
+                    mx.array(asked[i]),
+                    model,
+                    max_tokens=steps,
+                    prompt_cache=cache,
+                    logits_processors=[processor],
+                    prefill_step_size=chunk,
+                ):
+                    found.append(int(token))
+            except Fault as error:
+                held = [*held[-2:], error]
+            if found != expected[i][: len(found)]:
+                wrong.append((i, kind, found))
+        return wrong
+
+    in_the_middle(monkeypatch, model, may_fail)
+    with enable(model, page_size=8, **options) as paged:
+        jobs = [functools.partial(traffic, seed) for seed in range(4)]
+        assert run_in_threads(*jobs) == [[], [], [], []]
         paged.check()
