@@ -241,16 +241,18 @@ def test_a_rewind_into_a_sealed_page_makes_the_table_ragged_and_quantises_nothin
 
 
 def test_a_rewind_in_an_open_page_writes_over_it():
-    shadow, table = Shadow(("q4", "q8")), PageTable(SIZE)
+    shadow, table, other = Shadow(("q4", "q8")), PageTable(SIZE), PageTable(SIZE)
     shadow.append((table, 5))
     shadow.append((table, 3))  # full, and not sealed yet
     table.truncate(6)
     shadow.append((table, 1))
     assert not shadow.pool.allocator.sealed and table.num_pages == 1
+    shadow.append((other, 3))
+    assert not shadow.pool.allocator.sealed  # it is not full any more
     shadow.append((table, 1))
     shadow.append((table, 1))
     assert shadow.pool.allocator.sealed == {table.page_ids[0]}
-    shadow.check(table)
+    shadow.check(table, other)
 
 
 def test_a_fork_of_an_open_page_copies_it_open_and_one_of_sealed_pages_copies_nothing():

@@ -15,7 +15,7 @@ _FAULTS = {
             "tokens that are written again count as written",
             "                np.minimum(self._written[:, slot], offset, out=self._written[:, slot])\n",
             "                pass\n",
-            "quantised_pool.any_order_of_page_operations_keeps_what_pages_read_as",
+            "quantised_pool.a_rewind_in_an_open_page_writes_over_it",
         ),
         (
             "the slot of a page that is sealed or free is lost",
