@@ -11,7 +11,6 @@ import numpy as np
 
 from paged_mlx._native import _ext
 from paged_mlx.errors import fail, kind_of, whole_number
-from paged_mlx.formats.backend import module_for
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
 from paged_mlx.machine import thresholds
 from paged_mlx.options import Geometry
@@ -311,11 +310,10 @@ def make_plan(
             )
             if following is not None:
                 return following
-    module, formats = _ext, {}
+    formats = {}
     if geometry.formats != (None, None):
-        module = module_for(geometry.formats)
         formats = {"formats": geometry.formats, "num_sealed_pages": options.num_sealed_pages}
-    native = module.NativePlan(
+    native = _ext.NativePlan(
         op=op,
         block_tables=tables.block_tables,
         context_lens=tables.context_lens,

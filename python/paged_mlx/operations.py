@@ -16,7 +16,6 @@ from paged_mlx import first_use
 from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan
 from paged_mlx.first_use import Known, Variant
-from paged_mlx.formats.backend import module_for
 from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.formats.raw_pages import head_dim_of
 from paged_mlx.options import AttentionOptions, OptionKinds, check_array, check_stream
@@ -46,10 +45,6 @@ def proven(
             *arguments, stream=None, known: Known | None = None, plan=None, formats=None, **options
         ):
             if formats is not None:
-                module = module_for(formats)
-                if module is not _ext:
-                    by_mlx = getattr(module, name)
-                    return by_mlx(*arguments, stream=stream, formats=formats, **options)
                 options["formats"] = formats
             guard = first_use.guard_of_this_machine
             try:
@@ -80,7 +75,7 @@ def check_attention(q, pages, formats=(None, None)) -> dict[str, int]:
     _check_pages("paged_attention", pages)
     if formats == (None, None):
         return _ext.attention_geometry(q, pages)
-    return module_for(formats).attention_geometry(q, pages, formats)
+    return _ext.attention_geometry(q, pages, formats)
 
 
 def attention_variants(
@@ -322,5 +317,5 @@ def _seal_variants(sources, pages, pairs, *, plan, formats, rotated):
 
 
 seal_pages = proven("seal_pages", _no_kind, _seal_geometry, _seal_variants, _check_nothing)(
-    getattr(_ext, "seal_pages", _check_nothing)  # where there is none, it is never called
+    _ext.seal_pages
 )

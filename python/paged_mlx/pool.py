@@ -20,7 +20,6 @@ from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
 from paged_mlx.errors import MAX_INT32, fail, kind_of, whole_number
 from paged_mlx.first_use import Known
-from paged_mlx.formats.backend import module_for
 from paged_mlx.formats.open_pages import OpenPages, Split
 from paged_mlx.formats.page_format import PageFormats, open_arrays, page_arrays, sides_of
 from paged_mlx.host_arrays import Ints, gather_inputs, host_ints, pair_array, slot_array
@@ -142,7 +141,6 @@ class PagePool:
         fills = []
         for side in self.formats:
             fills += [fill] if side is None else [0.0, 0.0, fill]
-        module = module_for(self.formats)
         self._storage = PoolStorage(
             self.num_layers,
             num_pages,
@@ -150,12 +148,10 @@ class PagePool:
             fills,
             open_arrays(self.formats, *sizes),
             self.memory_limit,
-            module,
             stream,
         )
         #: What operations are told beside the arrays.
         self.told: dict[str, Any] = self.formats.told
-        self._told_of_copies = self.told if module is not _ext else {}
         self.open_pages: OpenPages | None = None
         if self.formats.have_open_pages:
             num_open = self._storage.num_open
@@ -648,7 +644,7 @@ class PagePool:
         flat = [array for arrays in newest for array in arrays[part]]
         copies = operations.copy_pages(
             flat, mx.array(list(pairs), mx.int32), alias=True, stream=self.stream,
-            known=self.known, **self._told_of_copies,
+            known=self.known,
         )  # fmt: skip
         width = len(newest[0][part])
         for i, arrays in enumerate(newest):

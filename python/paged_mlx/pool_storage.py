@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import mlx.core as mx
 
+from paged_mlx._native import _ext
 from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.formats.page_format import ArraySpec
 
@@ -22,7 +21,6 @@ class PoolStorage:
         fills: Value of fresh pages in each of them.
         open_specs: Further arrays of a layer, for each open page.
         memory_limit: Bytes that all arrays of MLX may take.
-        module: Whose operations run on the arrays.
         stream: Stream or device that fills them.
 
     Attributes:
@@ -44,14 +42,12 @@ class PoolStorage:
         fills: list[float],
         open_specs: list[ArraySpec],
         memory_limit: int,
-        module: ModuleType,
         stream: mx.Stream | mx.Device | None,
     ):
         self.num_pages = num_pages
         self.num_open = 1 if open_specs else 0
         self._specs, self._fills = [*specs, *open_specs], [*fills, *(0.0 for _ in open_specs)]
         self._num_paged = len(specs)
-        self._module = module
         self._stream = stream
         self.page_nbytes = num_layers * sum(spec.nbytes for spec in specs)
         self.open_nbytes = num_layers * sum(spec.nbytes for spec in open_specs)
@@ -111,7 +107,7 @@ class PoolStorage:
             AssertionError: They do not; the message says which.
         """
         assert len(versions) == len(self.base), "a layer is missing"
-        address = self._module.data_address
+        address = _ext.data_address
         for layer, pairs in enumerate(zip(versions, self.base, strict=True)):
             for i, (newest, base) in enumerate(zip(*pairs, strict=True)):
                 name = f"{'kv'[i] if len(self._specs) == 2 else f'array {i}'} of layer {layer}"
@@ -140,7 +136,7 @@ class PoolStorage:
                 memory.append(before)
                 continue
             memory.append(
-                self._module.pool_memory(
+                _ext.pool_memory(
                     before, (length, *spec.shape), self._fills[i], spec.dtype, stream=self._stream
                 )
             )

@@ -250,7 +250,7 @@ def buffer_copies() -> int:
 
 
 @on_stream
-def copy_pages(pools, pairs, *, alias=False, formats=(None, None)):
+def copy_pages(pools, pairs, *, alias=False):
     """The pools with page ``pairs[i, 0]`` copied to page ``pairs[i, 1]``."""
     checks.pools(pools)
     return [_put(pool, pairs[:, 1], pool[pairs[:, 0]]) for pool in pools]
