@@ -31,6 +31,15 @@ PAGED_MLX_INLINE __m512i splat_word_at(const int32_t* p) {
   return _mm512_set1_epi32(*p);
 }
 
+// Products of four codes with four digits, and of two codes with two weights, added to sums. In
+// assembly, for from the intrinsics gcc 12 makes copies of the sums.
+PAGED_MLX_INLINE void add_fours(__m512i& sum, __m512i codes, __m512i digits) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
+}
+PAGED_MLX_INLINE void add_twos(__m512i& sum, __m512i codes, __m512i weights) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
+}
+
 // kBits codes of 64 channels are so many words.
 constexpr int group_words(int bits) {
   return kGroup * bits / 32;
@@ -54,17 +63,23 @@ PAGED_MLX_INLINE float integer_group(const Vec (&q)[4], int32_t* to) {
   const bool tiny = !(top > 0x1p-90f);
   const Vec unit = splat(tiny ? 0.0f : largest / top);
   const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  // The bytes of value + 0x808080 are its digits plus 128. In each four lanes they come together.
+  const __m512i offset = _mm512_set1_epi32(0x00808080);
+  const __m512i bytes =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i v[4];
   for (int i = 0; i < 4; i++) {
-    __m512i rest = _mm512_cvtps_epi32((__m512)(q[i] * unit));
-    if (kBits == 4) {
-      rest = _mm512_permutexvar_epi32(order, rest);
-    }
-    for (int digit = 0; digit < kDigits; digit++) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + digit * kDigitWords + 4 * i),
-                       _mm512_cvtepi32_epi8(rest));
-      const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
-      rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, low), 8);
-    }
+    v[i] = _mm512_cvtps_epi32((__m512)(q[i] * unit));
+    v[i] = kBits == 4 ? _mm512_permutexvar_epi32(order, v[i]) : v[i];
+    v[i] = _mm512_shuffle_epi8(_mm512_add_epi32(v[i], offset), bytes);
+  }
+  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  for (int digit = 0; digit < kDigits; digit++) {
+    const __m512i of_lane = _mm512_add_epi32(first, _mm512_set1_epi32(digit));
+    const __m512i low = _mm512_permutex2var_epi32(v[0], of_lane, v[1]);
+    const __m512i high = _mm512_permutex2var_epi32(v[2], of_lane, v[3]);
+    const __m512i all = _mm512_mask_blend_epi32(0xff00, low, high);
+    _mm512_storeu_si512(to + digit * kDigitWords, _mm512_xor_si512(all, _mm512_set1_epi8(-128)));
   }
   return tiny ? 0.0f : top / largest;
 }
@@ -100,7 +115,7 @@ void make_integer_rows(const TilePass& pass, const float* q, const float* channe
 
 // Eight words of 16 keys, `stride` bytes from key to key, become eight vectors whose lanes are
 // the keys.
-PAGED_MLX_INLINE void transpose_words(const uint8_t* codes, int64_t stride, __m512i (&to)[8]) {
+PAGED_MLX_INLINE void transpose_words(const uint8_t* codes, int64_t stride, __m512i* to) {
   auto two = [&](int key) __attribute__((always_inline)) {
     const auto* const low = reinterpret_cast<const __m256i*>(codes + key * stride);
     const auto* const high = reinterpret_cast<const __m256i*>(codes + (key + 4) * stride);
@@ -123,44 +138,78 @@ PAGED_MLX_INLINE void transpose_words(const uint8_t* codes, int64_t stride, __m5
   }
 }
 
-// Products of 16 keys with kRows rows, over one group. A line of `ahead` is prefetched for each
-// word of codes: as many as the keys have in this group.
-template <int kBits, int kRows>
+// Sums of the products of two blocks of 16 keys with kRows rows, by digit: members, for an array
+// would live in memory.
+template <int kRows>
+struct DigitSums {
+  __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, b0 = a0, b1 = a0, b2 = a0;
+  DigitSums<kRows - 1> rest;
+
+  // `q`: a word of the first row's first digit.
+  template <bool kBoth>
+  PAGED_MLX_INLINE void add(const int32_t* q, int q_stride, __m512i a, __m512i b) {
+    const __m512i q0 = splat_word_at(q), q1 = splat_word_at(q + kDigitWords);
+    const __m512i q2 = splat_word_at(q + 2 * kDigitWords);
+    add_fours(a0, a, q0);
+    add_fours(a1, a, q1);
+    add_fours(a2, a, q2);
+    if constexpr (kBoth) {
+      add_fours(b0, b, q0);
+      add_fours(b1, b, q1);
+      add_fours(b2, b, q2);
+    }
+    rest.template add<kBoth>(q + q_stride, q_stride, a, b);
+  }
+
+  PAGED_MLX_INLINE void finish(Vec* a, Vec* b) const {
+    *a = whole(a0, a1, a2);
+    *b = whole(b0, b1, b2);
+    rest.finish(a + 1, b + 1);
+  }
+
+ private:
+  static PAGED_MLX_INLINE Vec whole(__m512i digit0, __m512i digit1, __m512i digit2) {
+    const __m512i low = _mm512_add_epi32(digit0, _mm512_slli_epi32(digit1, 8));
+    return fma((Vec)_mm512_cvtepi32_ps(digit2), splat(65536.0f), (Vec)_mm512_cvtepi32_ps(low));
+  }
+};
+template <>
+struct DigitSums<0> {
+  template <bool kBoth>
+  PAGED_MLX_INLINE void add(const int32_t*, int, __m512i, __m512i) {}
+  PAGED_MLX_INLINE void finish(Vec*, Vec*) const {}
+};
+
+// Products of kBlocks blocks of 16 keys, at most two, with kRows rows, over one group. A line of
+// `ahead` is prefetched for each word of codes: as many as the keys have in this group.
+template <int kBits, int kRows, int kBlocks>
 PAGED_MLX_INLINE void multiply_keys(const uint8_t* codes, int64_t stride, const int32_t* q,
-                                    int q_stride, const char* ahead, Vec (&dots)[kRows]) {
-  constexpr int kParts = 8 / kBits; // of a word of codes
+                                    int q_stride, const char* ahead, Vec (&dots)[2][kRows]) {
+  constexpr int kWords = group_words(kBits);
   const __m512i mask = _mm512_set1_epi32(0x0f0f0f0f);
-  __m512i sums[kRows][kDigits];
-  for (int r = 0; r < kRows; r++) {
-    for (int digit = 0; digit < kDigits; digit++) {
-      sums[r][digit] = _mm512_setzero_si512();
+  __m512i words[kBlocks][kWords];
+  for (int b = 0; b < kBlocks; b++) {
+    for (int first = 0; first < kWords; first += 8) {
+      transpose_words(codes + b * kBlockKeys * stride + first * 4, stride, words[b] + first);
     }
   }
-  for (int first = 0; first < group_words(kBits); first += 8) {
-    __m512i words[8];
-    transpose_words(codes + first * 4, stride, words);
-    for (int w = 0; w < 8; w++) {
-      prefetch_far(ahead + (first + w) * 64);
-      for (int part = 0; part < kParts; part++) {
-        __m512i four = words[w];
-        if (kBits == 4) {
-          four = _mm512_and_si512(part ? _mm512_srli_epi32(four, 4) : four, mask);
-        }
-        for (int r = 0; r < kRows; r++) {
-          const int32_t* const at = q + r * q_stride + (first + w) * kParts + part;
-          for (int digit = 0; digit < kDigits; digit++) {
-            sums[r][digit] =
-                _mm512_dpbusd_epi32(sums[r][digit], four, splat_word_at(at + digit * kDigitWords));
-          }
-        }
-      }
+  DigitSums<kRows> sums;
+  for (int w = 0; w < kWords; w++) {
+    for (int b = 0; b < kBlocks; b++) {
+      prefetch_far(ahead + (w * kBlocks + b) * 64);
+    }
+    const __m512i a = words[0][w], b = words[kBlocks - 1][w];
+    if constexpr (kBits == 8) {
+      sums.template add<kBlocks == 2>(q + w, q_stride, a, b);
+    } else {
+      sums.template add<kBlocks == 2>(q + 2 * w, q_stride, _mm512_and_si512(a, mask),
+                                      _mm512_and_si512(b, mask));
+      sums.template add<kBlocks == 2>(q + 2 * w + 1, q_stride,
+                                      _mm512_and_si512(_mm512_srli_epi32(a, 4), mask),
+                                      _mm512_and_si512(_mm512_srli_epi32(b, 4), mask));
     }
   }
-  for (int r = 0; r < kRows; r++) {
-    const __m512i low = _mm512_add_epi32(sums[r][0], _mm512_slli_epi32(sums[r][1], 8));
-    dots[r] =
-        fma((Vec)_mm512_cvtepi32_ps(sums[r][2]), splat(65536.0f), (Vec)_mm512_cvtepi32_ps(low));
-  }
+  sums.finish(dots[0], dots[1]);
 }
 
 // A side's scales and biases for the keys of a chunk, [group, kChunkKeys] each. False: some are
@@ -226,42 +275,59 @@ PAGED_MLX_INLINE void prefetch_scales(const PageSide& side, int64_t row, int key
   }
 }
 
+// Scores of kBlocks blocks of a chunk, from key j on, with kRows rows: [block, row, 16].
+template <int kBits, int kRows, int kBlocks>
+PAGED_MLX_INLINE void score_blocks(const TilePass& pass, const Chunk& chunk,
+                                   const ChunkScales& scales, const IntegerRows& rows,
+                                   int first_row, int j, float* scores) {
+  const int groups = pass.job.head_dim / kGroup;
+  const int64_t stride = pass.job.head_dim * kBits / 8;
+  const bool by_channel = pass.job.k->format == PageFormat::channel4;
+  Vec total[kBlocks][kRows];
+  for (int b = 0; b < kBlocks; b++) {
+    for (int r = 0; r < kRows; r++) {
+      total[b][r] = by_channel ? splat(rows.sums[(first_row + r) * groups]) : Vec{};
+    }
+  }
+  for (int g = 0; g < groups; g++) {
+    Vec dots[2][kRows];
+    const int words = (j / kBlockKeys * groups + g * kBlocks) * group_words(kBits);
+    multiply_keys<kBits, kRows, kBlocks>(
+        chunk.k + j * stride + g * kGroup * kBits / 8, stride,
+        rows.words + (first_row * groups + g) * kDigits * kDigitWords,
+        groups * kDigits * kDigitWords, chunk.next_k + int64_t(words) * 64, dots);
+    for (int b = 0; b < kBlocks; b++) {
+      const int of_keys = g * kChunkKeys + j + b * kBlockKeys;
+      for (int r = 0; r < kRows; r++) {
+        const int at = (first_row + r) * groups + g;
+        const Vec dot = dots[b][r] * splat(rows.scales[at]);
+        if (by_channel) {
+          total[b][r] += dot;
+        } else {
+          total[b][r] = fma(dot, load(scales.scales + of_keys), total[b][r]);
+          total[b][r] = fma(splat(rows.sums[at]), load(scales.biases + of_keys), total[b][r]);
+        }
+      }
+    }
+  }
+  for (int b = 0; b < kBlocks; b++) {
+    for (int r = 0; r < kRows; r++) {
+      store(scores + (j + b * kBlockKeys) * kRows + r * kBlockKeys, total[b][r]);
+    }
+  }
+}
+
 // Scores of a chunk with kRows rows, [block, row, 16], in score_unit.
 template <int kBits, int kRows>
 __attribute__((noinline)) void score_chunk(const TilePass& pass, const Chunk& chunk,
                                            const ChunkScales& scales, const IntegerRows& rows,
                                            int first_row, float* scores) {
-  const int groups = pass.job.head_dim / kGroup;
-  const int64_t stride = pass.job.head_dim * kBits / 8;
-  const bool by_channel = pass.job.k->format == PageFormat::channel4;
-  for (int j = 0; j < chunk.keys; j += kBlockKeys) {
-    Vec total[kRows];
-    for (int r = 0; r < kRows; r++) {
-      total[r] = by_channel ? splat(rows.sums[(first_row + r) * groups]) : Vec{};
-    }
-    for (int g = 0; g < groups; g++) {
-      Vec dots[kRows];
-      const int words = (j / kBlockKeys * groups + g) * group_words(kBits);
-      multiply_keys<kBits, kRows>(chunk.k + j * stride + g * kGroup * kBits / 8, stride,
-                                  rows.words + (first_row * groups + g) * kDigits * kDigitWords,
-                                  groups * kDigits * kDigitWords,
-                                  chunk.next_k + int64_t(words) * 64, dots);
-      for (int r = 0; r < kRows; r++) {
-        const int at = (first_row + r) * groups + g;
-        const Vec dot = dots[r] * splat(rows.scales[at]);
-        if (by_channel) {
-          total[r] += dot;
-          continue;
-        }
-        const float* const of_keys = scales.scales + g * kChunkKeys + j;
-        const float* const biases = scales.biases + g * kChunkKeys + j;
-        total[r] = fma(dot, load(of_keys), total[r]);
-        total[r] = fma(splat(rows.sums[at]), load(biases), total[r]);
-      }
-    }
-    for (int r = 0; r < kRows; r++) {
-      store(scores + (j * kRows) + r * kBlockKeys, total[r]);
-    }
+  int j = 0;
+  for (; j + 2 * kBlockKeys <= chunk.keys; j += 2 * kBlockKeys) {
+    score_blocks<kBits, kRows, 2>(pass, chunk, scales, rows, first_row, j, scores);
+  }
+  if (j < chunk.keys) {
+    score_blocks<kBits, kRows, 1>(pass, chunk, scales, rows, first_row, j, scores);
   }
 }
 
@@ -365,7 +431,7 @@ __attribute__((noinline)) void add_chunk(const TilePass& pass, const Chunk& chun
       for (int r = 0; r < kRows; r++) {
         const __m512i weight = splat_word_at(pairs[r] + j / 2);
         for (int i = 0; i < 4; i++) {
-          sums[r][i] = _mm512_dpwssd_epi32(sums[r][i], of_keys[i], weight);
+          add_twos(sums[r][i], of_keys[i], weight);
         }
       }
     }
@@ -416,7 +482,13 @@ bool attend_chunk(const TilePass& pass, const Chunk& chunk, const ChunkScales& k
       all.high = kBlockKeys;
       finish_scores(pass, all, row, block + r * kBlockKeys);
     }
-    raise_maxima(unit, kRows, block, most, sums, acc, pass.acc_stride);
+    bool higher = false;
+    for (int r = 0; r < kRows; r++) {
+      higher |= any_greater(load(block + r * kBlockKeys), splat(most[r]));
+    }
+    if (higher) {
+      raise_maxima(unit, kRows, block, most, sums, acc, pass.acc_stride);
+    }
   }
   for (int j = 0; j < chunk.keys; j += kBlockKeys) {
     soften<kRows>(unit, scores + j * kRows, most, sums, acc, pass.acc_stride, [](int) {});
