@@ -17,11 +17,28 @@
 #include "ops/pool_memory.h"
 #include "ops/primitive.h"
 #include "ops/routes.h"
+#include "shape_check.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace paged_mlx {
+
+namespace {
+
+PageFormat page_format(const char* op, const std::optional<std::string>& name, PageFormat four) {
+  if (name && *name != "q8" && *name != "q4") {
+    fail(op, "formats must be a pair of None, 'q8' or 'q4'", "'" + *name + "'");
+  }
+  return !name ? PageFormat::dense : *name == "q8" ? PageFormat::token8 : four;
+}
+
+} // namespace
+
+PageFormats page_formats(const char* op, const FormatNames& names) {
+  return {page_format(op, names.first, PageFormat::channel4),
+          page_format(op, names.second, PageFormat::token4)};
+}
 
 namespace {
 
