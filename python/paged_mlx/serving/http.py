@@ -272,8 +272,8 @@ def serve(
         provider = PagedProvider(cli_args, enable, enable_draft, store)
         server.ResponseGenerator(provider, store).join()
         return provider.failure
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server(host, port, cli_args, enable, enable_draft) as running:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         paths = " ".join(GET)
         print(
             f"serving on {running.url}: POST /v1/chat/completions, GET {paths}",
