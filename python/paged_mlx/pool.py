@@ -29,6 +29,7 @@ from paged_mlx.options import AttentionOptions, Geometry, check_array, check_hea
 from paged_mlx.pages.block_table import BlockTable, PackedTables
 from paged_mlx.pages.canary import Canary
 from paged_mlx.pages.policies import PageAllocator
+from paged_mlx.pages.pool_map import PoolMap, page_figures
 from paged_mlx.pages.table import PageTable
 from paged_mlx.pool_storage import PoolStorage
 
@@ -744,6 +745,28 @@ class PagePool:
             self._tokens_stored[pages] = 0
             np.maximum.at(self._tokens_stored, pages, offsets + 1)
         self._writes.clear()
+
+    def map(self, tables: Iterable[PageTable] = (), caches: Iterable[Any] = ()) -> PoolMap:
+        """Return a picture of the pages as they are now: text, HTML in a notebook, PNG or SVG.
+
+        Args:
+            tables: Page tables to tell apart; pages of others are told as held.
+            caches: Prefix caches, whose pages are told as cached.
+
+        Examples:
+            >>> pool = PagePool(1, 8, 4, 2, 64)
+            >>> a = PageTable(4)
+            >>> _ = a.append_tokens(6, pool.allocator)
+            >>> b = a.fork()
+            >>> print(pool.map([a, b]).text())
+            22......
+            8 pages of 4 tokens: 2 in use (2 shared, 0 cached alone), 6 free
+        """
+        named = [(f"sequence {i}", table) for i, table in enumerate(tables)]
+        cached = [page_id for cache in caches for page_id in cache.page_ids]
+        form = None if self.formats.are_dense else str(self.formats)
+        dense = () if self.open_pages is None else self.open_pages.page_ids
+        return PoolMap(page_figures(self.allocator, named, cached, form, dense))
 
     def check(self, tables: Iterable[Any] | None = None, caches: Iterable[Any] = ()) -> None:
         """Prove that arrays, versions and allocator agree, and a canary's slots with the tables.

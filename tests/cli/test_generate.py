@@ -56,6 +56,15 @@ def test_the_answer_is_mlx_lms_and_every_call_read_pages(folder, capsys, monkeyp
         assert "gathered" not in err
 
 
+def test_the_map_of_the_pages_is_printed_where_there_is_no_terminal(folder, capsys, monkeypatch):
+    monkeypatch.setattr("paged_mlx.cli.live_map.EVERY", 0.001)
+    words = [*PROMPT, "--num-pages", "40", "--page-size", "4", "--map"]
+    assert main("generate", "--model", folder, *words) == 0
+    err = capsys.readouterr().err
+    assert re.search(r"^2 layers\n[A-Z.]{40}\n40 pages of 4 tokens: \d+ in use", err, re.M), err
+    assert re.search(r"^A+", err, re.M)
+
+
 def test_options_of_pages_reach_the_pages(folder, capsys):
     words = [*PROMPT, "--page-size", "8", "--num-pages", "40", "--prefix-cache"]
     assert main("generate", "--model", folder, *words) == 0

@@ -2,8 +2,10 @@
 
 import contextlib
 import http.client
+import http.server
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -256,3 +258,61 @@ def test_a_model_that_cannot_be_loaded_ends_the_command_with_a_sentence(tmp_path
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"paged-mlx serve: the model {tmp_path} cannot")
+
+
+def test_the_map_of_a_running_server_is_drawn_saved_and_sent(folder, capsys, tmp_path):
+    with serving(folder) as (server, client, get):
+        client.chats(CHATS)
+        status, page = get("/map")
+        assert status == 200 and page.startswith("<!doctype html>")
+        assert not re.search(r"""(src|href)=|https?://""", page)  # it needs no other file
+        assert commands.main(["map", server.url]) == 0
+        *rows, summary, legend = capsys.readouterr().out.splitlines()
+        assert "2 layers" in rows[0] and re.match(r"[A-Z0-9c.]+$", rows[1])
+        assert re.search(r"cached alone\), \d+ free", summary) and "digits: shared" in legend
+        assert commands.main(["map", server.url, "--json"]) == 0
+        (group,) = json.loads(capsys.readouterr().out)["groups"]
+        assert group["cached"] > 0 and group["page_size"] == 8
+        pytest.importorskip("matplotlib")
+        picture = tmp_path / "pages.svg"
+        assert commands.main(["map", server.url, "--save", str(picture)]) == 0
+        assert "cached alone" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    "status, body, says",
+    [(200, b"{}", "is no server of paged-mlx"), (503, b'{"error": "no model"}', "503: no model")],
+)
+def test_the_map_of_something_else_is_a_sentence(status, body, says, capsys):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
+        thread = threading.Thread(target=other.handle_request)
+        thread.start()
+        assert commands.main(["map", f"http://127.0.0.1:{other.server_port}"]) == 2
+        thread.join()
+    assert commands.main(["map", f"http://127.0.0.1:{other.server_port}"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert says in first and "nobody serves pages" in second
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_a_browser_draws_the_live_map(folder):
+    with serving(folder) as (server, client, get):
+        client.chats(CHATS)
+        words = ["--headless", "--no-sandbox", "--dump-dom", "--virtual-time-budget=3000"]
+        done = subprocess.run(
+            ["chromium", *words, f"{server.url}/map"], capture_output=True, text=True, timeout=120
+        )
+        total = json.loads(get("/pages")[1])["groups"][0]["total"]
+        assert done.stdout.count('<div class="page') == total, done.stderr
+        assert "pages of 8 tokens in use" in done.stdout
+        assert "MiB reserved</span>" in done.stdout

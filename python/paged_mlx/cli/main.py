@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": Command("cli.generate", "mlx_lm.generate with K and V in pages"),
     "chat": Command("cli.chat", "mlx_lm.chat with K and V in pages"),
     "serve": Command("cli.serve", "mlx_lm.server with K and V in pages, and a view of them"),
+    "map": Command("cli.map", "the pages of a running server, in the terminal or as a picture"),
     "bench": Command("cli.bench", "kernels or a model on pages, beside contiguous caches"),
     "analyze": Command("cli.analyze", "how much memory paging and sharing save, for your lengths"),
     "doctor": Command("machine.doctor", "is paged attention right here? every kernel against the oracle"),

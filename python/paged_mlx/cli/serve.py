@@ -15,6 +15,7 @@ mlx_lm.server with K and V in pages: the same options and the same HTTP interfac
 that begin alike share pages, where the model allows it. Besides:
 
   GET /metrics                                      figures for Prometheus
+  GET /map                                          a map of the pages, live, for a browser
   GET /pages                                        what each page holds now, as JSON
   GET /estimate?tokens=2000,500&max_new_tokens=200  will prompts of these lengths fit?
 

@@ -111,6 +111,11 @@ class OpenPages:
 
     # Reading
 
+    @property
+    def page_ids(self) -> list[int]:
+        """The open pages, by id."""
+        return np.flatnonzero(self._slot >= 0).tolist()
+
     def is_open(self, page_id: int) -> bool:
         """Whether a page is open."""
         return self._slot[page_id] >= 0

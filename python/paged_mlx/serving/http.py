@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
@@ -109,6 +110,10 @@ class Pages:
         }
         return as_json(snapshot(self.model()) | tokens)
 
+    def map(self, query: dict[str, list[str]]) -> Answer:
+        page = (Path(__file__).parent / "map.html").read_text()
+        return Answer(200, "text/html; charset=utf-8", page)
+
     def estimate(self, query: dict[str, list[str]]) -> Answer:
         lengths = numbers(query, "tokens", 1)
         (new,) = numbers(query, "max_new_tokens", 0)[:1]
@@ -140,6 +145,7 @@ def numbers(query: dict[str, list[str]], name: str, least: int) -> list[int]:
 GET: dict[str, Callable[[Pages, dict[str, list[str]]], Answer]] = {
     "/metrics": Pages.metrics,
     "/pages": Pages.pages,
+    "/map": Pages.map,
     "/estimate": Pages.estimate,
 }
 KNOWN = {*GET, "/v1/completions", "/v1/chat/completions", "/chat/completions", "/v1/models", "/health"}  # fmt: skip

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_mlx.pages.page_map import NO_PAGE
+from paged_mlx.pages.pool_map import page_figures
 
 
 def snapshot(paged) -> dict[str, Any]:
     """The pages of a ``PagedModel``.
 
     Returns:
-        A dict that JSON can hold. ``groups`` has one entry for each window: sizes, how many
-        pages are free, in use and cached, ``sequences`` (name, tokens and page ids of each, None
-        for pages behind the window), and ``pages``, by id: ``[holders, cached]``, how many hold a
-        page, the cache included, and whether the cache does. Pages that are not in it are free.
+        A dict that JSON can hold. ``groups`` has one entry for each window: ``page_figures``, sizes,
+        and how many pages are free and cached.
     """
     with paged.passes.lock:
         paged.passes.reclaim()
@@ -34,29 +32,22 @@ def snapshot(paged) -> dict[str, Any]:
 
 
 def _group(window, group, sequences, cache) -> dict[str, Any]:
+    named = [(sequence.name, sequence.tables[window]) for sequence in sequences]
+    pool = group.pools[0] if group.pools else None
+    form, dense = None, ()
+    if pool is not None and not pool.formats.are_dense:
+        form = str(pool.formats)
+        dense = () if pool.open_pages is None else pool.open_pages.page_ids
+    cached = () if cache is None else cache.page_ids
     allocator = group.allocator
-    counts = allocator.counts.tolist()
-    cached = set() if cache is None else set(cache.page_ids)
-    pages = {page: [held, page in cached] for page, held in enumerate(counts) if held}
-    found = {
+    found = page_figures(allocator, named, cached, form, dense) | {
         "window": window,
         "layers": group.num_layers,
-        "page_size": group.page_size,
         "page_bytes": group.page_bytes,
-        "total": allocator.total_pages,
         "free": allocator.num_free,
         "cached": len(cached),
         "evictable": allocator.num_evictable,
-        "sequences": [],
-        "pages": pages,
     }
-    for sequence in sequences:
-        table = sequence.tables[window]
-        if table.page_ids:
-            ids = [None if page == NO_PAGE else page for page in table.page_ids]
-            found["sequences"].append(
-                {"name": sequence.name, "tokens": table.num_tokens, "pages": ids}
-            )
     if cache is not None:
         stats = cache.stats
         names = ("queries", "hits", "query_tokens", "hit_tokens", "stored", "evicted", "forgotten")
