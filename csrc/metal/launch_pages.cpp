@@ -70,8 +70,13 @@ void quantise_rows(Encoder& encoder, const WritePagesCall& call, PageFormats sto
   encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS,
                         QuantisePagesArguments{call.num_kv_heads, call.page_size});
   encoder.set_input(PAGED_MLX_BUFFER_SLOTS, call.slots);
-  encoder.set_input(PAGED_MLX_BUFFER_K_TOKENS, call.k);
-  encoder.set_input(PAGED_MLX_BUFFER_V_TOKENS, call.v);
+  if (from_pages) {
+    encoder.set_pages(PAGED_MLX_BUFFER_K_TOKENS, call.k);
+    encoder.set_pages(PAGED_MLX_BUFFER_V_TOKENS, call.v);
+  } else {
+    encoder.set_input(PAGED_MLX_BUFFER_K_TOKENS, call.k);
+    encoder.set_input(PAGED_MLX_BUFFER_V_TOKENS, call.v);
+  }
   encoder.set_written_pages(PAGED_MLX_BUFFER_K_PAGES, call.k_pages);
   encoder.set_written_pages(PAGED_MLX_BUFFER_V_PAGES, call.v_pages);
   set_written_scales(encoder, PAGED_MLX_BUFFER_K_SCALES, call.k_scales, call.k_pages);
@@ -124,7 +129,7 @@ void seal_pages(Encoder& encoder, const SealPagesCall& call) {
   encoder.set_arguments(PAGED_MLX_BUFFER_ARGUMENTS,
                         QuantisePagesArguments{call.num_kv_heads, call.page_size});
   encoder.set_input(PAGED_MLX_BUFFER_SLOTS, call.pairs);
-  encoder.set_input(PAGED_MLX_BUFFER_K_TOKENS, call.k);
+  encoder.set_pages(PAGED_MLX_BUFFER_K_TOKENS, call.k); // open pages, which are written again
   encoder.set_written_pages(PAGED_MLX_BUFFER_K_PAGES, call.k_pages);
   set_written_scales(encoder, PAGED_MLX_BUFFER_K_SCALES, call.k_scales, call.k_pages);
   const size_t words = call.head_dim / 8, wide = std::min(words, threads);
