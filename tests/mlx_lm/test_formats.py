@@ -1,5 +1,8 @@
 """Models on quantised pages: what mlx-lm does with pages, it does with these."""
 
+import functools
+from concurrent import futures
+
 import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
@@ -193,4 +196,105 @@ def test_pages_follow_the_dtype_of_the_model():
         assert paged.groups[None].pools[0].dtype == mx.bfloat16
         keys = np.array(cache[0].keys.astype(mx.float32))
         assert np.abs(keys[:, :, :30] - before).max() < 0.1 * np.abs(before).max()
+        paged.check()
+
+
+class Fault(Exception):
+    pass
+
+
+def passes_of(model, cache, between=lambda: None, length=21):
+    """Logits of passes over a prompt and a token, computed at the end: 16 tokens fill a page."""
+    tokens, out = zoo.prompt(length, seed=1), []
+    mx.eval(model(mx.array([tokens[:13]]), cache=cache))
+    out.append(model(mx.array([tokens[13:]]), cache=cache))
+    between()
+    return [np.array(logits[0, -1]) for logits in (*out, model(mx.array([[3]]), cache=cache))]
+
+
+def in_another_thread(do):
+    def done():
+        try:
+            return do()
+        finally:
+            mx.synchronize()
+
+    with futures.ThreadPoolExecutor(1) as other:
+        return other.submit(done).result(timeout=60)
+
+
+def in_the_middle(monkeypatch, model, do, calls=()):
+    """Have ``do()`` called in the middle of the model's ``calls``-th passes from now on."""
+    middle, passes = model.layers[1].mlp, []
+
+    def stopping(self, x, before=type(middle).__call__):
+        if self is middle:
+            passes.append(1)
+            if len(passes) in calls:
+                do()
+        return before(self, x)
+
+    monkeypatch.setattr(type(middle), "__call__", stopping)
+
+
+@pytest.mark.parametrize("kv_format", PAIRS, ids=str)
+def test_a_pass_goes_on_in_memory_that_another_thread_has_taken(kv_format, monkeypatch):
+    llama, held = model(), []
+    with enable(llama, kv_format=kv_format, page_size=SIZE) as paged:
+        expected = passes_of(llama, paged.make_cache())
+        group = paged.groups[None]
+        before = group.allocator.total_pages
+
+        def grows():
+            held.extend(paged.make_cache() for _ in range(before // 3))
+            for cache in held:
+                mx.eval(llama(mx.array([zoo.prompt(30, seed=2)]), cache=cache))
+
+        in_the_middle(monkeypatch, llama, lambda: in_another_thread(grows), calls=(2,))
+        found = passes_of(llama, paged.make_cache())
+        assert group.allocator.total_pages > before
+        np.testing.assert_allclose(found, expected, atol=0.02)  # codes are quantised anew
+        paged.check()
+
+
+def test_memory_for_open_pages_that_a_failed_pass_took_is_there_for_other_threads(monkeypatch):
+    llama, held = model(), []
+    with enable(llama, kv_format="q4", page_size=SIZE) as paged:
+        expected = passes_of(llama, paged.make_cache(), length=14)
+        pages = paged.groups[None].pools[0].open_pages
+        slots = pages.num_slots
+
+        def fails():
+            raise Fault
+
+        def takes_memory():
+            held.extend(paged.make_cache() for _ in range(slots + 1))
+            for cache in held[:-1]:
+                mx.eval(llama(mx.array([[5, 6]]), cache=cache))
+            with pytest.raises(Fault):
+                llama(mx.array([[5, 6]]), cache=held[-1])
+
+        in_the_middle(monkeypatch, llama, fails, calls=(2 + slots + 1,))
+        others = functools.partial(in_another_thread, takes_memory)
+        found = passes_of(llama, paged.make_cache(), others, length=14)
+        assert pages.num_slots > slots
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+        paged.check()
+
+
+def test_open_pages_stay_where_another_threads_handles_will_read_them():
+    gemma, held = model("gemma2"), []
+    other = futures.ThreadPoolExecutor(1)
+    with other, enable(gemma, kv_format="q4", page_size=SIZE) as paged:
+        expected = passes_of(gemma, paged.make_cache())
+
+        def appends():
+            for seed in range(4):
+                held.append(paged.make_cache())
+                mx.eval(gemma(mx.array([zoo.prompt(13, seed=seed)]), cache=held[-1]))
+                mx.eval(gemma(mx.array([[1, 2, 3, 4]]), cache=held[-1]))
+            mx.synchronize()
+
+        found = passes_of(gemma, paged.make_cache(), lambda: other.submit(appends).result(60))
+        np.testing.assert_array_equal(found[0], expected[0])
         paged.check()

@@ -128,12 +128,16 @@ class OpenPages:
         """The slot of an open page."""
         return int(self._slot[page_id])
 
-    def kernel_ids(self, tables: np.ndarray) -> np.ndarray:
-        """Block tables as kernels read them: an open page is ``num_pages + slot``."""
-        num_pages = len(self._slot)
-        inside = (tables >= 0) & (tables < num_pages)
+    def kernel_ids(self, tables: np.ndarray, num_pages: int | None = None) -> np.ndarray:
+        """Block tables as kernels read them: an open page is ``num_pages + slot``.
+
+        Args:
+            num_pages: Of the arrays that are read; None: the pages that the pool has by now.
+        """
+        inside = (tables >= 0) & (tables < len(self._slot))
         slots = np.where(inside, self._slot[np.where(inside, tables, 0)], _SEALED)
-        return np.where(slots >= 0, num_pages + slots, tables).astype(np.int32)
+        first = len(self._slot) if num_pages is None else num_pages
+        return np.where(slots >= 0, first + slots, tables).astype(np.int32)
 
     def unknown(self, page_ids: np.ndarray) -> np.ndarray:
         """Which of some pages nothing was written to; ids outside the pool are known."""

@@ -106,11 +106,15 @@ class LayerGroup:
             k_format=self.formats.k,
             v_format=self.formats.v,
             allocator=self.allocator,
+            is_read=self._is_read_elsewhere,
         )
         self.pools.append(pool)
         for i, peer in enumerate(peers):
             self._placed[peer] = LayerPlace(self, peer, pool, i)
         return self._placed[layer]
+
+    def _is_read_elsewhere(self) -> bool:
+        return self.passes.others_may_read()
 
     def _convert(self, pool: LazyPool, dtype: mx.Dtype) -> None:
         """Hold K and V of a pool's layers in another dtype, as the model computes them now."""
@@ -126,6 +130,7 @@ class LayerGroup:
             k_format=self.formats.k,
             v_format=self.formats.v,
             allocator=self.allocator,
+            is_read=self._is_read_elsewhere,
         )
         if self.formats.are_dense:
             slots = np.arange(self.allocator.total_pages * self.page_size, dtype=np.int32)
@@ -179,10 +184,13 @@ class LayerGroup:
         if self.window is not None and self.retain is not None:
             self._free_behind_window(tables, starts)
         counts_of_rows = [num_tokens] * len(rows) if counts is None else counts.tolist()
-        sealed = self._num_sealed()
-        appended = self._append(tables, counts_of_rows, cache)
-        if appended.copies or self._num_sealed() != sealed:
-            self.passes.keep()  # also for a pass that something raises in
+        opened, copies = self._opened_and_sealed(), []
+        try:
+            appended = self._append(tables, counts_of_rows, cache)
+            copies = appended.copies
+        finally:  # what was done to the pages holds for a pass that something raises in too
+            if copies or self._opened_and_sealed() != opened:
+                self.passes.keep()
         for put_by in (self.passes.starved, self.passes.aside):
             if put_by:
                 put_by.difference_update(rows)
@@ -200,9 +208,10 @@ class LayerGroup:
         self.peak_pages, self._peaks[0] = max(self.peak_pages, used), max(self._peaks[0], used)
         return step
 
-    def _num_sealed(self) -> int:
-        """How often pages were sealed, in all pools."""
-        return sum(pool.num_sealed for pool in self.pools)
+    def _opened_and_sealed(self) -> list:
+        """What an append does to open pages of the pools: takes memory for more, and seals."""
+        opened = [0 if p.open_pages is None else p.open_pages.num_slots for p in self.pools]
+        return [*opened, *(pool.num_sealed for pool in self.pools)]
 
     def _check_layers_agree(self, row, layer, start) -> None:
         """A new step begins where every layer is, or goes back as every layer has."""

@@ -74,7 +74,7 @@ class Route:
 
     Attributes:
         step: The step. As soon as another begins in its group, the answer is another.
-        pool: Of the layer.
+        pool, num_sealed: Of the layer; and how often pages were sealed there.
         shape, dtype: Of the queries.
         mask: The mask.
         reason: Why the pages cannot be read; None when they can.
@@ -90,6 +90,7 @@ class Route:
     reason: str | None
     plan: object = None
     is_fresh_prompt: bool = False
+    num_sealed: int = 0
 
     def answers(self, source, q, mask) -> bool:
         place = source.place
@@ -97,6 +98,7 @@ class Route:
             self.mask is mask
             and not (type(mask) is PagedMask and mask.is_changed)
             and self.pool is place.pool
+            and self.num_sealed == place.pool.num_sealed
             and self.step is place.group.newest
             and self.shape == q.shape
             and self.dtype == q.dtype
@@ -112,7 +114,8 @@ def find_route(source, q, mask) -> Route:
         window = mask.window if type(mask) is PagedMask else group.window
         plan = step.plan(pool, q.shape[1], window)
         is_fresh_prompt = q.dtype == pool.dtype and fresh_prompt.takes(plan, AttentionOptions())
-    step.route = Route(step, pool, q.shape, q.dtype, mask, reason, plan, is_fresh_prompt)
+    kind = step, pool, q.shape, q.dtype, mask
+    step.route = Route(*kind, reason, plan, is_fresh_prompt, pool.num_sealed)
     return step.route
 
 

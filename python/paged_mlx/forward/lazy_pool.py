@@ -21,9 +21,15 @@ class LazyPool(PagePool):
     evaluate or save, gets versions that come after every write that waits and after every read
     of the handles, begun or still to come. A step begins by settling: so no write is lost or
     done twice, and no page changes before its readers (docs/design.md, "Handles").
+
+    Args:
+        sizes, options: Of a PagePool.
+        is_read: Whether another thread may read open pages at the places they have: none is
+            sealed then. None: there is no other.
     """
 
-    def __init__(self, *sizes, **options):
+    def __init__(self, *sizes, is_read=None, **options):
+        self._is_read = is_read or (lambda: False)
         self._waiting: dict[int, PagesOfLayer] = {}  # layer -> whose tokens are not written
         self._fetches = _ext.Fetches()  # what the handles that models have got may still read
         super().__init__(*sizes, **options)
@@ -92,12 +98,21 @@ class LazyPool(PagePool):
         """K and V of pages in some version of a layer, ``[pages, heads, page_size, dim]``."""
         tables = page_ids[:, None].astype(np.int32)
         if self.open_pages is not None:
-            tables = self.open_pages.kernel_ids(tables)
+            tables = self.open_pages.kernel_ids(tables, arrays[0].shape[0])
         lens = mx.full((len(page_ids),), self.page_size, mx.int32)
         k, v, *_ = operations.gather_pages(
             arrays, mx.array(tables), lens, self.page_size, stream=self.stream, **self.told
         )
         return k, v
+
+    def before_append(self, page_ids) -> None:
+        """Quantise the pages that are full, unless another thread may read them as they are."""
+        if not self._is_read():
+            super().before_append(page_ids)
+
+    def seal(self, page_ids=None) -> list[int]:
+        """As of a PagePool; and none, if none are named and another thread may read them."""
+        return [] if page_ids is None and self._is_read() else super().seal(page_ids)
 
     def fetch(self, source: PagesOfLayer, keys=None, values=None) -> tuple[mx.array, mx.array]:
         """K and V of the whole context as handles; ``keys`` and ``values`` wait to be written.

@@ -281,13 +281,27 @@ class Passes:
                 for table in tables.values():
                     table.release()
 
+    def others_may_read(self) -> bool:
+        """Whether another thread may yet compute what reads pages at the places they have now."""
+        with self.lock:
+            branches = [b for thread, b in self._branches.items() if thread.is_alive()]
+        for branch in branches:
+            is_complete = branch.newest is None or branch.newest.is_complete
+            if not is_complete or _may_read(branch):
+                return True
+        return False
+
     def _is_anothers(self, step) -> bool:
         """Whether another thread may yet compute what reads or writes a step's pages."""
         branch = self._branches.get(step.of_pass.thread)
         if branch is None or not step.of_pass.thread.is_alive():
             return False
-        parts = branch.parts.values()
-        return not step.of_pass.is_complete or any(part.handles.read_pages() for part in parts)
+        return not step.of_pass.is_complete or _may_read(branch)
+
+
+def _may_read(branch: Branch) -> bool:
+    """Whether handles that models have got in a branch have read pages, or may still."""
+    return any(part.handles.read_pages() for part in branch.parts.values())
 
 
 class Turn:

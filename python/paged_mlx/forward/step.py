@@ -51,6 +51,7 @@ class Step:
         self.num_columns = longest + num_tokens - self.first_column
         self.route = self.of_pass = None
         self.plans = {}
+        self._sealed_before: dict = {}  # how often pages were sealed before a plan was made
         self._window, self._page_size = group.window, group.page_size
         self._num_freed = num_freed
         self._counts = counts if self.padded else None
@@ -115,9 +116,12 @@ class Step:
             kernels,
             None if pool.open_pages is None else id(pool),
         )
-        if key not in self.plans:
-            self.plans[key] = self._plan(pool, num_q_heads, window, self._before.get(key))
-        return self.plans[key]
+        made = self.plans.get(key)
+        if made is None or self._sealed_before.get(key) != pool.num_sealed:
+            before = self._before.get(key) if made is None else None
+            self.plans[key] = made = self._plan(pool, num_q_heads, window, before)
+            self._sealed_before[key] = pool.num_sealed
+        return made
 
     def _plan(self, pool, num_q_heads, window, before):
         packed, first_tokens = self._packed, None
