@@ -1,6 +1,6 @@
 """What do formats of pages cost and gain on the CPU, against dense pages, in one run?
 
-Decode at 16k context, pages out of the caches, every output compared with attention over what its
+Decode at 16k context by the CPU time of one thread, pages out of the caches, every output compared with attention over what its
 pages read as; and a written token against a decode step at 1k context.
 """
 
@@ -22,7 +22,6 @@ FORMATS = {
     "q8/q4": ("q8", "q4"),
     "q4/q4": ("q4", "q4"),
 }
-THREADS = _ext.num_threads()
 
 
 def in_pool_memory(array: mx.array) -> mx.array:
@@ -50,15 +49,11 @@ class Pages:
         table = np.random.default_rng(0).permutation(num_pages).astype(np.int32)[None]
         q_heads = HEADS * GROUP
         self.q = mx.random.normal((1, q_heads, DIM)).astype(self.dtype)
-        options = dict(
-            num_q_heads=q_heads, num_kv_heads=HEADS, page_size=PAGE, head_dim=DIM, v_head_dim=DIM
-        )
         self.table, self.context = table, context
         self.plan = fast.plan(
             table, [context], num_q_heads=q_heads, num_kv_heads=HEADS, page_size=PAGE,
             dtype=self.dtype,
         )  # fmt: skip
-        self.options = options
         self.nbytes = sum(a.nbytes for a in self.layers[0])
         self.turns = count()
 
@@ -105,7 +100,7 @@ class Pages:
         assert error < 0.01 * size, f"{self.formats}: {error} of {size}"
 
 
-def decode_case(threads: int) -> Case:
+def decode_case() -> Case:
     pages = {name: Pages(name, 16384, 3) for name in ("float16", *FORMATS)}
 
     def check(outputs):
@@ -113,13 +108,12 @@ def decode_case(threads: int) -> Case:
             layers.check()
 
     candidates = [
-        Candidate(name, on_threads(threads, layers.attend), layers.nbytes)
+        Candidate(name, on_threads(1, layers.attend), layers.nbytes)
         for name, layers in pages.items()
     ]
-    clock = "cpu" if threads == 1 else "wall"
     return Case(
-        f"decode, 1 x 16384, {HEADS} KV heads of {DIM}, groups of {GROUP}, {threads} threads, {clock}",
-        candidates, check, 20, 2, clock, pause=0.004 if threads > 1 else 0.0,
+        f"decode, 1 x 16384, {HEADS} KV heads of {DIM}, groups of {GROUP}, 1 thread, cpu",
+        candidates, check, 20, 2, "cpu",
     )  # fmt: skip
 
 
@@ -159,9 +153,7 @@ def write_case() -> Case:
 
 
 def cases():
-    yield decode_case(1)
-    if THREADS > 1:
-        yield decode_case(THREADS)
+    yield decode_case()
     yield write_case()
 
 

@@ -164,9 +164,9 @@ template <int kBits>
 PAGED_MLX_INLINE Vec load_codes(const uint8_t* p) {
   VecI codes;
   if constexpr (kBits == 8) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(PAGED_MLX_EMULATED_LANES)
     codes = (VecI)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(PAGED_MLX_EMULATED_LANES)
     codes = (VecI)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
     for (int i = 0; i < kLanes; i++) {
