@@ -1,6 +1,6 @@
 """Two ranks of mx.distributed: a sharded model on pages, each rank with those of its own heads.
 
-    mlx.launch -n 2 examples/two_ranks.py
+    mlx.launch -n 2 python examples/two_ranks.py
 
 Prompts that begin alike share pages on both ranks, which agree on how much of a prompt is known.
 Every rank also computes the answers with the whole model and mlx-lm's own caches, and compares.
