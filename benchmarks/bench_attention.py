@@ -5,7 +5,7 @@ Planning, graph building and evaluation are all inside the time.
 
 import mlx.core as mx
 from paged_mlx import fallback
-from paged_mlx.bench.workload import Geometry, Workload, agree
+from paged_mlx.machine.bench.workload import Geometry, Workload, agree
 
 from benchmarks.harness import Candidate, Case, run
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
-from paged_mlx.bench.workload import Geometry, Workload, agree
+from paged_mlx.machine.bench.workload import Geometry, Workload, agree
 
 from benchmarks.harness import Candidate, Case, run
 from benchmarks.limits import on_threads, page_reads, planning, smallest_operation

@@ -4,7 +4,7 @@ One thread, by its CPU time.
 """
 
 from paged_mlx._native import _ext
-from paged_mlx.bench.workload import Geometry, Workload, agree
+from paged_mlx.machine.bench.workload import Geometry, Workload, agree
 
 from benchmarks.bench_cpu_decode import (
     AVX2,

@@ -8,7 +8,7 @@ other limit.
 from functools import partial
 
 from paged_mlx._native import _ext
-from paged_mlx.bench.workload import Geometry, Workload, agree
+from paged_mlx.machine.bench.workload import Geometry, Workload, agree
 
 from benchmarks.bench_cpu_decode import DEFAULT_THREADS, DTYPES
 from benchmarks.harness import Candidate, Case, run

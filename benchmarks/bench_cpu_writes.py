@@ -8,7 +8,7 @@ from itertools import chain, count
 import mlx.core as mx
 import numpy as np
 from paged_mlx import PagePool
-from paged_mlx.bench.workload import DTYPES, Geometry
+from paged_mlx.machine.bench.workload import DTYPES, Geometry
 
 from benchmarks.harness import Candidate, Case, run
 from benchmarks.limits import memcpy, memcpy_in_pieces, on_threads, smallest_operation

@@ -8,8 +8,8 @@ is at hand: drafts of a model are not measured.
 
 import paged_mlx
 from mlx_lm import batch_generate
-from paged_mlx.demo import smollm2
 from paged_mlx.mlx_lm import speculative_batch_generate
+from paged_mlx.mlx_lm.demo import smollm2
 
 from benchmarks.harness import Candidate, Case, environment, format_case, measure, save
 

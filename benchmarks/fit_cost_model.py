@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
-from paged_mlx.bench.workload import Geometry, Workload
+from paged_mlx.machine.bench.workload import Geometry, Workload
 
 from benchmarks.harness import Candidate, Case, environment, measure, save
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import paged_mlx
-from paged_mlx.demo import smollm2
 from paged_mlx.mlx_lm import enable
+from paged_mlx.mlx_lm.demo import smollm2
 
 from benchmarks.harness import RESULTS, environment
 

@@ -1,12 +1,12 @@
-"""Records of benchmarks: what ``paged_mlx.bench.measure`` measures, with the commit, as JSON."""
+"""Records of benchmarks: what ``paged_mlx.machine.bench.measure`` measures, with the commit, as JSON."""
 
 import json
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from paged_mlx.bench import measure as measuring
-from paged_mlx.bench.measure import Candidate, Case, LeftOut, format_case, measure, ratio
+from paged_mlx.machine.bench import measure as measuring
+from paged_mlx.machine.bench.measure import Candidate, Case, LeftOut, format_case, measure, ratio
 from paged_mlx.machine.cache import write_whole
 
 __all__ = [

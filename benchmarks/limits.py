@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 from paged_mlx import fast
 from paged_mlx._native import _ext
-from paged_mlx.bench.workload import Workload
+from paged_mlx.machine.bench.workload import Workload
 
 from benchmarks import roofline
 from benchmarks.harness import Candidate

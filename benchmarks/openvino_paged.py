@@ -8,7 +8,7 @@ operation has written them.
 from functools import cached_property
 
 import numpy as np
-from paged_mlx.bench.workload import Workload, floats, shuffled_tables
+from paged_mlx.machine.bench.workload import Workload, floats, shuffled_tables
 
 from benchmarks.harness import Candidate, LeftOut
 

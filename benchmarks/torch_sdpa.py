@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
-from paged_mlx.bench.workload import Workload
+from paged_mlx.machine.bench.workload import Workload
 
 from benchmarks.harness import Candidate
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from paged_mlx.bench.workload import Workload, shuffled_tables
+from paged_mlx.machine.bench.workload import Workload, shuffled_tables
 
 from benchmarks.harness import Candidate, LeftOut
 from benchmarks.torch_sdpa import tensor, torch

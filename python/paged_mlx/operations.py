@@ -12,12 +12,12 @@ from itertools import product
 
 import mlx.core as mx
 
-from paged_mlx import first_use
 from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan
-from paged_mlx.first_use import Known, Variant
 from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.formats.raw_pages import head_dim_of
+from paged_mlx.machine import first_use
+from paged_mlx.machine.first_use import Known, Variant
 from paged_mlx.options import AttentionOptions, OptionKinds, check_array, check_stream
 
 _ANY_TOKENS = (*range(1, 17), 1024)  # of an item: every body, the widest last

@@ -19,10 +19,10 @@ from paged_mlx import operations
 from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
 from paged_mlx.errors import MAX_INT32, fail, kind_of, whole_number
-from paged_mlx.first_use import Known
 from paged_mlx.formats.open_pages import OpenPages, Split
 from paged_mlx.formats.page_format import PageFormats, open_arrays, page_arrays, sides_of
 from paged_mlx.host_arrays import Ints, gather_inputs, host_ints, pair_array, slot_array
+from paged_mlx.machine.first_use import Known
 from paged_mlx.machine.memory import memory_limit as default_memory_limit
 from paged_mlx.machine.memory import pages_within
 from paged_mlx.options import AttentionOptions, Geometry, check_array, check_head_dim, check_number

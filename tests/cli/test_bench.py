@@ -6,9 +6,9 @@ import json
 
 import mlx.core as mx
 import pytest
-from paged_mlx.bench.measure import Candidate, Case, measure
-from paged_mlx.bench.trials import Trial, trials
 from paged_mlx.cli import main as commands
+from paged_mlx.machine.bench.measure import Candidate, Case, measure
+from paged_mlx.machine.bench.trials import Trial, trials
 
 SMALL = ["--num-q-heads", "4", "--num-kv-heads", "2", "--head-dim", "64", "-r", "2"]
 
@@ -76,7 +76,9 @@ def test_kernels_are_measured_in_turns_and_told_alike_in_three_forms(capsys):
 
 
 def test_ways_that_disagree_are_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr("paged_mlx.bench.workload.Workload.paged", lambda work: 1.01 + work.q)
+    monkeypatch.setattr(
+        "paged_mlx.machine.bench.workload.Workload.paged", lambda work: 1.01 + work.q
+    )
     assert main("-p", "0", "-d", "8", "-b", "1", *SMALL) == 1
     err = capsys.readouterr().err
     assert "tg1 @ d8 was not timed: " in err and "differ by" in err and "Traceback" not in err
@@ -156,7 +158,7 @@ def test_quantised_pages_of_a_model_are_candidates_too(tmp_path, capsys):
 
 
 def test_logits_that_differ_stop_it(folder, capsys, monkeypatch):
-    from paged_mlx.bench import models
+    from paged_mlx.machine.bench import models
 
     monkeypatch.setattr(models, "CLOSE", -1.0)
     assert main("-m", folder, "-p", "4", "-n", "0", "-d", "0") == 1

@@ -26,7 +26,7 @@ from paged_mlx.mlx_lm import PromptStore, enable  # noqa: E402
 if PromptStore is None:
     pytest.skip("this mlx-lm keeps its prompt store elsewhere", allow_module_level=True)
 
-from paged_mlx.serving.http import PortInUse, Server  # noqa: E402
+from paged_mlx.mlx_lm.serving.http import PortInUse, Server  # noqa: E402
 
 CHATS = [[{"role": "user", "content": f"{text} Why is the sky blue?"}] for text in ("Hi.", "Oh.")]
 SAMPLE = re.compile(r'^paged_mlx_\w+(\{(\w+="[^"]*",?)*\})? -?[\d.e+]+$')
@@ -133,7 +133,7 @@ def test_a_prompt_that_can_never_fit_is_refused_with_a_reason_and_others_go_on(f
 def test_events_are_published_as_a_subscriber_of_vllms_reads_them(folder):
     zmq = pytest.importorskip("zmq", reason="pyzmq is not installed: pip install pyzmq")
     msgspec = pytest.importorskip("msgspec", reason="msgspec is not installed")
-    from paged_mlx.serving.kv_events import TOPIC, KVEventPublisher
+    from paged_mlx.mlx_lm.serving.kv_events import TOPIC, KVEventPublisher
 
     with serving(folder) as (server, client, _):
         (cache,) = server.provider.paged.prefixes.caches.values()

@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 import pytest
-from paged_mlx import first_use
 from paged_mlx._native import BUILT, _ext
-from paged_mlx.first_use import Variant, prove
 from paged_mlx.formats.page_format import PageFormats
+from paged_mlx.machine import first_use
+from paged_mlx.machine.first_use import Variant, prove
 
 PAIRS = [("q8", "q8"), ("q8", "q4"), ("q4", "q4"), ("q4", None)]
 OPS = ("paged_attention", "write_pages", "gather_pages", "seal_pages")

@@ -13,9 +13,10 @@ import pytest
 from first_use_gpu import gpu, wrong
 from metal_host import Program
 from metal_on_host import metal_on_host
-from paged_mlx import PagePool, fast, first_use, operations
+from paged_mlx import PagePool, fast, operations
 from paged_mlx._native import _ext
-from paged_mlx.first_use import Guard, Variant
+from paged_mlx.machine import first_use
+from paged_mlx.machine.first_use import Guard, Variant
 from paged_mlx.options import AttentionOptions, OptionKinds
 from paged_mlx.testing import Case, backends
 

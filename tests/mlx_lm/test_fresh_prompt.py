@@ -6,7 +6,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 
 import mlx.core as mx  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
-from paged_mlx import fresh_prompt  # noqa: E402
+from paged_mlx.forward import fresh_prompt  # noqa: E402
 from paged_mlx.machine import thresholds  # noqa: E402
 from paged_mlx.mlx_lm import enable  # noqa: E402
 

@@ -14,7 +14,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 import mlx_lm_zoo as zoo  # noqa: E402
 import paged_mlx  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
-from paged_mlx.demo import smollm2  # noqa: E402
+from paged_mlx.mlx_lm.demo import smollm2  # noqa: E402
 
 SYSTEM = "You are a helpful AI assistant."
 QUESTIONS = [

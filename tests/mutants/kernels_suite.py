@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 from metal_kernels import attend, format_cases
 from metal_on_host import metal_on_host
-from paged_mlx import PagePool, fast, first_use
+from paged_mlx import PagePool, fast
+from paged_mlx.machine import first_use
 from paged_mlx.reference import arrays
 from paged_mlx.testing import Case, Check, backends, run
 

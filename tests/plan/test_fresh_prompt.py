@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metal_on_host import metal_on_host
-from paged_mlx import fast, fresh_prompt
+from paged_mlx import fast
+from paged_mlx.forward import fresh_prompt
 from paged_mlx.machine import thresholds
 from paged_mlx.options import AttentionOptions
 from paged_mlx.testing import Case, backends

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from paged_mlx.bench.measure import Candidate, Case
+from paged_mlx.machine.bench.measure import Candidate, Case
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import __main__ as benchmarks

@@ -4,9 +4,9 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 from metal_on_host import metal_on_host
-from paged_mlx import first_use
 from paged_mlx._native import _ext
-from paged_mlx.first_use import Guard
+from paged_mlx.machine import first_use
+from paged_mlx.machine.first_use import Guard
 
 FAULTS = {
     # A score that counts twice; a page of keys one slot off.

@@ -17,7 +17,7 @@ import mlx_lm.utils
 import paged_mlx
 from mlx_lm.models import qwen2
 from mlx_lm.tokenizer_utils import load as load_tokenizer
-from paged_mlx.demo import smollm2
+from paged_mlx.mlx_lm.demo import smollm2
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 
 PAGED = os.environ["PAGED_MLX_CACHES"] == "paged"

@@ -39,7 +39,7 @@ def whole_numbers(text: str) -> list[int]:
 
 def main(arguments: list[str]) -> int:
     chosen = _options().parse_args(arguments)
-    from paged_mlx.bench.trials import trials
+    from paged_mlx.machine.bench.trials import trials
 
     prompts = [n for n in chosen.n_prompt if n]
     generated = [n for n in chosen.n_gen if n]
@@ -120,7 +120,7 @@ def _options() -> argparse.ArgumentParser:
 
 def _measured(chosen, wanted: list, progress: Progress) -> tuple[dict, list[dict], dict]:
     """What was measured, the results, and which kernels served."""
-    from paged_mlx.bench.measure import environment, measure
+    from paged_mlx.machine.bench.measure import environment, measure
     from paged_mlx.machine.routes import kernel_routes, since
 
     about: dict[str, Any] = environment()
@@ -138,9 +138,9 @@ def _measured(chosen, wanted: list, progress: Progress) -> tuple[dict, list[dict
 
 
 def _of_kernels(chosen, wanted: list, about: dict, progress: Progress) -> tuple[Iterator, Any]:
-    from paged_mlx.bench.kernels import cases
-    from paged_mlx.bench.workload import Geometry
     from paged_mlx.formats.page_format import PageFormats
+    from paged_mlx.machine.bench.kernels import cases
+    from paged_mlx.machine.bench.workload import Geometry
 
     if chosen.num_q_heads % chosen.num_kv_heads:
         raise Mistake(
@@ -164,8 +164,8 @@ def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[It
     needs_mlx_lm()
     import mlx_lm
 
-    from paged_mlx.bench.models import PAGED, STOCK, ModelBench
     from paged_mlx.cli.pages import loaded
+    from paged_mlx.machine.bench.models import PAGED, STOCK, ModelBench
     from paged_mlx.mlx_lm.enable import PagedModel, enable
 
     progress(f"loading {chosen.model}")
@@ -191,7 +191,7 @@ def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[It
 
 
 def _print(chosen, about: dict, results: list[dict], routes: dict) -> None:
-    from paged_mlx.bench.results import record, to_csv, to_json, to_markdown
+    from paged_mlx.machine.bench.results import record, to_csv, to_json, to_markdown
     from paged_mlx.machine.routes import in_words
 
     found = record(about, results, routes)

@@ -20,6 +20,6 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--plain", action="store_true", help="lines of text, no live display")
     chosen = options.parse_args(arguments)
     needs_mlx_lm()
-    from paged_mlx.demo.batch import run
+    from paged_mlx.mlx_lm.demo.batch import run
 
     return run(chosen.tokens, chosen.plain)

@@ -64,7 +64,7 @@ def shown(models: list) -> Iterator[None]:
 
     Where stderr is no terminal the fullest map is printed at the end.
     """
-    from paged_mlx.serving.snapshot import snapshot
+    from paged_mlx.mlx_lm.serving.snapshot import snapshot
 
     def groups() -> list[dict[str, Any]]:
         found = snapshot(models[-1])["groups"] if models else []

@@ -54,8 +54,8 @@ def main(arguments: list[str]) -> int:
 def _serve(host: str, port: int, cli_args: argparse.Namespace, chosen: argparse.Namespace) -> None:
     from paged_mlx.cli.pages import enabled
     from paged_mlx.mlx_lm import enable
-    from paged_mlx.serving.http import PortInUse, serve
-    from paged_mlx.serving.kv_events import CAPACITY, KVEventPublisher
+    from paged_mlx.mlx_lm.serving.http import PortInUse, serve
+    from paged_mlx.mlx_lm.serving.kv_events import CAPACITY, KVEventPublisher
 
     publisher: KVEventPublisher | None = None
     in_use: list = []

@@ -14,7 +14,7 @@ from functools import wraps
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx.fallback import checks
+import paged_mlx.fallback.checks as checks
 from paged_mlx.fallback.plan import TokenRows
 from paged_mlx.fallback.traces import is_tracer
 from paged_mlx.formats.rotation import rotate

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx import fresh_prompt
 from paged_mlx._native import _ext
+from paged_mlx.forward import fresh_prompt
 from paged_mlx.forward.gathered import GatheredKV, PagedMask
 from paged_mlx.forward.group import FRESH_PROMPT
 from paged_mlx.forward.seams import Seam

@@ -20,9 +20,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx import fast, fresh_prompt
+from paged_mlx import fast
 from paged_mlx._native import BUILT, _ext
 from paged_mlx.attention_plan import AttentionPlan, runs_kernels
+from paged_mlx.forward import fresh_prompt
 from paged_mlx.machine import thresholds
 from paged_mlx.options import AttentionOptions
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
+import paged_mlx.mlx_lm.lost_ranks as lost_ranks
 from paged_mlx.errors import fail, whole_number
 from paged_mlx.formats.page_format import BITS, formats_of
 from paged_mlx.forward.group import LayerGroup
@@ -18,7 +19,6 @@ from paged_mlx.forward.passes import Passes
 from paged_mlx.forward.routes import FRESH, GATHER, PAGES, routes_of
 from paged_mlx.forward.sequence import History, Sequence
 from paged_mlx.machine.memory import memory_limit
-from paged_mlx.mlx_lm import lost_ranks
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.checkpoints import SHARE_OF_CHECKPOINTS, states_of

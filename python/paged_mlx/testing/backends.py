@@ -110,7 +110,7 @@ def on_stream(name: str, stream) -> Backend:
 
 def _unchecked(function: Callable, **fixed) -> Callable:
     def run(*arguments):
-        from paged_mlx import first_use
+        from paged_mlx.machine import first_use
 
         with first_use.unchecked():
             return function(*arguments, **fixed)

@@ -79,7 +79,7 @@ def test_a_long_prompt_is_handed_to_the_gpu_node_by_node(length, read_before):
 def test_the_model_of_the_demo_answers(monkeypatch):
     mlx_lm = pytest.importorskip("mlx_lm")
     import paged_mlx
-    from paged_mlx.demo import smollm2
+    from paged_mlx.mlx_lm.demo import smollm2
 
     try:
         model, tokenizer = smollm2.load()

@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx.bench.measure import Candidate, Case
-from paged_mlx.bench.trials import Trial
-from paged_mlx.bench.workload import DTYPES, Geometry, Workload
 from paged_mlx.formats.page_format import PageFormats
+from paged_mlx.machine.bench.measure import Candidate, Case
+from paged_mlx.machine.bench.trials import Trial
+from paged_mlx.machine.bench.workload import DTYPES, Geometry, Workload
 from paged_mlx.pages.table import PageTable
 from paged_mlx.pool import PagePool
 

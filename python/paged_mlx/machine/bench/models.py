@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
-from paged_mlx.bench.measure import Candidate, Case
-from paged_mlx.bench.trials import Trial
+from paged_mlx.machine.bench.measure import Candidate, Case
+from paged_mlx.machine.bench.trials import Trial
 
 PAGED, STOCK = "paged", "mlx-lm"
 CHUNK = 2048  # tokens of a prompt in one pass, mlx-lm's default

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
-from paged_mlx.demo import smollm2
-from paged_mlx.demo.screen import make_screen
 from paged_mlx.mlx_lm import enable
+from paged_mlx.mlx_lm.demo import smollm2
+from paged_mlx.mlx_lm.demo.screen import make_screen
 
 SYSTEM = """You are Ada, a friendly guide in a science museum for children. Visitors ask \
 short questions and you answer each of them in two or three plain sentences. You never use \

