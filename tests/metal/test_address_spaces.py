@@ -7,6 +7,7 @@ import metal_host
 import mlx.core as mx
 import pytest
 from metal_host import address_spaces
+from paged_mlx import PagePool, PageTable
 from paged_mlx._native import _ext
 from paged_mlx.machine import doctor
 from paged_mlx.reference.dtypes import NAMES
@@ -35,6 +36,16 @@ def wanted():
             yield Check("options", options.replace(num_q_heads=2 * gqa_factor))
 
 
+def move_quantised_pages(k_format):
+    """Write, seal and gather pages of a format."""
+    pool = PagePool(1, 8, 16, 2, 64, k_format=k_format, v_format="q4", stream=mx.cpu)
+    table = PageTable(16)
+    slots = table.append_tokens(40, pool.allocator).slots
+    k = mx.zeros((40, 2, 64), mx.float16)
+    pool[0].write(k, k, slots)
+    mx.eval(pool[0].gather([table.page_ids], [40]), pool.state)
+
+
 @pytest.fixture(scope="module")
 def dispatches():
     """By library: what the launch code would run; nothing is run."""
@@ -44,6 +55,8 @@ def dispatches():
     try:
         for check in wanted():
             checks.run(check, backends.cpu())
+        for k_format in ("q8", "q4"):
+            move_quantised_pages(k_format)
         mx.synchronize()
     finally:
         _ext.set_host_launch(None)

@@ -39,6 +39,7 @@ MODULES = (
     "prefix.test_prefix_cache",
     "conformance.test_input_layouts",
     "conformance.test_not_finite",
+    "cpu.test_formats",
     "formats.test_quantised_pool",
     "formats.test_raw_pages",
     "mlx_lm.test_speculative_batch",
