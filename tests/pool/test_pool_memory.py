@@ -127,6 +127,16 @@ def test_the_memory_limit_heeds_mlxs_own():
         mx.set_memory_limit(before)
 
 
+def test_mlxs_own_limit_is_read_where_mlx_has_no_function_for_it(monkeypatch):
+    before = mx.set_memory_limit(123_456_789)
+    try:
+        monkeypatch.delattr(mx, "get_memory_limit", raising=False)
+        assert memory_limit() == 123_456_789
+        assert mx.set_memory_limit(before) == 123_456_789  # and it is as it was
+    finally:
+        mx.set_memory_limit(before)
+
+
 def test_the_memory_limit_is_of_what_the_gpu_or_the_control_group_may_use(monkeypatch, tmp_path):
     group = tmp_path / "memory.max"
     monkeypatch.setattr(memory, "_CONTROL_GROUP", group)

@@ -9,6 +9,7 @@ from paged_mlx.errors import fail
 from paged_mlx.formats.page_format import PageFormats, page_nbytes
 
 SHARE = 0.85
+MOST = 2**62
 _CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -25,7 +26,15 @@ def memory_limit(share: float = SHARE) -> int:
     """
     if not 0 < share <= 1:
         fail("memory_limit", "share must be in (0, 1]", share)
-    return min(int(share * _usable()), mx.get_memory_limit())
+    return min(int(share * _usable()), _limit_of_mlx())
+
+
+def _limit_of_mlx() -> int:
+    if hasattr(mx, "get_memory_limit"):
+        return mx.get_memory_limit()
+    before = mx.set_memory_limit(MOST)  # releases before 0.32 tell it only to who sets another
+    mx.set_memory_limit(before)
+    return before
 
 
 def _usable() -> int:
