@@ -1,13 +1,17 @@
 """Programs, variants and launches of the Metal host."""
 
+import ctypes
 import os
+import shutil
 import threading
+from pathlib import Path
 
 import metal_host
 import numpy as np
 import pytest
 from metal_host import HostMemory, MetalHostError, Program
 from metal_host.compiler import prune
+from metal_host.variant import load_address
 
 pytestmark = pytest.mark.skipif(
     metal_host.unsupported() is not None, reason=str(metal_host.unsupported())
@@ -299,6 +303,16 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
         "old.log",
         "old.so",
     ]
+
+
+def test_a_library_that_was_pruned_after_it_was_loaded_is_found_in_memory(tmp_path):
+    with open("/proc/self/maps") as maps:
+        known = next(line.split()[-1] for line in maps if "/libm.so" in line or "/libm-" in line)
+    copy = Path(shutil.copy(known, tmp_path / "copy.so"))
+    ctypes.CDLL(str(copy))
+    address = load_address(copy)
+    copy.unlink()
+    assert load_address(copy) == address > 0
 
 
 def test_two_processes_may_prune_a_cache_at_the_same_time(tmp_path):

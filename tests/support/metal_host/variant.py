@@ -88,7 +88,7 @@ def compile_variant(
     library.metal_host_variables_end.restype = ctypes.c_void_p
     variables = (library.metal_host_variables_begin() or 0, library.metal_host_variables_end() or 0)
     entry = ctypes.cast(library.metal_host_entry, ctypes.c_void_p).value
-    return Variant(entry, variables, _load_address(path), kernel, path, rejected)
+    return Variant(entry, variables, load_address(path), kernel, path, rejected)
 
 
 def _load(path: Path, kernel: str, declared: Declarations) -> ctypes.CDLL:
@@ -112,9 +112,14 @@ def shim_text() -> str:
     return "".join(header.read_text() for header in headers)
 
 
-def _load_address(path: Path) -> int:
-    """Where a library was loaded: the lowest address that is mapped from it."""
+def load_address(path: Path) -> int:
+    """Where a library was loaded: the lowest address that is mapped from it.
+
+    Another process may have pruned the file since.
+    """
     with open("/proc/self/maps") as maps:
         return min(
-            int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(str(path))
+            int(line.split("-")[0], 16)
+            for line in maps
+            if line.rstrip().removesuffix(" (deleted)").endswith(str(path))
         )
