@@ -129,7 +129,7 @@ def attention_geometry(q, arrays, formats=(None, None)) -> dict[str, int]:
 
 def options(op, q, given: AttentionOptions) -> None:
     given.check(op)
-    for name, value, least in zip(given._fields, given, (-np.inf, 0)):
+    for name, value, least in zip(AttentionOptions.__annotations__, given, (-np.inf, 0)):
         if value is not None and not (np.isfinite(value) and value > least):
             fail(op, f"{name} must be finite{' and greater than 0' if least == 0 else ''}", value)
     num_tokens, num_q_heads, _ = q.shape

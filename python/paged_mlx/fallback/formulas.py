@@ -49,10 +49,9 @@ def paged_attention(
     _calls["PagedAttention"] += 1
     geometry = checks.attention_geometry(q, pages, formats)
     sides = stored(pages, formats)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
     options = AttentionOptions(scale, cap, alibi_slopes, sinks, mask)
     checks.options("paged_attention", q, options)
-    if scale is None:
-        options = options._replace(scale=q.shape[2] ** -0.5)
     if is_tracer(plan):  # its values are not known: every token gathers for itself
         out, lse = _attend(q[:, None], *sides, TokenRows.of(plan, q.shape[0]), None, options)
         return [out.squeeze(1), lse.squeeze(1), *pages]

@@ -65,7 +65,7 @@ class PagedKVCache(stock._BaseCache):
         with passes.turn():
             step = group.newest
             if step is None or not step.joins(layer, self.names, self.lens, num_tokens):
-                step = self._step(num_tokens)
+                step = self.begin_step(num_tokens)
             handles = group.fetch(layer, step, keys, values)
             step.served.add(layer)
             passes.served(step)
@@ -80,7 +80,7 @@ class PagedKVCache(stock._BaseCache):
     def count(self, num_tokens: int) -> None:
         """Take part in a pass as a layer that has no K and V."""
         with self.group.passes.turn():
-            step = self._step(num_tokens)
+            step = self.begin_step(num_tokens)
             step.served.add(self.layer)
             self.group.passes.served(step)
         self.step, self.lens, self.stored = step, step.ends, False
@@ -93,7 +93,8 @@ class PagedKVCache(stock._BaseCache):
         k, v = self.group.contiguous(self.layer, self.rows, self.lens)
         return k, v
 
-    def _step(self, num_tokens: int):
+    def begin_step(self, num_tokens: int):
+        """The pass that reads so many tokens: begun, or joined if another layer has begun it."""
         return self.group.step(self, num_tokens)
 
     def counts(self, num_tokens: int) -> list[int]:
@@ -393,7 +394,7 @@ class BatchPagedKVCache(PagedKVCache):
     def read_state(self) -> tuple:
         return (*self.keys_and_values(), self.offset, self.left_padding)
 
-    def _step(self, num_tokens):
+    def begin_step(self, num_tokens):
         counts = None
         if self.remaining is not None:
             counts = np.clip(self.remaining, 0, num_tokens).astype(np.int32)
@@ -417,7 +418,7 @@ class BatchPagedKVCache(PagedKVCache):
         group = self.group
         windows = [window for window in (window_size, group.window) if window is not None]
         window = min(windows, default=None)
-        step = self._step(N)
+        step = self.begin_step(N)
         columns = mx.arange(step.first_column, step.first_column + step.num_columns)
         mask = columns >= mx.array(step.shifts.reshape(-1, 1, 1, 1))
         first = queries = step.first_column + step.num_columns - N

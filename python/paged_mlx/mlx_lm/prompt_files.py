@@ -137,7 +137,7 @@ def _fill(cache, plain) -> None:
         return
     k, v = _in_order(plain)
     row = cache.rows[0]
-    step = cache._step(length - cache.offset)
+    step = cache.begin_step(length - cache.offset)
     pool, i = cache.group.pool_of(cache.layer, k, v)
     window = cache.group.window
     slots = row.tables[window].slots(row.first_token[window], length)
