@@ -231,6 +231,64 @@ def test_a_pass_goes_on_after_another_thread_has_gone_before(family, grows, monk
         paged.check()
 
 
+def before_attention(monkeypatch, model, do):
+    """Have ``do(layer)`` called when a layer of the main thread has brought K and V, and waits."""
+    kind = type(make_prompt_cache(model)[0])
+
+    def stopping(self, *kv, before=kind.update_and_fetch):
+        fetched = before(self, *kv)
+        if threading.current_thread() is threading.main_thread():
+            do(self.layer)
+        return fetched
+
+    monkeypatch.setattr(kind, "update_and_fetch", stopping)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_layer_attends_after_another_thread_has_gone_before(family, grows, monkeypatch):
+    model = zoo.tiny(family)
+    expected = [generate(model, prompt) for prompt in PROMPTS]
+    with enable(model, page_size=8) as paged, futures.ThreadPoolExecutor(1) as other:
+        held, found = [], []
+
+        def lets_another_go_first(layer):
+            caches = [make_prompt_cache(model) for _ in range(12 if grows else 1)]
+            for cache in caches:
+                asked = other.submit(generate, model, PROMPTS[1], prompt_cache=cache)
+                found.append(asked.result(timeout=60))
+            held.extend(caches if grows and len(held) < 48 else ())
+
+        before_attention(monkeypatch, model, lets_another_go_first)
+        assert generate(model, PROMPTS[0]) == expected[0]
+        assert found == [expected[1]] * len(found) and len(found) >= 12
+        other.submit(mx.synchronize).result()
+        paged.check()
+
+
+def test_a_pass_goes_on_after_another_thread_has_changed_the_dtype(monkeypatch):
+    model = zoo.tiny("llama")
+    prompt = mx.array([PROMPTS[0]])
+    expected = model(prompt)
+    half = zoo.tiny("llama")
+    half.set_dtype(mx.float16)
+    mx.eval(half.parameters())
+    with enable(model, page_size=8) as paged:
+        with futures.ThreadPoolExecutor(1) as other:
+            kept = model.parameters()
+
+            def changes_the_dtype(layer):
+                model.update(half.parameters())
+                other.submit(generate, model, PROMPTS[1]).result(timeout=60)
+                model.update(kept)
+
+            before_attention(monkeypatch, model, changes_the_dtype)
+            logits = model(prompt, cache=make_prompt_cache(model))
+            assert mx.allclose(logits, expected, atol=0.02)
+            other.submit(mx.synchronize).result()
+        paged.check()
+
+
 def test_a_cache_goes_on_in_another_thread():
     model, prompt = zoo.tiny("gemma3_text"), PROMPTS[0]
     expected = zoo.single(model, prompt, 12)

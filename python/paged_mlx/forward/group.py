@@ -141,6 +141,7 @@ class LayerGroup:
             fresh.take_over(pool)
         self.allocator.detach(pool)
         self.pools[self.pools.index(pool)] = fresh
+        self.passes.replace(pool, fresh)
         for layer, place in self._placed.items():
             if place.pool is pool:
                 place.pool = fresh
@@ -404,11 +405,10 @@ class LayerGroup:
     def bring(self, step: Step, parts: dict) -> None:
         """Have what a pass has written so far in the memory that the pools have by now."""
         step.route = None
-        for layer in step.served:
-            place = self._placed[layer]
-            part = parts.get(place.pool)
-            if part is not None and place.index not in part.waiting:
-                place.pool.bring(place.index, part, step)
+        places = [self._placed[layer] for layer in step.served]
+        written = [each for each in places if each.index not in parts[each.pool].waiting]
+        for place in written:  # and what waits is written with the first of them
+            place.pool.bring(place.index, parts[place.pool], step)
 
     def fetch_again(self, layer: int, step: Step):
         """K and V of a layer, as ``step`` has left them, as handles."""

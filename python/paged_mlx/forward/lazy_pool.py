@@ -87,12 +87,12 @@ class LazyPool(PagePool):
             k, v = self._pages_of(part.versions[layer], page_ids)
             places = np.searchsorted(page_ids, written // self.page_size), written % self.page_size
             k, v = (x[mx.array(places[0]), :, mx.array(places[1])] for x in (k, v))
-            self.write(layer, k, v, written)
+            self.write(layer, k.astype(self.dtype), v.astype(self.dtype), written)
             return
         slots = (page_ids[:, None] * self.page_size + np.arange(self.page_size)).ravel()
         pages = mx.array(page_ids)
         k, v = (x[pages].swapaxes(1, 2).flatten(0, 1) for x in part.versions[layer])
-        self.write(layer, k, v, slots.astype(np.int32))
+        self.write(layer, k.astype(self.dtype), v.astype(self.dtype), slots.astype(np.int32))
 
     def _pages_of(self, arrays: list[mx.array], page_ids: np.ndarray) -> tuple:
         """K and V of pages in some version of a layer, ``[pages, heads, page_size, dim]``."""

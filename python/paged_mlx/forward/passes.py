@@ -110,9 +110,9 @@ class Passes:
         newest, parts, branch.parts = branch.newest, branch.parts, {}
         goes_on = newest is not None and not newest.is_complete
         steps = {} if newest is None else newest.steps
-        is_moved = any(pool not in parts or not pool.holds(parts[pool]) for pool in pools)
+        is_moved = any(not pool.holds(part) for pool, part in parts.items())
         for pool in pools:
-            if goes_on and not is_moved:
+            if goes_on and not is_moved and pool in parts:
                 pool.enter(parts[pool])
             else:
                 pool.begin(self._computed.get(pool), parts.get(pool))
@@ -167,6 +167,12 @@ class Passes:
             _ext.is_pending(x) for pool in self._pools() for pair in pool.versions() for x in pair
         ):
             self.keep()
+
+    def replace(self, pool, fresh) -> None:
+        """Have ``fresh`` stand for ``pool`` in what other threads have built."""
+        for branch in self._branches.values():
+            if pool in branch.parts:
+                branch.parts[fresh] = branch.parts.pop(pool)
 
     def _pools(self) -> list:
         return [pool for group in self.groups.values() for pool in group.pools]
