@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import re
+from dataclasses import asdict
 
 import mlx.core as mx
 import pytest
 from paged_mlx.cli import main as commands
+from paged_mlx.machine.bench.curves import curves, svg
 from paged_mlx.machine.bench.measure import Candidate, Case, measure
-from paged_mlx.machine.bench.trials import Trial, trials
+from paged_mlx.machine.bench.trials import Trial, sweep, trials
 
 SMALL = ["--num-q-heads", "4", "--num-kv-heads", "2", "--head-dim", "64", "-r", "2"]
 
@@ -33,7 +36,7 @@ def test_a_ragged_batch_runs_from_a_quarter_of_the_depth_up_to_it():
 
 
 def test_batches_are_for_generation_and_prefixes_for_batches_that_are_as_deep():
-    names = [t.name for t in trials([16], [4], [0, 64], [1, 8], shared=32, ragged=True)]
+    names = [t.name for t in trials([16], [4], [0, 64], [1, 8], shared=[32], ragged=True)]
     assert names == [
         "pp16", "pp16 @ d64", "tg4", "tg4 x8", "tg4 @ d64", "tg4 @ d64 x8",
         "tg4 @ d64 x8 shared 32", "tg4 @ d64 x8 ragged",
@@ -75,6 +78,60 @@ def test_kernels_are_measured_in_turns_and_told_alike_in_three_forms(capsys):
     assert ("not those of a GPU" in table) == (mx.default_device() == mx.cpu)
 
 
+def made_up(**fields):
+    """A record of tests, each with the seconds of its candidates, made up."""
+    tests = []
+    for about in fields["tests"]:
+        trial = Trial(**{k: v for k, v in about.items() if k != "seconds"})
+        candidates = [
+            {"name": name, "nbytes": 10**6, "seconds": [s], "median": s}
+            for name, s in about["seconds"].items()
+        ]
+        tests.append({"test": trial.name, **asdict(trial), "candidates": candidates})
+    return {"measured": "kernels", "tests": tests, "read_bandwidth": 1e9}
+
+
+def test_curves_join_tests_that_differ_in_one_thing_and_say_where_they_cross():
+    depths = {100: (2e-3, 1e-3), 300: (3e-3, 2e-3), 500: (3e-3, 4.5e-3)}
+    tests = [
+        {"generated": 1, "depth": depth, "seconds": {"paged": ours, "gather": theirs}}
+        for depth, (ours, theirs) in depths.items()
+    ]
+    alone = {"generated": 1, "depth": 7, "batch": 3, "seconds": {"paged": 1.0, "gather": 1.0}}
+    (found,) = curves(made_up(tests=[*tests, alone]))
+    assert (found.axis, found.title) == ("depth", "decode")
+    assert found.times["paged"] == [(100, 2e-3, 0.5), (300, 3e-3, 1 / 3), (500, 3e-3, 1 / 3)]
+    assert found.crossings() == {"gather": pytest.approx(400, abs=1)}  # both are out by 1.5 times
+    assert found.verdicts() == [
+        "paged is faster than gather, from about 400 tokens in the cache on"
+    ]
+
+
+def test_a_report_is_one_file_with_pictures_a_table_and_the_record(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    file = tmp_path / "report.html"
+    words = ["-p", "0", "-d", "8,40", "-b", "1,3", "--shared", "8,32", "--page-size", "8,16"]
+    assert main(*words, *SMALL, "--html", file, "--json") == 0
+    out, err = capsys.readouterr()
+    text = file.read_text()
+    record = json.loads(text.split('id="record">')[1].split("</script>")[0])
+    assert record == json.loads(out) and record["read_bandwidth"] > 0
+    assert f"report: {file}" in err
+    assert text.count("<svg") == len(list(curves(record))) > 4
+    assert {c.axis for c in curves(record)} == {"depth", "batch", "shared", "page_size"}
+    assert all(f"<td>{test['test']}</td>" in text for test in record["tests"])
+    fetched = re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)|@import', text)
+    assert [found for found in fetched if "xlink" not in found] == []
+    assert list(tmp_path.iterdir()) == [file]
+    assert svg(next(curves(record))) == svg(next(curves(record)))
+
+
+def test_without_tests_of_its_own_a_report_has_every_curve():
+    names = [trial.name for trial in sweep(128, 1, (8, 64))]
+    assert {"pp128 @ d256", "tg1 @ d16384", "tg1 @ d1024 x16"} <= set(names)
+    assert {"tg1 @ d2048 x8 shared 1536", "tg1 @ d4096 pages of 64"} <= set(names)
+
+
 def test_ways_that_disagree_are_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(
         "paged_mlx.machine.bench.workload.Workload.paged", lambda work: 1.01 + work.q
@@ -113,6 +170,9 @@ def test_progress_is_told_round_by_round():
         (["--head-dim", "20"], "head_dim"),
         (["--kv-format", "q5"], "--kv-format"),
         (["--kv-format", "q8", "--head-dim", "24"], "head_dim must be a multiple of 32"),
+        (["--html", "no/such/folder/report.html"], "--html must name a file in a folder"),
+        (["--html", "."], "--html must name a file in a folder"),
+        (["--model", "any", "--page-size", "8,16"], "--page-size must be one number"),
     ],
 )
 def test_what_cannot_be_run_is_exit_code_2_and_a_sentence(words, said, capsys):

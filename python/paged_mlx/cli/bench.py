@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,11 +22,15 @@ test take turns in one run, their outputs are compared first, and a table says m
 deviation, and at last which kernels served.
 
 Without --model: attention of one layer, for which tg is one decode step. With it: a model of
-mlx-lm on pages beside mlx-lm's own caches."""
+mlx-lm on pages beside mlx-lm's own caches.
+
+With --html: a report for a browser, one file, with curves; without tests of your own it measures
+what curves need, in a few minutes."""
 EXAMPLES = """
 paged-mlx bench                                   # the kernels: 128 tokens on 1024, 1 and 8 decodes
 paged-mlx bench -p 512 -d 0,4096 -b 1,16 --shared 2048 --ragged
 paged-mlx bench --model mlx-community/Qwen3-0.6B-4bit -p 512 -n 128 -d 0,4096
+paged-mlx bench --html report.html                # curves: context, batch, prefix, page size
 paged-mlx bench --model ./my-model -p 0 -n 32 -d 1024 -b 8 -o json > bench.json
 """
 
@@ -39,21 +45,51 @@ def whole_numbers(text: str) -> list[int]:
 
 def main(arguments: list[str]) -> int:
     chosen = _options().parse_args(arguments)
-    from paged_mlx.machine.bench.trials import trials
-
-    prompts = [n for n in chosen.n_prompt if n]
-    generated = [n for n in chosen.n_gen if n]
-    if chosen.model is None:
-        generated = [1] if generated else []
-    wanted = list(
-        trials(prompts, generated, chosen.n_depth, chosen.batch, chosen.shared, chosen.ragged)
-    )
+    wanted = _wanted(chosen)
     if not wanted:
         raise Mistake("there is nothing to run: -p and -n are both 0")
+    if chosen.html:
+        _check_html(chosen.html)
     with Progress() as progress:
         about, results, routes = _measured(chosen, wanted, progress)
     _print(chosen, about, results, routes)
     return 0
+
+
+def _wanted(chosen) -> list:
+    """The trials."""
+    from paged_mlx.machine.bench.trials import sweep, trials
+
+    tests = ("n_prompt", "n_gen", "n_depth", "batch", "shared", "page_size")
+    if (
+        chosen.html
+        and chosen.model is None
+        and all(getattr(chosen, name) is None for name in tests)
+    ):
+        return list(dict.fromkeys(sweep(128, 1, (8, 16, 32, 64, 128, 256))))
+    page_sizes = chosen.page_size or [16]
+    if chosen.model is not None and len(page_sizes) > 1:
+        raise Mistake("--page-size must be one number with --model")
+    prompts, generated = chosen.n_prompt or [128], chosen.n_gen or [32]
+    if chosen.model is None:
+        generated = [int(any(generated))]
+    prompts, generated = ([n for n in counts if n] for counts in (prompts, generated))
+    depths, batches = chosen.n_depth or [1024], chosen.batch or [1, 8]
+    return list(
+        trials(prompts, generated, depths, batches, chosen.shared or (), chosen.ragged, page_sizes)
+    )
+
+
+def _check_html(path: Path) -> None:
+    """Refuse, before anything is measured, a report that could not be written.
+
+    Raises:
+        Mistake: It could not.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Mistake("--html needs matplotlib: pip install matplotlib")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise Mistake(f"--html must name a file in a folder that can be written; got {path}")
 
 
 def _options() -> argparse.ArgumentParser:
@@ -66,27 +102,25 @@ def _options() -> argparse.ArgumentParser:
         "-p",
         "--n-prompt",
         type=whole_numbers,
-        default=[128],
         metavar="N,N",
         help="prompts (128); 0: none",
     )
     tests.add_argument(
-        "-n", "--n-gen", type=whole_numbers, default=[32], metavar="N,N",
+        "-n", "--n-gen", type=whole_numbers, metavar="N,N",
         help="tokens to generate (32); 0: none; without a model always one decode step",
     )  # fmt: skip
     tests.add_argument(
-        "-d", "--n-depth", type=whole_numbers, default=[1024], metavar="N,N",
+        "-d", "--n-depth", type=whole_numbers, metavar="N,N",
         help="tokens in the cache before (1024)",
     )  # fmt: skip
     tests.add_argument(
-        "-b", "--batch", type=counts, default=[1, 8], metavar="N,N",
+        "-b", "--batch", type=counts, metavar="N,N",
         help="sequences that generate at once (1,8)",
     )  # fmt: skip
     tests.add_argument(
         "--shared",
-        type=count,
-        default=0,
-        metavar="N",
+        type=counts,
+        metavar="N,N",
         help="also batches that begin with N common tokens",
     )
     tests.add_argument("--ragged", action="store_true", help="also batches of unequal lengths")
@@ -107,7 +141,13 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument(
         "--json", dest="output", action="store_const", const="json", help="the same as -o json"
     )
-    options.add_argument("--page-size", type=count, default=16, help="tokens in a page (16)")
+    options.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="also a report with curves, one file for a browser; needs matplotlib",
+    )  # fmt: skip
+    options.add_argument(
+        "--page-size", type=counts, metavar="N,N", help="tokens in a page (16); several are tried each"
+    )  # fmt: skip
     shape = options.add_argument_group("the layer, without --model")
     shape.add_argument("--num-q-heads", type=count, default=32, help="(32)")
     shape.add_argument("--num-kv-heads", type=count, default=8, help="(8)")
@@ -128,10 +168,14 @@ def _measured(chosen, wanted: list, progress: Progress) -> tuple[dict, list[dict
         chosen, wanted, about, progress
     )
     before = kernel_routes()
-    results = []
+    results: list[dict] = []
     for case in cases:
+
+        def told(line: str) -> None:
+            progress(f"{len(results) + 1} of {len(wanted)}: {line}")
+
         try:
-            results.append(measure(case, progress))
+            results.append(measure(case, told))
         except AssertionError as error:
             raise RuntimeError(f"{case.name} was not timed: {error}") from error
     return about, results, {"kernels": since(before), **attention()}
@@ -139,6 +183,7 @@ def _measured(chosen, wanted: list, progress: Progress) -> tuple[dict, list[dict
 
 def _of_kernels(chosen, wanted: list, about: dict, progress: Progress) -> tuple[Iterator, Any]:
     from paged_mlx.formats.page_format import PageFormats
+    from paged_mlx.machine.bench.bandwidth import read_bandwidth
     from paged_mlx.machine.bench.kernels import cases
     from paged_mlx.machine.bench.workload import Geometry
 
@@ -146,18 +191,20 @@ def _of_kernels(chosen, wanted: list, about: dict, progress: Progress) -> tuple[
         raise Mistake(
             f"--num-q-heads must be a multiple of --num-kv-heads, {chosen.num_kv_heads}; got {chosen.num_q_heads}"
         )
-    sizes = (
-        chosen.num_q_heads,
-        chosen.num_kv_heads,
-        chosen.head_dim,
-        chosen.page_size,
-        chosen.dtype,
-    )
-    about |= {"measured": "kernels", "geometry": dict(zip(Geometry.__dataclass_fields__, sizes))}
+    names = ("num_q_heads", "num_kv_heads", "head_dim", "dtype")
+    sizes = {name: getattr(chosen, name) for name in names}
+    about |= {"measured": "kernels", "geometry": sizes}
+    progress("reading memory")
+    about["read_bandwidth"] = read_bandwidth()
     formats = [PageFormats(*pair) for pair in chosen.kv_format]
     for each in formats:
-        each.check("bench", chosen.head_dim, chosen.head_dim, max(64, chosen.page_size))
-    return cases(iter(wanted), Geometry(*sizes), chosen.repetitions, formats), dict
+        each.check(
+            "bench",
+            chosen.head_dim,
+            chosen.head_dim,
+            max(64, *(trial.page_size for trial in wanted)),
+        )
+    return cases(iter(wanted), Geometry(**sizes), chosen.repetitions, formats), dict
 
 
 def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[Iterator, Any]:
@@ -170,7 +217,8 @@ def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[It
 
     progress(f"loading {chosen.model}")
     model, tokenizer = loaded(mlx_lm.load, chosen.model)[:2]
-    paged = enable(model, page_size=chosen.page_size)
+    page_size = wanted[0].page_size
+    paged = enable(model, page_size=page_size)
     ways = {PAGED: paged.make_cache, STOCK: paged.stock_cache}
     models = [paged]
     for pair in chosen.kv_format:  # beside the model that is enabled, whose hook serves all
@@ -185,7 +233,7 @@ def _of_model(chosen, wanted: list, about: dict, progress: Progress) -> tuple[It
             found.update(each.routes)
         return {"attention": dict(found)}
 
-    about |= {"measured": "model", "model": Path(chosen.model).name, "page_size": chosen.page_size}
+    about |= {"measured": "model", "model": Path(chosen.model).name, "page_size": page_size}
     bench = ModelBench(model, len(tokenizer.get_vocab()), ways)
     return bench.cases(iter(wanted), chosen.repetitions), attention
 
@@ -195,6 +243,12 @@ def _print(chosen, about: dict, results: list[dict], routes: dict) -> None:
     from paged_mlx.machine.routes import in_words
 
     found = record(about, results, routes)
+    if chosen.html:
+        from paged_mlx.machine.bench.report import to_html
+        from paged_mlx.machine.cache import write_whole
+
+        write_whole(chosen.html, to_html(found))
+        print(f"report: {chosen.html}", file=sys.stderr)
     print({"md": to_markdown, "json": to_json, "csv": to_csv}[chosen.output](found))
     if chosen.output != "md":
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ def cases(
         formats: Of pages, a candidate each besides.
     """
     for trial in trials:
+        geometry = replace(geometry, page_size=trial.page_size)
         new = trial.prompt or 1
         lengths = [depth + new for depth in trial.depths]
         work = Workload(lengths, geometry, [new] * trial.batch, trial.shared)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
-FIELDS = ("prompt", "generated", "depth", "batch", "shared", "ragged")
+from paged_mlx.machine.bench.trials import FIELDS
 
 
 def record(about: dict[str, Any], results: list[dict], routes: dict[str, Any]) -> dict[str, Any]:
@@ -59,20 +60,20 @@ def to_csv(found: dict[str, Any]) -> str:
 
 
 def to_markdown(found: dict[str, Any]) -> str:
-    """A row for each test: the first candidate's figure, and the others' with how they compare."""
+    """The rows as a table."""
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows(found))
+    return "\n".join([head, "|---|" + "---:|" * (head.count("|") - 2), *body])
+
+
+def rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """What the columns are; then of each test the first candidate's figure, and how the others compare."""
     of_model = found["measured"] == "model"
     names = list(dict.fromkeys(c["name"] for t in found["tests"] for c in t["candidates"]))
-    unit = "t/s" if of_model else "ms"
-    lines = [
-        "| test | " + " | ".join(f"{name} {unit}" for name in names) + " |",
-        "|---|" + "---:|" * len(names),
-    ]
+    yield ["test", *(f"{name} {'t/s' if of_model else 'ms'}" for name in names)]
     for test in found["tests"]:
         by_name = {c["name"]: c for c in test["candidates"]}
         first = by_name[names[0]]
-        cells = [_cell(by_name.get(name), first, of_model) for name in names]
-        lines.append("| " + " | ".join([test["test"], *cells]) + " |")
-    return "\n".join(lines)
+        yield [test["test"], *(_cell(by_name.get(name), first, of_model) for name in names)]
 
 
 def _cell(candidate: dict | None, first: dict, of_model: bool) -> str:

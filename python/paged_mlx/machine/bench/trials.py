@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+PAGE_SIZE = 16  # the default; a name says others
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -17,6 +19,7 @@ class Trial:
         batch: Sequences.
         shared: Of the depth, tokens that all sequences begin with.
         ragged: Depths from a quarter of ``depth`` up to it, evenly.
+        page_size: Tokens in a page.
     """
 
     prompt: int = 0
@@ -25,6 +28,7 @@ class Trial:
     batch: int = 1
     shared: int = 0
     ragged: bool = False
+    page_size: int = PAGE_SIZE
 
     @property
     def name(self) -> str:
@@ -37,6 +41,8 @@ class Trial:
             words.append(f"shared {self.shared}")
         if self.ragged:
             words.append("ragged")
+        if self.page_size != PAGE_SIZE:
+            words.append(f"pages of {self.page_size}")
         return " ".join(words)
 
     @property
@@ -54,24 +60,41 @@ class Trial:
         return [least + (self.depth - least) * i // steps for i in range(self.batch)]
 
 
+FIELDS = tuple(Trial.__dataclass_fields__)
+
+
 def trials(
     prompts: Sequence[int],
     generated: Sequence[int],
     depths: Sequence[int],
     batches: Sequence[int],
-    shared: int = 0,
+    shared: Sequence[int] = (),
     ragged: bool = False,
+    page_sizes: Sequence[int] = (PAGE_SIZE,),
 ) -> Iterator[Trial]:
     """Every prompt at every depth, one sequence at a time; every generation at every depth in
-    every batch, and of a batch at a depth also with a shared prefix and ragged, if wanted."""
-    for depth in depths:
-        for prompt in prompts:
-            yield Trial(prompt=prompt, depth=depth)
-    for depth in depths:
-        for count in generated:
-            for batch in batches:
-                yield Trial(generated=count, depth=depth, batch=batch)
-                if batch > 1 and 0 < shared <= depth:
-                    yield Trial(generated=count, depth=depth, batch=batch, shared=shared)
-                if batch > 1 and ragged and depth >= 4:
-                    yield Trial(generated=count, depth=depth, batch=batch, ragged=True)
+    every batch, and of a batch at a depth also with shared prefixes and ragged, if wanted; all of it
+    on pages of every size."""
+    for size in page_sizes:
+        for depth in depths:
+            for prompt in prompts:
+                yield Trial(prompt=prompt, depth=depth, page_size=size)
+        for depth in depths:
+            for count in generated:
+                for batch in batches:
+                    yield Trial(generated=count, depth=depth, batch=batch, page_size=size)
+                    for common in shared:
+                        if batch > 1 and 0 < common <= depth:
+                            yield Trial(0, count, depth, batch, common, page_size=size)
+                    if batch > 1 and ragged and depth >= 4:
+                        yield Trial(0, count, depth, batch, ragged=True, page_size=size)
+
+
+def sweep(prompt: int, generated: int, page_sizes: Sequence[int]) -> Iterator[Trial]:
+    """What curves need: one thing grows at a time, context, batch, common prefix or page."""
+    yield from trials([prompt], [], (0, 256, 1024), [1])
+    yield from trials([], [generated], (64, 256, 1024, 4096, 16384), [1])
+    yield from trials([], [generated], [1024], (2, 4, 8, 16))
+    yield from trials([], [generated], [2048], [8], (512, 1024, 1536, 2048))
+    for size in page_sizes:
+        yield Trial(generated=generated, depth=4096, page_size=size)
