@@ -13,12 +13,17 @@ from paged_mlx.formats.page_format import BITS, group_size
 _LEVELS = 15  # of a channel's codes of 4 bits, above the least
 
 
+def _nan() -> mx.array:
+    """NaN by its bits: ``mx.compile`` of mlx 0.31.2 cannot write the number into C++."""
+    return mx.array(0x7FC00000, mx.uint32).view(mx.float32)
+
+
 def quantise_tokens(x: mx.array, name: str) -> tuple[mx.array, mx.array, mx.array]:
     """Codes, scales and biases of ``[..., head_dim]`` by groups of channels: ``mx.quantize``."""
     group = group_size(x.shape[-1])
     codes, scales, biases = mx.quantize(x, group_size=group, bits=BITS[name])
     finite = mx.isfinite(x).reshape(*scales.shape, group).all(-1)
-    return codes, mx.where(finite, scales, mx.nan).astype(x.dtype), biases
+    return codes, mx.where(finite, scales, _nan()).astype(x.dtype), biases
 
 
 def dequantise_tokens(codes: mx.array, scales: mx.array, biases: mx.array, name: str) -> mx.array:
@@ -47,7 +52,7 @@ def quantise_channels(x: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array
     most = mx.where(counts, wide, -mx.inf).max(2)
     finite = (mx.isfinite(wide) | ~counts).all(2) & (least <= most)
     least = mx.where(finite, least, 0.0)
-    scales = mx.where(finite, (most - least) / _LEVELS, mx.nan).astype(x.dtype)
+    scales = mx.where(finite, (most - least) / _LEVELS, _nan()).astype(x.dtype)
     scales = mx.where((tokens > 0)[:, None, None], scales, 0).astype(x.dtype)
     biases = least.astype(x.dtype)
     step = scales.astype(mx.float32)[:, :, None]
