@@ -265,6 +265,19 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path):
         build_native.build(force=True)
 
 
+def test_a_user_without_a_home_imports_the_package_and_a_build_is_one_sentence():
+    code = (
+        "from pathlib import Path\n"
+        "def home(): raise RuntimeError('Could not determine home directory.')\n"
+        "Path.home = home\n"
+        "from paged_mlx.machine import build; raise SystemExit(build.main(['--force']))\n"
+    )
+    done = python(code, "-W", "ignore", XDG_CACHE_HOME="")
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert " must be a folder that can be written (XDG_CACHE_HOME names another)" in said
+
+
 @pytest.mark.native
 def test_what_is_built_already_is_not_built_again(capsys):
     assert build_native.main([]) == 0

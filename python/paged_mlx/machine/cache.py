@@ -22,10 +22,14 @@ _UNLOCKED = 60.0  # seconds at the most between making a folder and locking it
 
 def cache_directory(name: str) -> Path:
     """Where files of one kind lie: ``paged_mlx/name`` in the user's cache."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # a container's user who has none: nothing can be kept
+        home = Path(os.devnull)
     if sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
+        root = home / "Library" / "Caches"
     else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        root = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     return root / "paged_mlx" / name
 
 
