@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pip._vendor import tomli
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -62,6 +63,21 @@ def test_a_scheduled_job_builds_against_the_newest_mlx():
     (job,) = jobs("newest-mlx.yml").values()
     assert any("--upgrade" in command for command in commands(job))
     assert any("mlx_releases.py listed" in command for command in commands(job))
+
+
+def test_wheels_are_built_for_every_python_and_platform_that_is_promised():
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())
+    settings = project["tool"]["cibuildwheel"]
+    oldest = project["project"]["requires-python"].removeprefix(">=3.")
+    pythons = [f"cp3{minor}-*" for minor in range(int(oldest), 15)]
+    assert settings["build"].split() == pythons
+    for where in (settings, settings["macos"]):
+        assert where["environment"]["PAGED_MLX_FOR"] == "all"
+    assert settings["macos"]["archs"] == ["arm64"] and settings["linux"]["archs"] == ["native"]
+    native = jobs("wheels.yml")["native"]
+    linux = ["ubuntu-24.04", "ubuntu-24.04-arm"]  # x86-64 and arm64, each built where it runs
+    assert native["strategy"]["matrix"]["runner"] == [*linux, "macos-15"]
+    assert any("mlx_releases.py wheels" in command for command in commands(native))
 
 
 def test_workflows_name_the_oldest_and_the_newest_mlx():
