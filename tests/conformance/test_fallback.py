@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from paged_mlx import fallback
+from paged_mlx import _native, fallback
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +20,14 @@ def test_everything_that_the_package_takes_from_the_native_module_has_a_stand_in
     }
     assert "paged_attention" in taken
     assert {name for name in taken if not hasattr(fallback, name)} == set()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", ["NativePlan", "Fetches", "FetchTables"])
+def test_a_stand_in_has_every_method(name):
+    native, stand_in = (getattr(module, name) for module in (_native._ext, fallback))
+    methods = {method for method in dir(native) if not method.startswith("_")}
+    assert methods and methods - set(dir(stand_in)) == set()
 
 
 def test_a_tracer_is_known_and_nothing_is_evaluated():

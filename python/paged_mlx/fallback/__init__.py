@@ -1,11 +1,12 @@
 """MLX's own operations in place of the native module, name for name.
 
-Used where there is no native module for the mlx that is installed. ``formulas`` is what to read: it
-says what each operation means. What the native module tells of the machine has one answer here.
+Used where there is no native module for the mlx that is installed. ``formulas`` is the file to read:
+it says what each operation means. What the native module tells of the machine has one answer here.
 """
 
 from paged_mlx.fallback.checks import attention_geometry  # noqa: F401
-from paged_mlx.fallback.formulas import (  # noqa: F401
+from paged_mlx.fallback.handles import Fetches, FetchTables, GatheredKV, source_of  # noqa: F401
+from paged_mlx.fallback.operations import (  # noqa: F401
     buffer_copies,
     copy_pages,
     gather_pages,
@@ -17,7 +18,6 @@ from paged_mlx.fallback.formulas import (  # noqa: F401
     write_attend,
     write_pages,
 )
-from paged_mlx.fallback.handles import Fetches, FetchTables, GatheredKV, source_of  # noqa: F401
 from paged_mlx.fallback.plan import NativePlan, check_tables  # noqa: F401
 from paged_mlx.fallback.traces import is_stale, is_tracer  # noqa: F401
 

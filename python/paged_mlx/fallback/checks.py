@@ -8,7 +8,7 @@ import numpy as np
 from paged_mlx.errors import fail
 from paged_mlx.fallback.plan import HEADER, MARK, TokenRows
 from paged_mlx.fallback.traces import is_tracer
-from paged_mlx.formats.page_format import BITS, PageFormats, group_size, sides_of
+from paged_mlx.formats.page_format import BITS, PageFormats, page_arrays, sides_of
 from paged_mlx.formats.stored import Stored, stored
 from paged_mlx.options import FLOATS, AttentionOptions, check_array, has_kernel
 
@@ -45,62 +45,44 @@ def _named(dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def pages(op, k_pages, v_pages, shape: Shapes | None = None) -> None:
-    shape = shape or Shapes(op)
-    shape("k_pages", k_pages, "num_pages", "num_kv_heads", "page_size", "head_dim")
-    shape("v_pages", v_pages, "num_pages", "num_kv_heads", "page_size", "v_head_dim")
-    if op != "paged_attention":  # which compares them with q
-        floats(op, "k_pages", k_pages)
-        same_dtype(op, "v_pages", v_pages, k_pages.dtype, "the dtype of k_pages")
-
-
 def layer(op, arrays, formats, shape: Shapes | None = None) -> tuple[Stored, Stored]:
     """K and V of a layer, after checking the arrays of its pages."""
-    shape = shape or Shapes(op)
-    if tuple(formats) == (None, None):
-        k_pages, v_pages = arrays
-        pages(op, k_pages, v_pages, shape)
-        return stored(arrays, formats)
-    formats = PageFormats(*formats)
+    shape, formats = shape or Shapes(op), PageFormats(*formats)
     count = sum(1 if name is None else 3 for name in formats) + 2 * formats.have_open_pages
     if len(arrays) != count:
         must = f"pages must be the {count} arrays of a layer whose formats are {formats}"
         fail(op, must, len(arrays))
     sides = sides_of(arrays, formats)
-    for letter, side, name, dim in zip("kv", sides, formats, ("head_dim", "v_head_dim")):
-        _side(op, letter, side, name, dim, shape)
-    for letter, array, dim in zip("kv", sides.open, ("head_dim", "v_head_dim")):
-        shape(f"open {letter}_pages", array, "num_open", "num_kv_heads", "page_size", dim)
-    found = stored(arrays, formats)
-    for name, array in zip(("v_pages", "open k_pages", "open v_pages"), [found[1], *sides.open]):
-        same_dtype(op, name, array, found[0].dtype, "the dtype of k_pages")
-    formats.check(op, found[0].dim, found[1].dim, found[0].page_size)
+    for letter, side, name in zip(("k", "v"), sides, formats):
+        axes = ("num_kv_heads", "page_size", "head_dim" if letter == "k" else "v_head_dim")
+        if name is None:
+            shape(f"{letter}_pages", side[0], "num_pages", *axes)
+        else:
+            _quantised(op, letter, side, name, axes, shape)
+        for opened in sides.open[letter == "v" :][:1]:
+            shape(f"open {letter}_pages", opened, "num_open", *axes)
+    k, v = found = stored(arrays, formats)
+    if op != "paged_attention":  # which compares them with q
+        floats(op, "k_pages", k)
+        same_dtype(op, "v_pages", v, k.dtype, "the dtype of k_pages")
     return found
 
 
-def _side(op, letter, arrays, name, dim, shape: Shapes) -> None:
-    """Check what is stored of K, or of V."""
-    axes = ("num_pages", "num_kv_heads", "page_size")
-    if name is None:
-        shape(f"{letter}_pages", arrays[0], *axes, dim)
-        floats(op, f"{letter}_pages", arrays[0])
-        return
-    codes, scales, biases = arrays
-    shape(f"codes of {letter}_pages", codes, *axes, f"words of {letter}")
-    same_dtype(op, f"codes of {letter}_pages", codes, mx.uint32, f"as {name} has them")
-    width = codes.shape[3] * 32 // BITS[name]
-    if shape.known.setdefault(dim, (width, f"codes of {letter}_pages"))[0] != width:
-        must = f"codes of {letter}_pages must be of {dim} = {shape.known[dim][0]}"
-        fail(op, must, width)
-    last = [*axes[:2], dim]
-    if letter == "v" or name != "q4":
-        groups = f"groups of {letter}"
-        shape.known[groups] = width // max(1, group_size(width)), f"{dim} = {width}"
-        last = [*axes, groups]
-    shape(f"scales of {letter}_pages", scales, *last)
-    shape(f"biases of {letter}_pages", biases, *last)
-    floats(op, f"scales of {letter}_pages", scales)
-    same_dtype(op, f"biases of {letter}_pages", biases, scales.dtype, "the dtype of the scales")
+def _quantised(op, letter, arrays, name, axes, shape: Shapes) -> None:
+    """Check the codes, scales and biases of K, or of V."""
+    codes, *others = (f"{part} of {letter}_pages" for part in ("codes", "scales", "biases"))
+    shape(codes, arrays[0], "num_pages", *axes[:2], f"words of {letter}")
+    dim = arrays[0].shape[3] * 32 // BITS[name]
+    if shape.known.setdefault(axes[2], (dim, codes))[0] != dim:
+        fail(op, f"{codes} must be of {axes[2]} = {shape.known[axes[2]][0]}", dim)
+    num_pages, heads, size = (shape.known[axis][0] for axis in ("num_pages", *axes[:2]))
+    formats = PageFormats(name) if letter == "k" else PageFormats(None, name)
+    formats.check(op, dim, dim, size)
+    specs = page_arrays(formats, heads, size, dim, dim, arrays[1].dtype)
+    for part, array, spec in zip((codes, *others), arrays, specs[letter == "v" :]):
+        if array.shape != (wanted := (num_pages, *spec.shape)):
+            fail(op, f"{part} must have shape {wanted}, as {name} has it", array.shape)
+        same_dtype(op, part, array, spec.dtype, f"as {name} has it")
 
 
 def attention_geometry(q, arrays, formats=(None, None)) -> dict[str, int]:
@@ -150,7 +132,8 @@ def options(op, q, given: AttentionOptions) -> None:
             fail(op, f"{must}, where tokens = {num_tokens} from q", mask.shape)
 
 
-def plan(words, geometry) -> None:
+def plan(words, geometry, mask) -> TokenRows:
+    """The rows of a plan that is known, after checking that it is one for these arrays."""
     op = "paged_attention"
     if words.ndim != 1 or words.dtype != np.int32 or words.size < HEADER or words[0] != MARK:
         fail(op, "plan must be the array of an AttentionPlan", "other words")
@@ -158,18 +141,15 @@ def plan(words, geometry) -> None:
         if planned != geometry[name]:
             array = "q" if name in ("tokens", "num_q_heads") else "k_pages"
             fail(op, f"plan must be made for {name} = {geometry[name]} of {array}", planned)
-
-
-def rows(known: TokenRows, num_pages, mask) -> None:
-    op = "paged_attention"
-    largest = int(known.pages.max(initial=-1))
+    rows, num_pages = TokenRows.of(words, geometry["tokens"]), geometry["num_pages"]
+    largest, longest = rows.pages.max(initial=-1), rows.end.max(initial=0)
     if largest >= num_pages:
         must = f"block_tables must hold page ids in [0, {num_pages}), the pages of the pool"
         fail(op, must, largest)
-    longest = int(known.end.max(initial=0))
     if mask is not None and longest > mask.shape[-1]:
         must = f"mask must have a column for each key of the longest context ({longest})"
         fail(op, must, mask.shape[-1])
+    return rows
 
 
 def write_attend(q, k, v) -> None:

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.fallback.checks import not_traced
-from paged_mlx.fallback.formulas import columns, on_stream, take
+from paged_mlx.fallback.formulas import slots_of_positions, taken
+from paged_mlx.fallback.operations import on_stream
 
 
 class GatheredKV:
@@ -33,10 +34,9 @@ class FetchTables:
             page_starts = np.broadcast_to(np.arange(width) * page_size, block_tables.shape)
             page_lens = np.full(block_tables.shape, page_size)
         shifted = page_starts + (column - starts)[:, None]
-        entries = (array[:, num_freed:] for array in (block_tables, shifted, page_lens))
-        tables, *spans = entries
+        tables, *spans = (array[:, num_freed:] for array in (block_tables, shifted, page_lens))
         lens = np.full(batch, column) + (given if written else 0)
-        self.index = columns(length, page_size, tables, lens, *spans)[:, skip:]
+        self.slots = slots_of_positions(length, page_size, tables, lens, *spans)[:, skip:]
         self.new = [(b, column - skip, int(given[b])) for b in range(batch)]
 
 
@@ -48,7 +48,7 @@ class Fetches:
         """``(k, v, new_k, new_v)``: K and V of all sequences, and the tokens, or None."""
         made = []
         for name, pages, tokens in (("k", k_pages, k), ("v", v_pages, v)):
-            whole = take(pages, tables.index)
+            whole = taken(pages, tables.slots)
             if tokens is not None:
                 not_traced("fetch_pages", name, tokens)
                 for b, column, count in tables.new:

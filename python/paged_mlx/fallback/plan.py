@@ -15,7 +15,7 @@ from itertools import groupby
 import mlx.core as mx
 import numpy as np
 
-from paged_mlx.errors import fail
+from paged_mlx.errors import MAX_INT32, fail
 
 MARK = 0x706C616E  # what a plan begins with
 HEADER = 5
@@ -61,56 +61,35 @@ class NativePlan:
         formats=(None, None),
     ):  # fmt: skip
         arrays = block_tables, context_lens, cu_seqlens_q, page_starts, page_lens
-        step = Step(op, *arrays, page_size)
-        step.check(num_pages, sliding_window)
-        header = [MARK, step.num_tokens, num_q_heads, num_kv_heads, page_size]
-        rows = np.zeros((step.num_tokens, 1, _FIELDS + 3 * block_tables.shape[1]), np.int32)
-        self._items = []
-        for b, context_len in enumerate(context_lens.tolist()):
-            first, last = step.cu[b : b + 2].tolist()
-            if last == first:
-                continue
-            part = TokenRows(rows[first:last].swapaxes(0, 1))
-            positions = np.arange(context_len - (last - first), context_len)
-            part.position[0, :, 0] = positions
-            part.end[0] = context_len
-            if causal and context_len:
-                part.end[0, :, 0] = positions + 1
-            part.window[0] = sliding_window or _ALL
-            begin = max(0, int(positions[0]) + 1 - sliding_window) if sliding_window else 0
-            seen = step.entries(b, begin)
-            pages = np.where(seen, block_tables[b], -1)  # ids behind the context mean nothing
-            lens = np.where(seen, step.lens[b], 0)
-            for i, values in enumerate((pages, step.starts[b], lens)):
-                width = len(values)
-                rows[first:last, 0, _FIELDS + i * width :][:, :width] = values
-            self._items.append(
-                {
-                    "kind": "tile",
-                    "open": False,
-                    "tokens": list(range(first, last)),
-                    "pages": pages[seen].tolist(),
-                    "keys": (begin, context_len),
-                    "partial": None,
-                }
+        step = Step(op, *arrays, page_size, sliding_window)
+        step.check(num_pages)
+        self._bounds, context = step.cu, step.context_lens
+        sequence = np.repeat(np.arange(len(context)), step.query_lens)  # of each token
+        tokens = np.arange(len(sequence)) - step.cu[:-1][sequence]  # counted from its sequence's
+        position = (context - step.query_lens)[sequence] + tokens
+        end = context[sequence]
+        if causal:
+            end = np.where(end > 0, position + 1, 0)
+        pages = np.where(step.seen, block_tables, -1)  # ids behind the context mean nothing
+        counts = np.where(step.seen, step.lens, 0)
+        fields = np.stack([position, end, np.full(len(end), sliding_window or _ALL)], axis=1)
+        rows = [fields, *(part[sequence] for part in (pages, step.starts, counts))]
+        header = [MARK, len(sequence), num_q_heads, num_kv_heads, page_size]
+        words = np.concatenate([header, np.concatenate(rows, axis=1).reshape(-1)])
+        self._array = mx.array(words.astype(np.int32))
+        self._items = [
+            dict(
+                kind="tile", open=False, partial=None, tokens=list(range(*step.cu[b : b + 2].tolist())),
+                pages=pages[b][step.seen[b]].tolist(), keys=(int(step.first_keys[b]), int(context[b])),
             )
-        self._array = mx.array(np.concatenate([np.array(header, np.int32), rows.reshape(-1)]))
-        self._header = {
-            "num_tokens": step.num_tokens,
-            "num_items": [0, len(self._items), 0],
-            "num_q_heads": num_q_heads,
-            "num_kv_heads": num_kv_heads,
-            "page_size": page_size,
-            "causal": int(causal),
-            "sliding_window": sliding_window,
-            "num_partials": 0,
-            "num_merges": 0,
-            "max_page_id": max(
-                (page for item in self._items for page in item["pages"]), default=-1
-            ),
-            "max_row_end": int(context_lens.max()),
-            "page_starts": 0,
-        }
+            for b in np.flatnonzero(step.query_lens)
+        ]  # fmt: skip
+        self._header = dict(
+            num_tokens=len(sequence), num_items=[0, len(self._items), 0], num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads, page_size=page_size, causal=int(causal),
+            sliding_window=sliding_window, num_partials=0, num_merges=0, page_starts=0,
+            max_page_id=int(pages.max(initial=-1)), max_row_end=int(context.max()),
+        )  # fmt: skip
 
     def array(self) -> mx.array:
         """Header and rows, ``int32 [words]``."""
@@ -122,6 +101,10 @@ class NativePlan:
 
     def header(self) -> dict:
         return self._header
+
+    def cu_seqlens_q(self) -> list[int]:
+        """First query token of each sequence, and one past the last."""
+        return self._bounds.tolist()
 
     def items(self) -> list[dict]:
         """As ``AttentionPlan.items``."""
@@ -143,9 +126,8 @@ class NativePlan:
 class Step:
     """A step's tables and lengths, and what must hold of them."""
 
-    def __init__(self, op, tables, context_lens, cu, starts, lens, page_size):
-        self.op, self.page_size = op, page_size
-        self.tables, self.context_lens = tables, context_lens
+    def __init__(self, op, tables, context_lens, cu, starts, lens, page_size, window=0):
+        self.op, self.page_size, self.tables = op, page_size, tables
         by_entry = ("batch", "max_pages")
         given = (
             ("block_tables", tables, by_entry),
@@ -158,97 +140,89 @@ class Step:
         for name, array, dims in given:
             if array.ndim != len(dims):
                 must = f"{name} must have shape [{', '.join(dims)}]"
-                self._fail(must, f"{array.ndim} dimensions")
+                fail(op, must, f"{array.ndim} dimensions")
         if not len(tables):
-            self._fail("block_tables must have at least one sequence", "batch = 0")
+            fail(op, "block_tables must have at least one sequence", "batch = 0")
         if (starts is None) != (lens is None):
-            self._fail("page_starts and page_lens must be given together", "one of them")
+            fail(op, "page_starts and page_lens must be given together", "one of them")
         sizes = dict(zip(by_entry, tables.shape)) | {"batch + 1": len(tables) + 1}
         for name, array, dims in given:
             for dim, size in zip(dims, array.shape):
                 if size != sizes[dim]:
-                    self._fail(f"{name} must match {dim} = {sizes[dim]} of block_tables", size)
-        self.cu = np.arange(len(tables) + 1) if cu is None else cu
-        self.num_tokens = max(0, int(self.cu[-1]))
+                    fail(op, f"{name} must match {dim} = {sizes[dim]} of block_tables", size)
         if starts is None:
             starts = np.broadcast_to(np.arange(tables.shape[1]) * page_size, tables.shape)
             lens = np.full(tables.shape, page_size)
-        self.starts, self.lens = starts, lens
+        cu = np.arange(len(tables) + 1) if cu is None else cu
+        self.context_lens, self.cu, self.starts, self.lens = (
+            array.astype(np.int64) for array in (context_lens, cu, starts, lens)
+        )
+        self.query_lens = np.diff(self.cu)
+        first = self.context_lens - self.query_lens + 1 - window
+        self.first_keys = np.maximum(first, 0) if window else np.zeros_like(first)
+        inside = (self.starts < self.context_lens[:, None]) & (self.query_lens > 0)[:, None]
+        #: Which entries hold keys that a token sees, as far as the window goes.
+        self.needed = inside & (self.starts + self.lens > self.first_keys[:, None])
+        self.seen = self.needed & (tables != -1)
 
-    def _fail(self, must, got):
-        fail(self.op, must, got)
-
-    def entries(self, b: int, first_key: int) -> np.ndarray:
-        """Which entries of a sequence's table hold keys from ``first_key`` on."""
-        starts = self.starts[b]
-        seen = (starts < self.context_lens[b]) & (starts + self.lens[b] > first_key)
-        return seen & (self.tables[b] != -1)
-
-    def check(self, num_pages: int, sliding_window: int = 0, allow_no_page: bool = False) -> None:
+    def check(self, num_pages: int, allow_no_page: bool = False) -> None:
         """Refuse tables that do not hold what the lengths say."""
-        if self.cu[0]:
-            self._fail("cu_seqlens_q must start with 0", self.cu[0])
-        for b, context_len in enumerate(self.context_lens.tolist()):
-            first, last = self.cu[b : b + 2].tolist()
-            if last < first:
-                must = "cu_seqlens_q must not decrease"
-                self._fail(must, f"{first} before {last} at sequence {b}")
-        for b, context_len in enumerate(self.context_lens.tolist()):
-            query_len = int(self.cu[b + 1]) - int(self.cu[b])
-            self._check_length(b, context_len, query_len)
-            if context_len and query_len:
-                hidden = context_len - query_len + 1 - sliding_window if sliding_window else 0
-                first_key = max(0, hidden)
-                self._check_covered(b, context_len, first_key)
-                self._check_ids(b, context_len, first_key, num_pages, allow_no_page)
-
-    def _check_length(self, b, context_len, query_len) -> None:
-        if context_len < 0:
-            self._fail("context_lens must be at least 0", f"{context_len} for sequence {b}")
-        if query_len and context_len > 2**31 - 1 - self.page_size:
+        cu, context, queries = self.cu, self.context_lens, self.query_lens
+        if cu[0]:
+            fail(self.op, "cu_seqlens_q must start with 0", cu[0])
+        for (b,) in _indices(queries < 0):
+            got = f"{cu[b]} before {cu[b + 1]} at sequence {b}"
+            fail(self.op, "cu_seqlens_q must not decrease", got)
+        for (b,) in _indices(context < 0):
+            fail(self.op, "context_lens must be at least 0", f"{context[b]} for sequence {b}")
+        for (b,) in _indices((queries > 0) & (context > MAX_INT32 - self.page_size)):
             must = "context_lens must be at most 2^31 - 1 - page_size"
-            self._fail(must, f"{context_len} for sequence {b}")
-        if 0 < context_len < query_len:
-            must = (
-                "the query must not be longer than its context, which includes it "
-                f"(context_lens[{b}] = {context_len})"
-            )
-            self._fail(must, f"{query_len} query tokens")
+            fail(self.op, must, f"{context[b]} for sequence {b}")
+        for (b,) in _indices((context > 0) & (queries > context)):
+            must = "the query must not be longer than its context, which includes it"
+            must = f"{must} (context_lens[{b}] = {context[b]})"
+            fail(self.op, must, f"{queries[b]} query tokens")
+        self._check_covered((context > 0) & (queries > 0))
+        self._check_ids(num_pages, allow_no_page)
 
-    def _check_covered(self, b, context_len, first_key) -> None:
-        end = -1
-        for i, (start, count) in enumerate(zip(self.starts[b].tolist(), self.lens[b].tolist())):
-            if end >= context_len:
-                return
-            if not 0 <= count <= self.page_size:
-                must = f"page_lens must be in [0, page_size = {self.page_size}]"
-                self._fail(must, f"{count} at [{b}, {i}]")
-            if i and start != end:
-                must = f"page_starts must continue where the entry before ends ({end})"
-                self._fail(must, f"{start} at [{b}, {i}]")
-            if not i and not 0 <= start <= first_key:
-                must = "page_starts must begin at or before the first key that a token sees"
-                self._fail(f"{must} ({first_key})", f"{start} for sequence {b}")
-            end = start + count
-        if end < context_len:
-            self._fail_covered(b, max(0, end))
+    def _check_covered(self, attends) -> None:
+        """Pages follow each other, from the first key that a token sees to the context's end."""
+        starts, lens, ends = self.starts, self.lens, self.starts + self.lens
+        before = np.concatenate([np.full((len(ends), 1), -1), ends], axis=1)[:, :-1]
+        inside = before < self.context_lens[:, None]
+        read = np.logical_and.accumulate(inside, axis=1) & attends[:, None]
+        for b, i in _indices(read & ((lens < 0) | (lens > self.page_size))):
+            must = f"page_lens must be in [0, page_size = {self.page_size}]"
+            fail(self.op, must, f"{lens[b, i]} at [{b}, {i}]")
+        for b, i in _indices(read & (starts != before) & (before >= 0)):
+            must = f"page_starts must continue where the entry before ends ({before[b, i]})"
+            fail(self.op, must, f"{starts[b, i]} at [{b}, {i}]")
+        late = read & ((starts < 0) | (starts > self.first_keys[:, None]))
+        for b, i in _indices(late[:, :1]):
+            must = "page_starts must begin at or before the first key that a token sees"
+            fail(self.op, f"{must} ({self.first_keys[b]})", f"{starts[b, i]} for sequence {b}")
+        covered = np.where(read, ends, 0).max(1, initial=0)
+        for (b,) in _indices(attends & (covered < self.context_lens)):
+            self._fail_covered(b, covered[b])
 
-    def _check_ids(self, b, context_len, first_key, num_pages, allow_no_page) -> None:
-        starts, ids = self.starts[b], self.tables[b]
-        read = np.flatnonzero((starts < context_len) & (starts + self.lens[b] > first_key))
-        for i, page in zip(read.tolist(), ids[read].tolist()):
-            if page == -1:
-                if not allow_no_page:
-                    self._fail_covered(b, int(starts[i]))
-            elif page < 0 or 0 <= num_pages <= page:
-                of_pool = f"in [0, {num_pages}), the pages of the pool"
-                which = of_pool if num_pages >= 0 else "that are not negative"
-                self._fail(f"block_tables must hold page ids {which}", f"{page} at [{b}, {i}]")
+    def _check_ids(self, num_pages, allow_no_page) -> None:
+        ids, none = self.tables, self.tables == -1
+        for b, i in _indices(self.needed & none & (not allow_no_page)):
+            self._fail_covered(b, self.starts[b, i])
+        of_pool = f"in [0, {num_pages}), the pages of the pool"
+        which = of_pool if num_pages >= 0 else "that are not negative"
+        outside = (ids < 0) | (ids >= (num_pages if num_pages >= 0 else MAX_INT32))
+        for b, i in _indices(self.needed & ~none & outside):
+            fail(self.op, f"block_tables must hold page ids {which}", f"{ids[b, i]} at [{b}, {i}]")
 
     def _fail_covered(self, b, covered) -> None:
         must = "context_lens must be covered by the pages of block_tables"
         who = f"(sequence {b} has {covered} tokens' worth)"
-        self._fail(f"{must} {who}", self.context_lens[b])
+        fail(self.op, f"{must} {who}", self.context_lens[b])
+
+
+def _indices(wrong: np.ndarray) -> list[list[int]]:
+    return np.argwhere(wrong).tolist()
 
 
 def check_tables(op, block_tables, context_lens, page_starts, page_lens, num_pages, page_size):

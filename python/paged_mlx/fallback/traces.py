@@ -8,7 +8,7 @@ import weakref
 import mlx.core as mx
 
 _calls = threading.local()
-_met: dict[int, weakref.ref] = {}  # arrays that stood for inputs, by id
+_met = weakref.WeakValueDictionary[int, mx.array]()  # arrays that stood for inputs, by id
 
 
 def _counted(a):
@@ -28,7 +28,7 @@ def is_tracer(a: mx.array) -> bool:
     """
     if not _is_called_again(a) or _is_called_again(_NO_TRACER):
         return False
-    _met[id(a)] = weakref.ref(a, lambda _, key=id(a): _met.pop(key, None))
+    _met[id(a)] = a
     return True
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from paged_mlx import PagePool, fast
 from paged_mlx._native import _ext
+from paged_mlx.fallback.formulas import joined
 
 PERIOD = 1_000_003  # random values are repeated, out of step with the pages
 COLD_BYTES = 160_000_000  # layers that take turns hold as much together: no cache does
@@ -135,7 +136,7 @@ class Workload:
         return out
 
     def naive_gather(self, layer=0) -> mx.array:
-        """Gather the pages with mx.take, then mx.fast SDPA with a mask."""
+        """Gather the pages as the fallback does, then mx.fast SDPA with a mask."""
         k_pages, v_pages = self.pool[layer].arrays
         out = self._dense(self._take(k_pages), self._take(v_pages))
         mx.eval(out)
@@ -170,11 +171,8 @@ class Workload:
         return k, v
 
     def _take(self, pages: mx.array) -> mx.array:
-        g, batch = self.g, len(self.lengths)
-        tables = mx.array(np.maximum(self.tables, 0))
-        x = mx.take(pages, tables, axis=0)  # [batch, pages, heads, page_size, dim]
-        x = x.swapaxes(1, 2).reshape(batch, g.num_kv_heads, -1, g.head_dim)
-        return x[:, :, : max(self.lengths)]
+        found = pages[mx.array(np.maximum(self.tables, 0))]
+        return joined(found)[:, :, : max(self.lengths)]
 
     def _dense(self, k, v) -> mx.array:
         batch, length, g = len(self.lengths), max(self.query_lens), self.g
