@@ -9,7 +9,7 @@ from paged_mlx.machine.bench.measure import Candidate, Case
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import __main__ as benchmarks
-from benchmarks import harness, table
+from benchmarks import documents, harness, pictures
 
 
 def run(*arguments):
@@ -42,16 +42,35 @@ def test_records_go_where_they_are_wanted(tmp_path, monkeypatch):
     assert (harness.RESULTS / "attention.json").read_bytes() == before
 
 
-def test_the_documents_tables_are_those_of_the_records():
-    assert table.main([]) == 0
+def test_the_documents_tables_and_pictures_are_those_of_the_records():
+    assert documents.main([]) == 0
 
 
 def test_tables_are_written_when_that_is_asked_for(tmp_path, monkeypatch, capsys):
     document = tmp_path / "page.md"
     document.write_text("<!-- table: attention -->\nstale\n<!-- end of table -->\n")
-    monkeypatch.setattr(table, "DOCUMENTS", (document,))
-    assert table.main([]) == 1
+    monkeypatch.setattr(documents, "DOCUMENTS", (document,))
+    monkeypatch.setattr(documents, "pictures", dict)
+    assert documents.main([]) == 1
     assert "stale" in document.read_text() and "page.md" in capsys.readouterr().err
-    assert table.main(["--write"]) == 0
+    assert documents.main(["--write"]) == 0
     assert "stale" not in document.read_text() and "| decode, 1 x 1024" in document.read_text()
-    assert table.main([]) == 0
+    assert documents.main([]) == 0
+
+
+def test_a_picture_is_drawn_anew_when_it_shows_something_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "DOCUMENTS", ())
+    picture, drawn = tmp_path / "map.svg", pictures.page_maps()["forks"]
+    monkeypatch.setattr(
+        documents,
+        "pictures",
+        lambda: {picture: lambda: drawn.save(tmp_path / "new.svg").read_text()},
+    )
+    assert documents.main([]) == 1 and not picture.exists()
+    assert documents.main(["--write"]) == 0
+    assert pictures.shows(picture.read_text()) == drawn.text()
+    picture.write_text(picture.read_text().replace("<path", "<path "))  # drawn in another way
+    assert documents.main([]) == 0
+    picture.write_text(picture.read_text().replace("33B3BB", "33B3BA"))
+    assert documents.main([]) == 1
+    assert "map.svg" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paged_mlx.errors import fail
+from paged_mlx.machine.cache import write_whole
 
 COLUMNS = 32
 FREE, CACHED, SHARED = "#e9ecef", "#adb5bd", "#343a40"
@@ -200,7 +202,9 @@ class PoolMap:
         return figure
 
     def save(self, path: str | Path, columns: int = COLUMNS) -> Path:
-        """Write a picture; the suffix says which kind, ``.png`` or ``.svg``.
+        """Write a picture, whole or not at all; the suffix says which kind, ``.png`` or ``.svg``.
+
+        The same map is the same SVG, and its description is the map as text.
 
         Raises:
             ValueError: The suffix is another.
@@ -210,8 +214,25 @@ class PoolMap:
         path = Path(path)
         if path.suffix not in (".png", ".svg"):
             fail("PoolMap.save", "path must end in .png or .svg", path.name)
-        self.figure(columns).savefig(path, dpi=160, bbox_inches="tight")
+        figure = self.figure(columns)
+        if path.suffix == ".svg":
+            write_whole(path, svg_of(figure, self.text(columns)))
+        else:
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=160, bbox_inches="tight")
+            write_whole(path, picture.getvalue())
         return path
+
+
+def svg_of(figure, description: str) -> str:
+    """A figure of matplotlib as an SVG, the same text whenever it is made; its description goes into it."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.hashsalt": "paged_mlx", "svg.fonttype": "none"}):
+        about = {"Date": None, "Creator": None, "Description": description}
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata=about)
+    return out.getvalue()[out.getvalue().index("<svg") :]
 
 
 def page_figures(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from paged_mlx.machine.bench.trials import FIELDS, PAGE_SIZE
-from paged_mlx.pages.pool_map import COLOURS
+from paged_mlx.pages.pool_map import COLOURS, svg_of
 
 AXES = {
     "depth": "tokens in the cache",
@@ -155,15 +154,4 @@ def svg(drawn: Curves) -> str:
     for axes in (upper, *lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    return as_svg(figure, json.dumps({"title": drawn.title, drawn.axis: drawn.times}))
-
-
-def as_svg(figure, description: str) -> str:
-    """A figure of matplotlib as text that is the same whenever it is made; ``description`` goes into it."""
-    from matplotlib import rc_context
-
-    out = io.StringIO()
-    with rc_context({"svg.hashsalt": "paged_mlx", "svg.fonttype": "none"}):
-        about = {"Date": None, "Creator": None, "Description": description}
-        figure.savefig(out, format="svg", metadata=about)
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    return svg_of(figure, json.dumps({"title": drawn.title, drawn.axis: drawn.times}))

@@ -1,7 +1,7 @@
-"""Make the tables of the documents from records: `python -m benchmarks.table --write`.
+"""Make the tables and pictures of the documents: `python -m benchmarks.documents --write`.
 
 A document says where: `<!-- table: attention -->` up to `<!-- end of table -->` becomes what
-`benchmarks/results/attention.json` holds.
+`benchmarks/results/attention.json` holds. `benchmarks.pictures` draws, from records and with `pool.map()`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from paged_mlx.machine.cache import write_whole
 
 from benchmarks.harness import RESULTS
+from benchmarks.pictures import pictures, shows
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "formats.md")
@@ -117,24 +118,26 @@ def with_tables(text: str, records: dict[str, dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.documents", description=__doc__)
     parser.add_argument(
         "--write", action="store_true", help="write them; else only say which differ"
     )
     writes = parser.parse_args(arguments).write
     records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    stale = []
-    for document in DOCUMENTS:
-        text = document.read_text()
-        wanted = with_tables(text, records)
-        if wanted != text:
-            stale.append(document.name)
-            if writes:
-                write_whole(document, wanted)
+    wanted = {path: with_tables(path.read_text(), records) for path in DOCUMENTS}
+    stale = [path for path, text in wanted.items() if path.read_text() != text]
+    for path, draw in pictures().items():
+        picture = draw()
+        if not path.exists() or shows(path.read_text()) != shows(picture):
+            wanted[path] = picture
+            stale.append(path)
+    names = ", ".join(path.name for path in stale)
     if stale and not writes:
-        print(f"not made from the records: {', '.join(stale)}; --write makes them", file=sys.stderr)
+        print(f"not made from the records: {names}; --write makes them", file=sys.stderr)
         return 1
-    print(f"written: {', '.join(stale)}" if stale else "all tables are those of the records")
+    for path in stale:
+        write_whole(path, wanted[path])
+    print(f"written: {names}" if stale else "all tables and pictures are those of the records")
     return 0
 
 
