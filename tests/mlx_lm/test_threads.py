@@ -1,5 +1,6 @@
 """One enabled model in several threads: they take turns, and what cannot be is an error."""
 
+import contextlib
 import functools
 import random
 import threading
@@ -231,42 +232,45 @@ def test_a_pass_goes_on_after_another_thread_has_gone_before(family, grows, monk
         paged.check()
 
 
-def before_attention(monkeypatch, model, do):
-    """Have ``do(layer)`` called when a layer of the main thread has brought K and V, and waits."""
+@contextlib.contextmanager
+def before_attention(model, do):
+    """Have ``do()`` called when a layer of the main thread has brought K and V, and waits."""
     kind = type(make_prompt_cache(model)[0])
 
     def stopping(self, *kv, before=kind.update_and_fetch):
         fetched = before(self, *kv)
         if threading.current_thread() is threading.main_thread():
-            do(self.layer)
+            do()
         return fetched
 
-    monkeypatch.setattr(kind, "update_and_fetch", stopping)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "update_and_fetch", stopping)
+        yield
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("grows", [False, True])
-def test_a_layer_attends_after_another_thread_has_gone_before(family, grows, monkeypatch):
+def test_a_layer_attends_after_another_thread_has_gone_before(family, grows):
     model = zoo.tiny(family)
     expected = [generate(model, prompt) for prompt in PROMPTS]
     with enable(model, page_size=8) as paged, futures.ThreadPoolExecutor(1) as other:
         held, found = [], []
 
-        def lets_another_go_first(layer):
+        def lets_another_go_first():
             caches = [make_prompt_cache(model) for _ in range(12 if grows else 1)]
             for cache in caches:
                 asked = other.submit(generate, model, PROMPTS[1], prompt_cache=cache)
                 found.append(asked.result(timeout=60))
             held.extend(caches if grows and len(held) < 48 else ())
 
-        before_attention(monkeypatch, model, lets_another_go_first)
-        assert generate(model, PROMPTS[0]) == expected[0]
+        with before_attention(model, lets_another_go_first):
+            assert generate(model, PROMPTS[0]) == expected[0]
         assert found == [expected[1]] * len(found) and len(found) >= 12
         other.submit(mx.synchronize).result()
         paged.check()
 
 
-def test_a_pass_goes_on_after_another_thread_has_changed_the_dtype(monkeypatch):
+def test_a_pass_goes_on_after_another_thread_has_changed_the_dtype():
     model = zoo.tiny("llama")
     prompt = mx.array([PROMPTS[0]])
     expected = model(prompt)
@@ -277,13 +281,13 @@ def test_a_pass_goes_on_after_another_thread_has_changed_the_dtype(monkeypatch):
         with futures.ThreadPoolExecutor(1) as other:
             kept = model.parameters()
 
-            def changes_the_dtype(layer):
+            def changes_the_dtype():
                 model.update(half.parameters())
                 other.submit(generate, model, PROMPTS[1]).result(timeout=60)
                 model.update(kept)
 
-            before_attention(monkeypatch, model, changes_the_dtype)
-            logits = model(prompt, cache=make_prompt_cache(model))
+            with before_attention(model, changes_the_dtype):
+                logits = model(prompt, cache=make_prompt_cache(model))
             assert mx.allclose(logits, expected, atol=0.02)
             other.submit(mx.synchronize).result()
         paged.check()

@@ -43,6 +43,7 @@ MODULES = (
     "formats.test_quantised_pool",
     "formats.test_raw_pages",
     "mlx_lm.test_speculative_batch",
+    "mlx_lm.test_threads",
 )
 
 

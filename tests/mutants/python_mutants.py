@@ -320,6 +320,28 @@ _FAULTS = {
             "previous.a_plan_of_other_options_is_not_the_step_before",
         ),
     ],
+    "forward/group.py": [
+        (
+            "a layer that waits for its attention is brought from before its tokens",
+            "        written = [each for each in places if",
+            "        written = [each for each in places if True or",
+            "threads.a_layer_attends_after_another_thread_has_gone_before",
+        ),
+    ],
+    "forward/passes.py": [
+        (
+            "what a pass has written stays in the memory of before",
+            "            if goes_on and is_moved and window in steps:\n",
+            "            if goes_on and not is_moved and window in steps:\n",
+            "threads.a_layer_attends_after_another_thread_has_gone_before",
+        ),
+        (
+            "what other threads have built is lost with a pool of another dtype",
+            "                branch.parts[fresh] = branch.parts.pop(pool)\n",
+            "                branch.parts.pop(pool)\n",
+            "threads.a_pass_goes_on_after_another_thread_has_changed_the_dtype",
+        ),
+    ],
     "mlx_lm/speculative.py": [
         (
             "every row is cut to the shortest",
