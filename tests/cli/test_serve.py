@@ -279,6 +279,26 @@ def test_the_map_of_a_running_server_is_drawn_saved_and_sent(folder, capsys, tmp
         assert "cached alone" in picture.read_text()
 
 
+def test_a_server_that_ends_while_it_is_watched_is_a_sentence_below_its_last_map(
+    monkeypatch, capsys
+):
+    from paged_mlx.cli import map as map_command
+
+    figures = {"page_size": 4, "total": 3, "sequences": [], "pages": {"1": [1, True]}}
+    answers = [{"groups": [figures | {"window": None, "layers": 2}]}]
+
+    def pages_of(url):
+        if not answers:
+            raise map_command.Mistake("nobody serves pages")
+        return answers.pop()
+
+    monkeypatch.setattr(map_command, "pages_of", pages_of)
+    monkeypatch.setattr(map_command, "EVERY", 0)
+    assert commands.main(["map", "--watch"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("2 layers\n.c.\n") and err == "paged-mlx map: nobody serves pages\n"
+
+
 @pytest.mark.parametrize(
     "status, body, says",
     [(200, b"{}", "is no server of paged-mlx"), (503, b'{"error": "no model"}', "503: no model")],

@@ -13,7 +13,7 @@ from paged_mlx.cli.options import Mistake
 from paged_mlx.pages.pool_map import FREE, PoolMap
 
 EVERY = 0.25  # seconds between two maps of a live one
-LEGEND = "letters: a sequence's own pages; digits: shared, by so many; c cached alone; . free"
+LEGEND = "letters: a sequence's own pages; digits: shared by so many; c: cached; .: free"
 MOST_ROWS = 12
 
 
@@ -116,7 +116,20 @@ def num_used(groups: list[dict[str, Any]]) -> int:
 
 @contextmanager
 def live(groups: Callable[[], list[dict[str, Any]]]) -> Iterator[None]:
-    """Draw the map again and again, below what is printed meanwhile.
+    """Draw the map again and again in a thread, below what is printed meanwhile."""
+    with screen() as draw:
+
+        def again() -> None:
+            if found := groups():
+                draw(found)
+
+        with repeated(again):
+            yield
+
+
+@contextmanager
+def screen() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A function that draws groups in the place of those before, below what is printed meanwhile.
 
     Raises:
         Mistake: rich is not installed.
@@ -128,10 +141,4 @@ def live(groups: Callable[[], list[dict[str, Any]]]) -> Iterator[None]:
         raise Mistake("a live map needs rich: pip install rich") from error
     columns = columns_of_terminal()
     with Live(console=Console(stderr=True), auto_refresh=False) as view:
-
-        def draw() -> None:
-            if found := groups():
-                view.update(coloured(found, columns), refresh=True)
-
-        with repeated(draw):
-            yield
+        yield lambda groups: view.update(coloured(groups, columns), refresh=True)

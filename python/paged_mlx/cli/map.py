@@ -7,10 +7,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from paged_mlx.cli.live_map import coloured, columns_of_terminal, live, plain
+from paged_mlx.cli.live_map import EVERY, coloured, columns_of_terminal, plain, screen
 from paged_mlx.cli.options import Mistake, parser
 from paged_mlx.pages.pool_map import PoolMap
 
@@ -24,6 +25,7 @@ paged-mlx map --save pages.png
 paged-mlx map --json
 """
 URL = "http://localhost:8080"
+PATIENCE = 60.0  # seconds: the figures wait for the pass under way
 
 
 def main(arguments: list[str]) -> int:
@@ -42,16 +44,22 @@ def main(arguments: list[str]) -> int:
     elif chosen.save:
         print(PoolMap(found["groups"][0]).save(chosen.save))
     elif chosen.watch:
-        with live(lambda: pages_of(chosen.url)["groups"]):
+        with screen() if sys.stdout.isatty() else nullcontext(print_plain) as draw:
             while True:
-                time.sleep(3600)
+                draw(found["groups"])
+                time.sleep(EVERY)
+                found = pages_of(chosen.url)
     elif sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(coloured(found["groups"], columns_of_terminal(), rows=10**6))
     else:
-        print(plain(found["groups"], columns_of_terminal()))
+        print_plain(found["groups"])
     return 0
+
+
+def print_plain(groups: list[dict[str, Any]]) -> None:
+    print(plain(groups, columns_of_terminal()), flush=True)
 
 
 def pages_of(url: str) -> dict[str, Any]:
@@ -61,7 +69,7 @@ def pages_of(url: str) -> dict[str, Any]:
         Mistake: Nobody answers there, or no such server, or it has no model yet.
     """
     try:
-        with urllib.request.urlopen(url.rstrip("/") + "/pages", timeout=10) as answer:
+        with urllib.request.urlopen(url.rstrip("/") + "/pages", timeout=PATIENCE) as answer:
             found = json.load(answer)
         found["groups"][0]["pages"]
         return found
