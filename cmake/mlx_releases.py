@@ -95,12 +95,14 @@ def _unpacked(folder: Path, package: str, wheel: str) -> Path:
                 [*pip, "--no-deps", "--only-binary", ":all:", "--platform", _platform(),
                  "--dest", str(folder), wheel],
                 check=True,
-                stdout=sys.stderr,
+                capture_output=True,
+                text=True,
             )  # fmt: skip
         except subprocess.CalledProcessError as error:
+            said = error.stderr.strip().splitlines()[-1:] or [f"exit status {error.returncode}"]
             raise SystemExit(
-                f"paged_mlx needs {wheel} to build, and pip could not download it: install it, or "
-                "build where there is a network."
+                f"paged_mlx needs {wheel} to build, and pip could not download it ({said[0]}): "
+                "install it, or build where there is a network."
             ) from error
         for file in folder.glob("*.whl"):
             with zipfile.ZipFile(file) as archive:
