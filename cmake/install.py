@@ -87,16 +87,22 @@ def run(command: list[str], what: str) -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    for line in process.stdout:
-        lines.append(line)
-        now = time.monotonic()
-        step = STEP.search(line)
-        if line.startswith("Installing collected packages"):
-            say(f"      {what}: unpacking, {now - started:.0f} s")
-        elif step or line.startswith(("Collecting", "Downloading", "  Downloading")):
-            if now - shown >= (0.2 if sys.stdout.isatty() else 15):
-                shown = now
-                say(f"      {what}: {step[0] if step else line.strip()}, {now - started:.0f} s")
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            now = time.monotonic()
+            step = STEP.search(line)
+            if line.startswith("Installing collected packages"):
+                say(f"      {what}: unpacking, {now - started:.0f} s")
+            elif step or line.startswith(("Collecting", "Downloading", "  Downloading")):
+                if now - shown >= (0.2 if sys.stdout.isatty() else 15):
+                    shown = now
+                    say(f"      {what}: {step[0] if step else line.strip()}, {now - started:.0f} s")
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        say("")
+        sys.exit(f"{what}: interrupted; the same command goes on.")
     if process.wait():
         say("")
         sys.exit("".join(lines) + f"\n{what}: failed; its output is above.")

@@ -1,6 +1,8 @@
 """What the Makefile installs, and what it does after a run that was killed."""
 
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,25 @@ def test_packages_that_a_killed_run_left_in_part_are_put_in_place_again(
     assert "ninja" in again and any(word.startswith("mlx-lm") for word in again)
     assert not any(word.startswith("ziglang") for word in again)  # a compiler for tests
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_what_is_installing_and_is_one_sentence(install, monkeypatch, tmp_path):
+    program = "import time; print('Collecting it', flush=True); time.sleep(60)"
+    started = []
+
+    def popen(*arguments, **options):
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[0]
+
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(install, "STEP", types.SimpleNamespace(search=interrupted))
+    monkeypatch.setattr(install, "subprocess", types.SimpleNamespace(**vars(subprocess)))
+    monkeypatch.setattr(install.subprocess, "Popen", popen)
+    with pytest.raises(SystemExit, match="packages: interrupted; the same command goes on"):
+        install.run([sys.executable, "-c", program], "packages")
+    assert started[0].poll() is not None
 
 
 def test_a_python_that_is_too_old_and_a_missing_compiler_are_one_sentence(install, monkeypatch):
