@@ -135,4 +135,4 @@ $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) \
 endef
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(PEERS) $(DOCS) build
+	rm -rf $(VENV) $(VENV).unfinished $(BENCH) $(PEERS) $(DOCS) build

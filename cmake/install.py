@@ -22,7 +22,6 @@ import mlx_releases
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 BUILD_TOOLS = ["scikit-build-core>=0.11", "cmake>=3.27", "ninja"]
-UNFINISHED = ".unfinished"  #: in an environment: what is being installed
 #: A step of ninja's: "[3/42] Building CXX object ...".
 STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
@@ -40,13 +39,18 @@ def check() -> None:
 
 
 def environment(folder: str) -> None:
-    """Make a virtual environment, anew where a run that installed into it was killed."""
-    unfinished = Path(folder) / UNFINISHED
-    clear = ["--clear"] if unfinished.exists() else []
-    unfinished.parent.mkdir(exist_ok=True)
-    unfinished.touch()
-    subprocess.run([sys.executable, "-m", "venv", *clear, folder], check=True)
-    unfinished.touch()
+    """Make a virtual environment where there is none; anew where its making was killed."""
+    mark = unfinished(folder)
+    killed = mark.exists() and mark.read_text() == "environment"
+    if killed or not (Path(folder) / "pyvenv.cfg").exists():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("environment")
+        run([sys.executable, "-m", "venv", *(["--clear"] if killed else []), folder], "environment")
+
+
+def unfinished(environment: str) -> Path:
+    """A file beside an environment, as long as something is being installed into it: what."""
+    return Path(f"{environment}.unfinished")
 
 
 def packages(extra: str) -> None:
@@ -66,12 +70,12 @@ def packages(extra: str) -> None:
     version = os.environ.get("MLX") or mlx_releases.newest()
     tools = [mlx_releases.requirement(version), f"nanobind=={mlx_releases.nanobind_for(version)}"]
     wanted = project["dependencies"] + project["optional-dependencies"][extra]
-    unfinished = Path(sys.prefix) / UNFINISHED
-    again = unfinished.exists() and unfinished.read_text() == extra
+    mark = unfinished(sys.prefix)
+    again = mark.exists() and mark.read_text() == extra
     options = ["--progress-bar", "off", *(["--ignore-installed"] if again else [])]
-    unfinished.write_text(extra)
+    mark.write_text(extra)
     run([*PIP, "install", *options, *BUILD_TOOLS, *tools, *wanted], "packages")
-    unfinished.unlink()
+    mark.unlink()
 
 
 def module() -> None:

@@ -24,22 +24,28 @@ def killed(*arguments, **options):
 
 
 def test_an_environment_that_a_killed_run_left_is_made_anew(install, monkeypatch, tmp_path):
-    folder, commands = tmp_path / "with a space", []
-    monkeypatch.setattr(install.subprocess, "run", killed)
+    folder, commands = tmp_path / "with a space" / ".venv", []
+    monkeypatch.setattr(install, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         install.environment(str(folder))
-    monkeypatch.setattr(install.subprocess, "run", lambda command, check: commands.append(command))
-    install.environment(str(folder))
-    assert commands.pop() == [sys.executable, "-m", "venv", "--clear", str(folder)]
-    (folder / install.UNFINISHED).unlink()  # as when all packages were installed
-    install.environment(str(folder))
-    assert commands.pop() == [sys.executable, "-m", "venv", str(folder)]
+    monkeypatch.setattr(install, "run", lambda command, what: commands.append(command))
+    for _ in range(2):  # the second time it was killed after the old one was cleared
+        install.environment(str(folder))
+        assert commands.pop() == [sys.executable, "-m", "venv", "--clear", str(folder)]
+
+
+def test_an_environment_that_there_is_keeps_what_is_in_it(install, monkeypatch, tmp_path):
+    (tmp_path / "pyvenv.cfg").touch()
+    install.unfinished(str(tmp_path)).write_text("cli")  # as when its packages were interrupted
+    monkeypatch.setattr(install, "run", killed)
+    install.environment(str(tmp_path))
+    assert install.unfinished(str(tmp_path)).read_text() == "cli"
 
 
 def test_packages_that_a_killed_run_left_in_part_are_put_in_place_again(
     install, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(install.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(install.sys, "prefix", str(tmp_path / ".venv"))
     commands = []
     for run in (killed, lambda command, what: commands.append(command)):
         monkeypatch.setattr(install, "run", run)
