@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -89,8 +90,9 @@ def run(command: list[str], what: str) -> None:
     started, shown = time.monotonic(), 0.0
     lines: deque[str] = deque(maxlen=400)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
     try:
         for line in process.stdout:
             lines.append(line)
@@ -103,7 +105,7 @@ def run(command: list[str], what: str) -> None:
                     shown = now
                     say(f"      {what}: {step[0] if step else line.strip()}, {now - started:.0f} s")
     except KeyboardInterrupt:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # pip's compilers end with it
         process.wait()
         say("")
         sys.exit(f"{what}: interrupted; the same command goes on.")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -61,15 +62,26 @@ def test_packages_that_a_killed_run_left_in_part_are_put_in_place_again(
     assert list(tmp_path.iterdir()) == []
 
 
+def alive(pid):
+    """Whether a process runs; one that has ended may wait for whoever adopted it."""
+    run = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return run.stdout.strip()[:1] not in ("", "Z")
+
+
 def test_ctrl_c_ends_what_is_installing_and_is_one_sentence(install, monkeypatch, tmp_path):
-    program = "import time; print('Collecting it', flush=True); time.sleep(60)"
-    started = []
+    program = (
+        "import subprocess, sys\n"
+        "sleeps = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "subprocess.run([sys.executable, '-c', sleeps])\n"
+    )
+    started, compiler = [], []
 
     def popen(*arguments, **options):
         started.append(subprocess.Popen(*arguments, **options))
         return started[0]
 
     def interrupted(text):
+        compiler.append(int(text))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(install, "STEP", types.SimpleNamespace(search=interrupted))
@@ -78,6 +90,10 @@ def test_ctrl_c_ends_what_is_installing_and_is_one_sentence(install, monkeypatch
     with pytest.raises(SystemExit, match="packages: interrupted; the same command goes on"):
         install.run([sys.executable, "-c", program], "packages")
     assert started[0].poll() is not None
+    deadline = time.monotonic() + 30
+    while alive(compiler[0]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(compiler[0])
 
 
 def test_a_python_that_is_too_old_and_a_missing_compiler_are_one_sentence(install, monkeypatch):
