@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -344,6 +345,32 @@ def test_a_wheel_without_a_native_module_is_for_every_platform_and_has_the_sourc
         names
     )
     assert not any(name.startswith("paged_mlx/native") for name in names)
+
+
+@pytest.mark.long
+@pytest.mark.native
+def test_a_source_distribution_builds_without_a_network(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'cmake')!r}); import backend\n"
+        f"backend.build_sdist({str(tmp_path)!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    alone = ["unshare", "--map-root-user", "--net"]  # where the system has it, else by its proxy
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"]).returncode:
+        alone = []
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    pip = [*alone, sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "--wheel-dir", tmp_path, sdist],
+        env=os.environ | nowhere, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    module = (
+        f"paged_mlx/native/{_native.folder_name(mx.__version__)}/{Path(_native._ext.__file__).name}"
+    )
+    assert module in zipfile.ZipFile(wheel).namelist()
 
 
 def test_the_version_stands_in_one_place():
