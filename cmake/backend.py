@@ -16,10 +16,8 @@ import compiler
 import mlx_releases
 from scikit_build_core import build as _scikit
 from scikit_build_core.build import (  # noqa: F401  the rest of the interface
-    build_editable,
     build_sdist,
     get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
 )
 
 
@@ -27,13 +25,23 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
     return _scikit.build_wheel(wheel_directory, _settings(config_settings), metadata_directory)
 
 
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+    return _scikit.build_editable(wheel_directory, _settings(config_settings), metadata_directory)
+
+
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -> str:
     return _scikit.prepare_metadata_for_build_wheel(metadata_directory, _settings(config_settings))
 
 
+def prepare_metadata_for_build_editable(metadata_directory, config_settings=None) -> str:
+    settings = _settings(config_settings)
+    return _scikit.prepare_metadata_for_build_editable(metadata_directory, settings)
+
+
 def _settings(given) -> dict:
-    pure = {"wheel.platlib": "false", "wheel.py-api": "py3"}
-    return {**(given or {}), **(pure if os.environ.get("PAGED_MLX_FOR") == "none" else {})}
+    asked = os.environ.get("PAGED_MLX_FOR", "")  # told each time: a build's folder remembers
+    pure = {"wheel.platlib": "false", "wheel.py-api": "py3"} if asked == "none" else {}
+    return {**(given or {}), "cmake.define.PAGED_MLX_FOR": asked, **pure}
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:

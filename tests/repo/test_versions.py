@@ -296,6 +296,22 @@ def test_a_build_makes_a_module_that_is_found(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_a_folder_that_was_built_in_is_built_for_what_is_asked_now(hook, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "cmake"))
+    import backend
+
+    asked = []
+    monkeypatch.setattr(
+        backend._scikit, hook, lambda folder, settings, metadata: asked.append(settings)
+    )
+    for releases in ("all", "0.31.2 0.32.4", ""):
+        monkeypatch.setenv("PAGED_MLX_FOR", releases)
+        getattr(backend, hook)("wheels", {"editable.rebuild": "false"})
+        assert asked.pop() == {"editable.rebuild": "false", "cmake.define.PAGED_MLX_FOR": releases}
+    assert "$ENV{PAGED_MLX_FOR}" not in (ROOT / "CMakeLists.txt").read_text()
+
+
 def test_what_is_built_for_follows_the_mlx_that_is_installed(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "cmake"))
     import mlx_releases
