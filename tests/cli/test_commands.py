@@ -131,10 +131,25 @@ def test_analyze_times_a_step_and_says_that_a_cpu_is_no_gpu(capsys):
     assert decode["name"] == "Your lengths" and decode["paged_seconds"] > 0
 
 
-@pytest.mark.parametrize("words", [["--lengths", "0"], ["--lengths", "a"], ["--page-size", "0"]])
-def test_numbers_that_are_none_are_refused_by_name(words, capsys):
-    assert main("analyze", *words) == 2
-    assert words[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option, value, says",
+    [
+        ("--lengths", "0", "must be at least 1; got 0"),
+        ("--lengths", "1,a", "must be whole numbers; got 1,a"),
+        ("--page-size", "0", "must be at least 1; got 0"),
+        ("--page-size", "8,16", "must be one whole number; got 8,16"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(option, value, says, capsys):
+    assert main("analyze", option, value) == 2
+    assert f"argument {option}: {says}" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
+    file = tmp_path / "nowhere" / "report.json"
+    words = ["testing", "--run", "small", "--backend", "cpu", "--group", "pages"]
+    assert main(*words, "--json", file) in (1, 2)
+    assert str(file) in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_conformance_suite_prints_json_and_nothing_else(capsys):

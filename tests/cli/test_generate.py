@@ -111,10 +111,11 @@ def test_nothing_of_mlx_lm_stays_replaced(folder, capsys):
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_a_model_that_is_not_there_is_one_sentence(command, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for model in (tmp_path / "nowhere", tmp_path / "empty"):
-        assert main(command, "--model", model) == 2
+    for folder, why in (("nowhere", "there is no such folder"), ("empty", "")):
+        assert main(command, "--model", tmp_path / folder) == 2
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last.startswith(f"paged-mlx {command}: the model {model} cannot be loaded: ")
+        said = f"paged-mlx {command}: the model {tmp_path / folder} cannot be loaded: {why}"
+        assert last.startswith(said)
 
 
 def test_a_model_without_k_and_v_is_one_sentence(tmp_path, capsys):

@@ -214,6 +214,8 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(folder, capsys):
             status = end.code
         assert status == 2
         assert "choose another with --port" in capsys.readouterr().err
+    assert commands.main(["serve", "--model", str(folder), "--port", str(65536 + port)]) == 2
+    assert f"--port must be at most 65535; got {65536 + port}" in capsys.readouterr().err
 
 
 def free_port() -> int:

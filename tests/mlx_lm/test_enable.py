@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
 
 import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
 import mlx_lm_zoo as zoo  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache  # noqa: E402
@@ -17,7 +18,7 @@ from paged_mlx import OutOfPages  # noqa: E402
 from paged_mlx._native import BUILT  # noqa: E402
 from paged_mlx.cli import mains  # noqa: E402
 from paged_mlx.forward import seams  # noqa: E402
-from paged_mlx.mlx_lm import PagedKVCache, enable  # noqa: E402
+from paged_mlx.mlx_lm import PagedKVCache, enable, explain  # noqa: E402
 
 STOCK_ATTENTION = mx.fast.scaled_dot_product_attention
 
@@ -357,10 +358,12 @@ def test_with_prefix_cache_max_kv_size_gets_mlx_lms_rotating_cache(caplog):
     assert "max_kv_size=16" in caplog.text
 
 
-@pytest.mark.parametrize("model", [None, object(), "llama"])
-def test_what_is_no_model_is_refused(model):
-    with pytest.raises(ValueError, match=r"^\[enable\] model must be a model of mlx-lm"):
-        enable(model)
+@pytest.mark.parametrize("model", [None, object(), "llama", nn.Linear(3, 3)])
+@pytest.mark.parametrize("function", [enable, explain])
+def test_what_is_no_model_is_refused(function, model):
+    name = function.__name__
+    with pytest.raises(ValueError, match=rf"^\[{name}\] model must be a model of mlx-lm; got"):
+        function(model)
 
 
 def test_a_model_that_another_has_taken_over_is_not_taken_back():

@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paged_mlx.cli.options import Mistake, count, counts, kv_formats, needs_mlx_lm, parser
+from paged_mlx.cli.options import (
+    Mistake,
+    count,
+    counts,
+    kv_formats,
+    needs_mlx_lm,
+    parser,
+    whole_numbers,
+)
 from paged_mlx.cli.progress import Progress
 
 RETAIN = 32  # enable's default
@@ -33,14 +41,6 @@ paged-mlx bench --model mlx-community/Qwen3-0.6B-4bit -p 512 -n 128 -d 0,4096
 paged-mlx bench --html report.html                # curves: context, batch, prefix, page size
 paged-mlx bench --model ./my-model -p 0 -n 32 -d 1024 -b 8 -o json > bench.json
 """
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Whole numbers from 0 with commas between them, as an option's type."""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more; got {text}")
-    return found
 
 
 def main(arguments: list[str]) -> int:

@@ -99,6 +99,8 @@ def _is_a_users(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     """An error as one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     said = " ".join(str(error).split()) or type(error).__name__
     return said if _is_a_users(error) else f"{said} (--traceback says where)"
 

@@ -43,15 +43,26 @@ def needs_mlx_lm() -> None:
 
 def count(text: str) -> int:
     """A whole number from 1, as an option's type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+    values = counts(text)
+    if len(values) > 1:
+        raise argparse.ArgumentTypeError(f"must be one whole number; got {text}")
+    return values[0]
 
 
 def counts(text: str) -> list[int]:
     """Whole numbers from 1 with commas between them, as an option's type."""
-    return [count(part) for part in text.split(",")]
+    return whole_numbers(text, 1)
+
+
+def whole_numbers(text: str, least: int = 0) -> list[int]:
+    """Whole numbers with commas between them, as an option's type."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers; got {text}") from None
+    if min(found) < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
+    return found
 
 
 def kv_format(text: str) -> tuple[str | None, str | None]:

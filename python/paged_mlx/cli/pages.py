@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from paged_mlx.cli.options import Mistake, count, kv_format, needs_mlx_lm, parser, size
@@ -128,11 +129,20 @@ def loaded(load: Callable, path, *arguments, **options) -> Any:
     try:
         return load(path, *arguments, **options)
     except Exception as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Mistake(
-            f"the model {path} cannot be loaded: {said} "
-            "(a folder with a model of mlx-lm, or the name of one on Hugging Face)"
-        ) from error
+        raise cannot_be_loaded(path, error) from error
+
+
+def cannot_be_loaded(path: object, error: Exception) -> Mistake:
+    """Why a model is not there, in one sentence."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    if str(path).startswith((".", "/", "~")) and not Path(str(path)).exists():
+        said = "there is no such folder"
+    elif any(kind.__name__ == "LocalEntryNotFoundError" for kind in type(error).__mro__):
+        said = "it is not on this machine, and Hugging Face cannot be reached"
+    return Mistake(
+        f"the model {path} cannot be loaded: {said} "
+        "(a folder with a model of mlx-lm, or the name of one on Hugging Face)"
+    )
 
 
 def routes(paged) -> str:

@@ -8,7 +8,7 @@ import os
 import sys
 
 from paged_mlx.cli.options import Mistake
-from paged_mlx.cli.pages import pages_parser, split
+from paged_mlx.cli.pages import cannot_be_loaded, enabled, pages_parser, split
 
 DESCRIPTION = """\
 mlx_lm.server with K and V in pages: the same options and the same HTTP interface, and prompts
@@ -52,7 +52,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(host: str, port: int, cli_args: argparse.Namespace, chosen: argparse.Namespace) -> None:
-    from paged_mlx.cli.pages import enabled
     from paged_mlx.mlx_lm import enable
     from paged_mlx.mlx_lm.serving.http import PortInUse, serve
     from paged_mlx.mlx_lm.serving.kv_events import CAPACITY, KVEventPublisher
@@ -102,5 +101,4 @@ def _serve(host: str, port: int, cli_args: argparse.Namespace, chosen: argparse.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-    said = " ".join(str(failure).split())[:300] or type(failure).__name__
-    raise Mistake(f"the model {cli_args.model} cannot be loaded: {said}") from failure
+    raise cannot_be_loaded(cli_args.model, failure) from failure

@@ -80,14 +80,24 @@ def enable(
         ValueError: The model is enabled already, has no cache that can be paged, or an
             option is wrong; the message says why.
     """
-    if not isinstance(model, nn.Module):
-        fail("enable", "model must be a model of mlx-lm", type(model).__name__)
+    check_model("enable", model)
     if paged_model_of(model) is not None:
         fail("enable", "model must not be enabled already", type(model).__name__)
     paged = PagedModel(model, page_size, num_pages, retain, prefix_cache, max_bytes, kv_format)
     paged.meet()
     paged.enable()
     return paged
+
+
+def check_model(function: str, model: object) -> None:
+    """Refuse what is no model of mlx-lm.
+
+    Raises:
+        ValueError: It is none.
+    """
+    makes_caches = hasattr(model, "layers") or hasattr(model, "make_cache")
+    if not isinstance(model, nn.Module) or not makes_caches:
+        fail(function, "model must be a model of mlx-lm", type(model).__name__)
 
 
 class Estimate(NamedTuple):

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from paged_mlx.forward.hook import ATTENTION
 from paged_mlx.forward.routes import routes_of
-from paged_mlx.mlx_lm.enable import PagedModel
+from paged_mlx.mlx_lm.enable import PagedModel, check_model
 from paged_mlx.mlx_lm.layout import CachePlace
 from paged_mlx.mlx_lm.model_seam import paged_model_of
 
@@ -77,8 +77,9 @@ def explain(model) -> Explanation:
     it says too which routes its attention has taken so far.
 
     Raises:
-        ValueError: No cache of the model can be paged.
+        ValueError: It is no such model, or no cache of it can be paged.
     """
+    check_model("explain", model)
     paged = PagedModel(model, page_size=8, num_pages=1, retain=None, alone=True)
     paged.passes.computes = False
     ATTENTION.install()  # the model itself is left as it is: another thread may use it

@@ -164,7 +164,7 @@ def _take_pages(
             "append_tokens",
             f"the pool must have {len(rows) + num_new} pages to give, {len(rows)} of them "
             "for copies",
-            f"{allocator.num_available} of {allocator.total_pages}",
+            f"{allocator.num_available} of {allocator.total_pages}: release tables, or grow the pool",
             OutOfPages,
         )
     if rows and allocator.evictors.held:  # a cache may have given up a tail page just now

@@ -202,6 +202,8 @@ def listen(host: str, port: int, pages: Pages, generator: Callable[[], Any]) -> 
     class Httpd(ThreadingHTTPServer):
         daemon_threads = True
 
+    if not 0 <= port <= 65535:  # getaddrinfo would take what is left over
+        raise PortInUse(f"--port must be at most 65535; got {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -214,8 +216,6 @@ def listen(host: str, port: int, pages: Pages, generator: Callable[[], Any]) -> 
                 f"port {port} of {host} is in use: choose another with --port"
             ) from error
         raise PortInUse(f"nobody can listen on port {port} of {host}: {error}") from error
-    except OverflowError as error:
-        raise PortInUse(f"--port must be at most 65535; got {port}") from error
 
 
 def new_store(cli_args) -> Any:
