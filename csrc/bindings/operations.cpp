@@ -126,11 +126,17 @@ void bind_operations(nb::module_& m) {
   m.def(
       "pool_memory",
       [](const std::optional<mx::array>& kept, const std::vector<int>& shape, float fill,
-         mx::Dtype dtype, mx::StreamOrDevice s) {
-        return pool_memory(kept, mx::Shape(shape.begin(), shape.end()), fill, dtype, s);
+         mx::Dtype dtype, int most_pages, mx::StreamOrDevice s) {
+        const mx::Shape sizes(shape.begin(), shape.end());
+        return pool_memory(kept, sizes, fill, dtype, most_pages, s);
       },
-      "kept"_a.none(), "shape"_a, "fill"_a, "dtype"_a, nb::kw_only(), "stream"_a = nb::none(),
-      "New memory for pages: those kept, and pages full of `fill`.");
+      "kept"_a.none(), "shape"_a, "fill"_a, "dtype"_a, nb::kw_only(), "most_pages"_a = 0,
+      "stream"_a = nb::none(),
+      "New memory for pages: those kept, and pages full of `fill`; with addresses for "
+      "`most_pages`.");
+  m.def("resized_in_place", &resized_in_place, "pages"_a, "num_pages"_a, "fill"_a,
+        "Computed pages of pool_memory with more or fewer of them, where they are; None if that is "
+        "not possible.");
   m.def(
       "gather_pages",
       [](const Arrays& pages, const mx::array& block_tables, const mx::array& context_lens,

@@ -12,6 +12,7 @@
 #if defined(__linux__)
 #include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -21,6 +22,16 @@ namespace paged_mlx::cpu {
 namespace {
 
 #if defined(__linux__)
+
+// Advises the system on the units of memory that lie wholly in [begin, begin + bytes).
+void advise(void* begin, size_t bytes, size_t unit, int advice) {
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (at + unit - 1) / unit * unit;
+  const uintptr_t end = (at + bytes) / unit * unit;
+  if (first < end) {
+    madvise(reinterpret_cast<void*>(first), end - first, advice);
+  }
+}
 
 // Cores whose first hardware thread differs.
 int cores_in_affinity_mask() {
@@ -137,12 +148,16 @@ int usable_cores() {
 
 void use_huge_pages(void* begin, size_t bytes) {
 #if defined(__linux__)
-  const auto at = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (at + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (at + bytes) / kHugePage * kHugePage;
-  if (first < end) {
-    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-  }
+  advise(begin, bytes, kHugePage, MADV_HUGEPAGE);
+#else
+  (void)begin;
+  (void)bytes;
+#endif
+}
+
+void give_back(void* begin, size_t bytes) {
+#if defined(__linux__)
+  advise(begin, bytes, size_t(sysconf(_SC_PAGESIZE)), MADV_DONTNEED);
 #else
   (void)begin;
   (void)bytes;

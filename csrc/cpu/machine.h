@@ -15,4 +15,8 @@ constexpr size_t kHugePage = 2 << 20;
 // touched yet. A wish: where the system has none to give, nothing happens.
 void use_huge_pages(void* begin, size_t bytes);
 
+// Gives the memory under [begin, begin + bytes) back; what it holds then is of no matter. Also a
+// wish.
+void give_back(void* begin, size_t bytes);
+
 } // namespace paged_mlx::cpu

@@ -8,6 +8,7 @@ from paged_mlx._native import _ext
 from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.formats.page_format import ArraySpec
 
+MOST_PAGES = 1 << 24  # that a pool has addresses for; with more it is copied as it grows
 Arrays = list[list[mx.array]]  # of each layer: K's, V's, then those of open pages
 
 
@@ -53,6 +54,7 @@ class PoolStorage:
         self.open_nbytes = num_layers * sum(spec.nbytes for spec in open_specs)
         nbytes = num_pages * self.page_nbytes + self.num_open * self.open_nbytes
         _need("PagePool", nbytes, memory_limit)
+        self._most_pages = min(2 * memory_limit // self.page_nbytes, MOST_PAGES)
         self.base: Arrays = [self._memory(num_pages, self.num_open) for _ in range(num_layers)]
         try:  # running out of memory shows here and nowhere later
             mx.eval(self.base)
@@ -119,7 +121,9 @@ class PoolStorage:
         return [num_pages if i < self._num_paged else num_open for i in range(len(self._specs))]
 
     def _resize(self, base, newest, num_pages: int, num_open: int) -> None:
-        """Give one layer other memory; a layer at a time, so that little is held twice."""
+        """Give one layer more or less memory: in place if that can be, else it is copied; a layer
+        at a time, so that little is held twice."""
+        mx.eval(newest)
         resized = self._memory(num_pages, num_open, newest)
         mx.eval(resized)
         base[:] = newest[:] = resized
@@ -135,11 +139,17 @@ class PoolStorage:
             if before is not None and before.shape[0] == length:
                 memory.append(before)
                 continue
+            fill, resized = self._fills[i], None
+            if before is not None:
+                resized = _ext.resized_in_place(before, length, fill)
             memory.append(
                 _ext.pool_memory(
-                    before, (length, *spec.shape), self._fills[i], spec.dtype, stream=self._stream
+                    before, (length, *spec.shape), fill, spec.dtype,
+                    most_pages=max(length, self._most_pages), stream=self._stream,
                 )
-            )
+                if resized is None
+                else resized
+            )  # fmt: skip
         return memory
 
 

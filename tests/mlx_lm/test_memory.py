@@ -190,6 +190,34 @@ def test_max_bytes_bounds_pages_prefixes_checkpoints_and_growth_together(
         paged.check()
 
 
+@pytest.mark.parametrize(
+    "how", [pytest.param("in place", marks=pytest.mark.native), "copied a layer at a time"]
+)
+def test_a_step_that_grows_holds_at_most_one_layer_twice(how, monkeypatch):
+    if how == "in place" and mx.is_available(mx.gpu):
+        pytest.skip("pools have no reserved addresses")
+    if how != "in place":
+        monkeypatch.setattr(_ext, "resized_in_place", lambda *pages: None, raising=False)
+    model = zoo.tiny("llama")
+    keys = mx.zeros((1, 2, 40_000, 8))
+    mx.eval(keys)
+    with enable(model, page_size=16) as paged:
+        cache = make_prompt_cache(model)
+        for layer in cache:  # a prompt without its attention
+            layer.update_and_fetch(keys, keys)
+        token, group = mx.array([[1]]), paged.groups[None]
+        mx.eval(model(token, cache=cache))
+        before, active = paged.nbytes, mx.get_active_memory()
+        mx.reset_peak_memory()
+        while paged.nbytes == before:
+            group.allocator.allocate_page()  # so that the next token finds none
+            mx.eval(model(token, cache=cache))
+        layers = 0 if how == "in place" else 1
+        more = paged.nbytes - before + layers * paged.nbytes // group.num_layers
+        assert mx.get_peak_memory() - active < more + before / 10
+        paged.passes.wait()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("lengths, new", [([40] * 20, 60), ([1500], 300), ([700, 300, 10], 5)])
 def test_an_estimate_is_what_is_then_taken(family, lengths, new):

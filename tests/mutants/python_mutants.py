@@ -275,8 +275,8 @@ _FAULTS = {
         ),
         (
             "pages are filled with 0 whatever is asked",
-            "self._fills[i], spec.dtype",
-            "0.0, spec.dtype",
+            "fill, resized = self._fills[i], None",
+            "fill, resized = 0.0, None",
             "pool_memory.a_pool_grows_in_slabs_on_demand_and_shrinks_when_idle",
         ),
     ],

@@ -1,6 +1,8 @@
 """A pool's memory: fresh and freed pages, growth up to a limit, and whom the pool belongs to."""
 
 import gc
+import resource
+import sys
 from itertools import chain
 
 import mlx.core as mx
@@ -248,6 +250,53 @@ def test_memory_of_a_pool_begins_at_a_page_of_the_machines_and_keeps_what_it_mus
     assert all((pages == 2.5).all() for pages in pool[0].arrays)
     assert mx.array_equal(more[:3], k) and (more[3:] == -1.5).all()
     assert mx.array_equal(fewer, k[:2])
+
+
+def resident_bytes():
+    """Bytes that the machine has given this process memory for."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+on_linux_alone = pytest.mark.skipif(
+    sys.platform != "linux" or mx.is_available(mx.gpu), reason="pools have no reserved addresses"
+)
+
+
+@pytest.mark.native
+@on_linux_alone
+def test_memory_of_a_pool_is_touched_when_it_is_used():
+    before = resident_bytes()
+    pool = make_pool(num_pages=2**17, layers=1)
+    assert pool.nbytes == 2**26 <= mx.get_active_memory()
+    assert resident_bytes() - before < pool.nbytes // 8
+    write(pool, 1, range(pool.num_pages * PAGE // 2))
+    mx.eval(pool.state)
+    assert resident_bytes() - before > pool.nbytes // 2
+
+
+@pytest.mark.native
+@on_linux_alone
+@pytest.mark.parametrize("fill", [0.0, -1.5])
+def test_pages_stay_where_they_are_when_a_pool_grows_and_shrinks(fill):
+    pool = make_pool(num_pages=300, fill=fill)  # of more than a page of the machine's memory
+    write(pool, 1, range(300 * PAGE))
+    mx.eval(pool.state)
+    addresses = [_ext.data_address(array) for array in chain(*pool.state)]
+    active = mx.get_active_memory()
+    pool.grow(600)
+    assert [_ext.data_address(array) for array in chain(*pool.state)] == addresses
+    assert mx.get_active_memory() >= active + pool.nbytes // 2
+    assert (page(pool, 299, 1) == 1).all() and (page(pool, 300, 1) == fill).all()
+    write(pool, 2, range(300 * PAGE, 600 * PAGE))
+    versions = [list(arrays) for arrays in pool.state]
+    pool.shrink(99)
+    assert [_ext.data_address(array) for array in chain(*pool.state)] == addresses
+    assert mx.get_active_memory() < active
+    assert (versions[1][0][98] == 1).all() and (versions[1][0][99:] == 0).all()
+    pool.grow(101)
+    assert (page(pool, 98) == 1).all() and (page(pool, 99) == fill).all()
+    pool.check()
 
 
 def test_growth_holds_little_twice():

@@ -41,6 +41,7 @@ def _always(answer):
 data_address = _always(0)  # arrays have no address that can be asked for
 is_pending = has_host_launch = set_isa = _always(False)
 set_host_launch = set_num_threads = set_plan_thresholds = _always(None)
+resized_in_place = _always(None)  # MLX copies pages that become more or fewer
 gpu_cores = _always(0)
 num_threads = _always(1)  # MLX decides by itself
 isa_names, pipeline_limits = _always([]), _always({})

@@ -364,7 +364,7 @@ class LayerGroup:
         missing = wanted - self.allocator.num_free
         if missing <= 0 or most <= 0:
             return False
-        self.passes.join()
+        self.passes.let_go()
         for pool in self.pools:
             pool.memory_limit = memory_limit() if memory is None else memory
         try:
@@ -372,7 +372,8 @@ class LayerGroup:
             self.allocator.grow(min(max(missing, ahead), most))
         except OutOfPages:
             return False
-        self.passes.keep()
+        finally:
+            self.passes.keep()
         return True
 
     def give_back(self) -> None:

@@ -151,6 +151,11 @@ class Passes:
                 pool.come_after(versions)
             self._branch.base = self._computed
 
+    def let_go(self) -> None:
+        """Hold no versions but the pools' newest, until ``keep``: memory that is copied is free then."""
+        self.join()
+        self._computed = self._branch.base = {}
+
     def wait(self) -> None:
         """Wait until what has been built is computed, but for what other threads are in the
         middle of."""
