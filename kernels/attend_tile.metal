@@ -80,7 +80,8 @@ struct TileAttention {
     kVGroups = VRows::kHasTokenScales ? DV / VRows::kGroup : 0,
     kColumns = unit_columns(DV, SIMDGROUPS, VRows::kIsCoded ? 16 : 8), // narrow loads cost more
     kUnits = busiest_columns(DV, kColumns, SIMDGROUPS) / kColumns,
-    kOut = kUnits * kColumns / 8
+    kOut = kUnits * kColumns / 8,
+    kRollsKeys = VRows::kIsCoded && DV > 256 // of P V, as in rolls_dims
   };
 
   typedef PageWalk<kPageStep> Walk;
@@ -172,9 +173,16 @@ struct TileAttention {
     }
     weigh<false>(own, pairs, own_k_scales, own_v_scales);
     const device VStored* own_v_pages = VRows::template at<DV>(v_pages, at.row);
+    if (kRollsKeys) {
+#pragma clang loop unroll(disable)
+      for (int g = 0; g < kStep / 8; g++) {
+        add_values<false>(VRows::template at<DV>(own_v_pages, v_rows.row(8 * g)), true, g);
+      }
+    } else {
 #pragma clang loop unroll(full)
-    for (int g = 0; g < kStep / 8; g++) {
-      add_values<false>(VRows::template at<DV>(own_v_pages, v_rows.row(8 * g)), true, g);
+      for (int g = 0; g < kStep / 8; g++) {
+        add_values<false>(VRows::template at<DV>(own_v_pages, v_rows.row(8 * g)), true, g);
+      }
     }
   }
 

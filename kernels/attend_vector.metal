@@ -83,16 +83,6 @@ struct LaneRuns {
     }
   }
 
-  // A lane's part of what from_middle says.
-  template <int ROWS>
-  static void begin_at_middle(thread const float (&q_sums)[ROWS][kRuns],
-                              thread float (&sums)[ROWS]) {
-#pragma clang loop unroll(full)
-    for (int r = 0; r < ROWS; r++) {
-      sums[r] = CodeNumbers<T, Rows::kBits>::middle() / -4 * q_sums[r][RUN];
-    }
-  }
-
   // The group of channels that the quad's part of this run lies in.
   static int group(short part) {
     return (BEGIN + 4 * kWidth * (part / 4)) / Rows::kGroup;
@@ -104,14 +94,13 @@ struct LaneRuns {
   static void score(thread const long (&keys)[4], const device Stored* pages, long scales,
                     PageScales<T> side, short part, thread const T (&q)[ROWS][N / LANES],
                     thread const float (&q_sums)[ROWS][kRuns], thread float (&scores)[ROWS]) {
-    float sums[4][ROWS];
+    float sums[4][ROWS] = {};
 #pragma clang loop unroll(full)
     for (int t = 0; t < 4; t++) {
-      begin_at_middle(q_sums, sums[t]);
       dot_run(Rows::template at<N>(pages, keys[t]), part, q, sums[t]);
     }
     const long at = scales + group(part);
-    const float2 scale = from_middle<Rows::kBits>(side.scales[at], side.biases[at]);
+    const float2 scale = of_numbers<Rows::kBits>(side.scales[at], side.biases[at]);
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
       const float sum = of_quad(part, sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
@@ -125,13 +114,12 @@ struct LaneRuns {
   static void score_one(bool live, const device Stored* key, long scales, PageScales<T> side,
                         short part, thread const T (&q)[ROWS][N / LANES],
                         thread const float (&q_sums)[ROWS][kRuns], thread float (&scores)[ROWS]) {
-    float sums[ROWS];
+    float sums[ROWS] = {};
     float2 scale = 0;
-    begin_at_middle(q_sums, sums);
     if (live) {
       dot_run(key, part, q, sums);
       const long at = scales + group(part);
-      scale = from_middle<Rows::kBits>(side.scales[at], side.biases[at]);
+      scale = of_numbers<Rows::kBits>(side.scales[at], side.biases[at]);
     }
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {

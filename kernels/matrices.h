@@ -74,16 +74,30 @@ struct StagedMatrices {
   }
 };
 
+// Whether Q K^T is a loop over runs of one width. Long rows of codes, unrolled, would not stay
+// in the instruction cache.
+template <typename Rows, int D>
+constexpr bool rolls_dims() {
+  return Rows::kHasTokenScales ? D > 128 : Rows::kHasChannelScales && D > 256 && D % 128 == 0;
+}
+
+// Dims that a lane takes of a run of Q K^T that begins at dim `begin`.
+template <typename Rows, int D>
+constexpr int dims_of_lane(int begin) {
+  return Rows::width(rolls_dims<Rows, D>() && D % 128 == 0 ? 128 : D - begin, 8, 8);
+}
+
 // The dims [BEGIN, D) of Q K^T, in runs of 8 lanes x kWidth dims. Matrix i of a
 // run holds the dims BEGIN + kWidth * lane + i. In threadgroup memory the runs of
 // Q's matrices follow each other; of a run, the elements of a lane stand together.
 template <typename Rows, typename T, int D, int BEGIN = 0, bool MORE = (BEGIN < D)>
 struct DimRuns {
   enum {
-    kWidth = Rows::width(D - BEGIN, 8, 8),
+    kWidth = dims_of_lane<Rows, D>(BEGIN),
     kNext = BEGIN + 8 * kWidth,
-    kStaged = Rows::kIsCoded && kWidth > 4 ? 4 : kWidth,      // matrices of Q at a time
-    kGroup = Rows::kHasTokenScales ? BEGIN / Rows::kGroup : 0 // of the run
+    kStaged = Rows::kIsCoded && kWidth > 4 ? 4 : kWidth,       // matrices of Q at a time
+    kGroup = Rows::kHasTokenScales ? BEGIN / Rows::kGroup : 0, // of the run
+    kAtATime = D == 256 ? 2 : 1                                // runs of a loop
   };
   typedef DimRuns<Rows, T, D, kNext> Rest;
   typedef typename Rows::Stored Stored;
@@ -123,11 +137,31 @@ struct DimRuns {
                        thread const KeyPair<Stored> (&pairs)[GROUPS], LanePlace at,
                        thread const Scales& scales,
                        thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
+    if (rolls_dims<Rows, D>()) {
+#pragma clang loop unroll(disable)
+      for (int begin = 0; begin < D; begin += kAtATime * 8 * kWidth) {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < kAtATime; i++) {
+          multiply_run(begin + i * 8 * kWidth, q, q_sums, pairs, at, scales, scores);
+        }
+      }
+    } else {
+      multiply_run(BEGIN, q, q_sums, pairs, at, scales, scores);
+      Rest::multiply(q, q_sums, pairs, at, scales, scores);
+    }
+  }
+
+  // Of the run that begins at dim `begin`.
+  template <int ROW_TILES, int GROUPS, typename Q, typename Scales>
+  static void multiply_run(int begin, const threadgroup Q* q, const threadgroup float* q_sums,
+                           thread const KeyPair<Stored> (&pairs)[GROUPS], LanePlace at,
+                           thread const Scales& scales,
+                           thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
     Elements first[GROUPS], second[GROUPS];
 #pragma clang loop unroll(full)
     for (int g = 0; g < GROUPS; g++) {
-      first[g].load_if(pairs[g].first_live, pairs[g].first, BEGIN, kWidth * at.row);
-      second[g].load_if(pairs[g].second_live, pairs[g].second, BEGIN, kWidth * at.row);
+      first[g].load_if(pairs[g].first_live, pairs[g].first, begin, kWidth * at.row);
+      second[g].load_if(pairs[g].second_live, pairs[g].second, begin, kWidth * at.row);
     }
     if (Rows::kHasTokenScales) {
       Matrix<float> sums[ROW_TILES][GROUPS];
@@ -135,21 +169,19 @@ struct DimRuns {
       for (int m = 0; m < ROW_TILES; m++) {
 #pragma clang loop unroll(full)
         for (int g = 0; g < GROUPS; g++) {
-          elements(sums[m][g]) =
-              float2(-CodeNumbers<T, Rows::kBits>::middle() * q_sums[8 * (kGroup * ROW_TILES + m)]);
+          sums[m][g] = Matrix<float>(0);
         }
       }
-      accumulate(q, first, second, at, sums);
-      scale(q_sums, at, scales, sums, scores);
+      accumulate(begin, q, first, second, at, sums);
+      scale(begin / Rows::kGroup, q_sums, at, scales, sums, scores);
     } else {
-      accumulate(q, first, second, at, scores);
+      accumulate(begin, q, first, second, at, scores);
     }
-    Rest::multiply(q, q_sums, pairs, at, scales, scores);
   }
 
   // Codes become numbers as they are multiplied, once for all row tiles.
   template <int ROW_TILES, int GROUPS, typename Q>
-  static void accumulate(const threadgroup Q* q, thread const Elements (&first)[GROUPS],
+  static void accumulate(int begin, const threadgroup Q* q, thread const Elements (&first)[GROUPS],
                          thread const Elements (&second)[GROUPS], LanePlace at,
                          thread Matrix<float> (&sums)[ROW_TILES][GROUPS]) {
     constexpr int kTiles = Rows::kIsCoded ? ROW_TILES : 1; // at a time
@@ -160,7 +192,7 @@ struct DimRuns {
         StagedMatrices<Q, kStaged> staged[kTiles];
 #pragma clang loop unroll(full)
         for (int t = 0; t < kTiles; t++) {
-          staged[t].load(q + 8 * ((m + t) * D + BEGIN) + 2 * (kWidth * at.lane + part));
+          staged[t].load(q + 8 * ((m + t) * D + begin) + 2 * (kWidth * at.lane + part));
         }
 #pragma clang loop unroll(full)
         for (int i = 0; i < kStaged; i++) {
@@ -182,16 +214,16 @@ struct DimRuns {
 
   // From dot products with codes of one group of channels to what they add to the scores.
   template <int ROW_TILES, int GROUPS, typename Scales>
-  static void scale(const threadgroup float* q_sums, LanePlace at, thread const Scales& scales,
-                    thread Matrix<float> (&sums)[ROW_TILES][GROUPS],
+  static void scale(int group, const threadgroup float* q_sums, LanePlace at,
+                    thread const Scales& scales, thread Matrix<float> (&sums)[ROW_TILES][GROUPS],
                     thread Matrix<float> (&scores)[ROW_TILES][GROUPS]) {
 #pragma clang loop unroll(full)
     for (int g = 0; g < GROUPS; g++) {
-      const float2 first = scales.template of<Rows::kBits>(8 * g + at.column, kGroup);
-      const float2 second = scales.template of<Rows::kBits>(8 * g + at.column + 1, kGroup);
+      const float2 first = scales.template of<Rows::kBits>(8 * g + at.column, group);
+      const float2 second = scales.template of<Rows::kBits>(8 * g + at.column + 1, group);
 #pragma clang loop unroll(full)
       for (int m = 0; m < ROW_TILES; m++) {
-        const float q_sum = q_sums[8 * (kGroup * ROW_TILES + m)];
+        const float q_sum = q_sums[8 * (group * ROW_TILES + m)];
         const float2 two = elements(sums[m][g]);
         elements(scores[m][g]) +=
             float2(first.x * two.x + first.y * q_sum, second.x * two.y + second.y * q_sum);

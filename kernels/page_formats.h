@@ -49,10 +49,11 @@
 
 namespace paged_mlx {
 
-// Codes as numbers of T, which hold them exactly; code = kScale * number + kShift.
+// Codes as numbers of T, which hold them exactly: code = kScale * number + kMiddle. They are
+// counted from the middle of the codes, because sums of both signs lose less to rounding.
 //
 // In half and bfloat a code is put into the first bits behind the point of 1: an integer
-// instruction or two make two of them, and none of T.
+// instruction or two make two of them. 1.5 is taken off.
 template <typename T, int BITS>
 struct CodeNumbers;
 
@@ -64,58 +65,47 @@ inline uint put_behind_one(uint word, int k, uint ones) {
   return ((left >= 0 ? word << left : word >> -left) & (kCode | kCode << 16)) | ones;
 }
 
+// Two floats that bfloat holds: their upper halves.
+inline bfloat2 upper_halves(float2 two) {
+  const uint2 bits = as_type<uint2>(two);
+  return as_type<bfloat2>((bits.x >> 16) | (bits.y & 0xffff0000u));
+}
+
 template <int BITS>
 struct CodeNumbers<half, BITS> {
-  enum { kScale = 1 << BITS, kShift = -(1 << BITS) };
-
-  static constexpr float middle() { // of the codes
-    return 1.5f;
-  }
+  enum { kScale = 1 << BITS, kMiddle = 1 << (BITS - 1) };
 
   static half2 get(uint word, int k) {
-    return as_type<half2>(put_behind_one<BITS, 10>(word, k, 0x3c003c00u));
+    return as_type<half2>(put_behind_one<BITS, 10>(word, k, 0x3c003c00u)) - half(1.5f);
   }
 };
 template <>
 struct CodeNumbers<bfloat, 4> {
-  enum { kScale = 16, kShift = -16 };
-
-  static constexpr float middle() {
-    return 1.5f;
-  }
+  enum { kScale = 16, kMiddle = 8 };
 
   static bfloat2 get(uint word, int k) {
-    return as_type<bfloat2>(put_behind_one<4, 7>(word, k, 0x3f803f80u));
+    const uint two = put_behind_one<4, 7>(word, k, 0x3f803f80u);
+    return upper_halves(as_type<float2>(uint2(two << 16, two & 0xffff0000u)) - 1.5f);
   }
 };
 
-// Counted from the middle of the codes: sums of both signs lose less to rounding. 2^23 and
-// more have no bits behind the point.
+// 2^23 and more have no bits behind the point.
 template <int BITS>
 struct CodeNumbers<float, BITS> {
-  enum { kScale = 1, kShift = 1 << (BITS - 1) };
-
-  static constexpr float middle() {
-    return 0.0f;
-  }
+  enum { kScale = 1, kMiddle = 1 << (BITS - 1) };
 
   static float2 get(uint word, int k) {
     constexpr uint kCode = (1u << BITS) - 1;
     const uint2 codes = uint2(word >> (BITS * k), word >> (BITS * k + 16)) & kCode;
-    return as_type<float2>(codes | 0x4b000000u) - float(8388608 + kShift);
+    return as_type<float2>(codes | 0x4b000000u) - float(8388608 + kMiddle);
   }
 };
 template <>
-struct CodeNumbers<bfloat, 8> { // the upper halves of those
-  enum { kScale = CodeNumbers<float, 8>::kScale, kShift = CodeNumbers<float, 8>::kShift };
-
-  static constexpr float middle() {
-    return 0.0f;
-  }
+struct CodeNumbers<bfloat, 8> {
+  enum { kScale = 1, kMiddle = 128 };
 
   static bfloat2 get(uint word, int k) {
-    const uint2 two = as_type<uint2>(CodeNumbers<float, 8>::get(word, k));
-    return as_type<bfloat2>((two.x >> 16) | (two.y & 0xffff0000u));
+    return upper_halves(CodeNumbers<float, 8>::get(word, k));
   }
 };
 
@@ -125,7 +115,7 @@ struct CodeRun {
   typedef Words<W * BITS / 8> words;
   typename words::type raw;
 
-  // From element first + part of a row on; `first` is a constant.
+  // From element first + part of a row on.
   void load(const device uchar* row, int first, int part) {
     const device uchar* from = row + first * BITS / 8 + part * BITS / 8;
     raw = *reinterpret_cast<const device typename words::type*>(from);
@@ -252,15 +242,7 @@ struct PageScales {
 template <int BITS, typename T>
 inline float2 of_numbers(T scale, T bias) {
   typedef CodeNumbers<T, BITS> Numbers;
-  return float2(Numbers::kScale * float(scale), float(bias) + Numbers::kShift * float(scale));
-}
-
-// The same where dot products begin with -middle() times the sum of the other factors, so
-// that what they come to is small.
-template <int BITS, typename T>
-inline float2 from_middle(T scale, T bias) {
-  typedef CodeNumbers<T, BITS> Numbers;
-  return float2(Numbers::kScale * float(scale), float(bias) + (1 << (BITS - 1)) * float(scale));
+  return float2(Numbers::kScale * float(scale), float(bias) + Numbers::kMiddle * float(scale));
 }
 
 // The scales and biases of KEYS keys of a simdgroup, GROUPS groups each: a lane loads those
@@ -284,11 +266,16 @@ struct TokenScales {
     }
   }
 
-  // Of a key that differs from lane to lane and a group that does not, see from_middle.
+  // Of a key that differs from lane to lane and a group that does not, see of_numbers.
   template <int BITS>
   float2 of(int key, int group) const {
-    const vec<T, 2> two = from_lane(own[group / kStride], key + KEYS * (group % kStride));
-    return from_middle<BITS>(two.x, two.y);
+    vec<T, 2> loaded = own[0];
+#pragma clang loop unroll(full)
+    for (int i = 1; i < kLoads; i++) {
+      loaded = group / kStride == i ? own[i] : loaded;
+    }
+    const vec<T, 2> two = from_lane(loaded, key + KEYS * (group % kStride));
+    return of_numbers<BITS>(two.x, two.y);
   }
 
   // To [GROUPS, stride] in threadgroup memory, the first key's at `to`.

@@ -118,8 +118,7 @@ struct RowWalk {
 
   RowWalk(thread const PageWalk<STEP>& walk_, int slot_) : walk(walk_), slot(slot_), first(0) {}
 
-  // Of slot `slot` + i, i a constant; those of a call come in order, without gaps of
-  // more than eight.
+  // Of slot `slot` + i; those of a call come in order, without gaps of more than eight.
   long row(int i) {
     const int run = kPageSize % 32 == 0 ? 32 : kPageSize % 16 == 0 ? 16 : 8;
     if (i % run == 0) {

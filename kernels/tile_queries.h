@@ -42,7 +42,7 @@ template <typename Rows, typename T, int D, int ROW_TILES, int SIMDGROUPS, int B
           bool MORE = (BEGIN < D)>
 struct QueryShare {
   enum {
-    kWidth = Rows::width(D - BEGIN, 8, 8),
+    kWidth = dims_of_lane<Rows, D>(BEGIN),
     kShare = kWidth > SIMDGROUPS ? kWidth / SIMDGROUPS : 1,
     kNext = BEGIN + 8 * kWidth
   };

@@ -268,6 +268,7 @@ FORMATS = {
     "formats, tile, channels": Case(num_q_heads=8, sequences=_LONG, **_Q4),
     "formats, tile, window": Case(num_q_heads=8, sequences=((1, 330),), sliding_window=234, **_Q4),
     "formats, tile, far apart": Case(num_q_heads=8, sequences=_LONG, spread=40.0, **_Q8),
+    "formats, tile, long rows": Case(num_q_heads=8, sequences=((1, 90),), v_head_dim=64, **_Q8 | {"head_dim": 512}),
     "formats, tile, hidden": Case(num_q_heads=8, sequences=((3, 90),), mask="boolean_per_head", seed=3, **_Q8),
 }  # fmt: skip
 

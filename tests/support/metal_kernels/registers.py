@@ -69,7 +69,7 @@ def quantised() -> list[Variant]:
     return [
         variant
         for pair in pairs
-        for variant in variants(pair, (64, 128, 256))
+        for variant in variants(pair, (64, 128, 256, 512) if pair[0] == "q8" else (64, 128, 256))
         if variant.dtype == "float16"
     ]
 
@@ -102,8 +102,3 @@ def most_threadgroup_bytes(variant: Variant) -> int:
 def most_live_words(variant: Variant) -> int:
     """More where pages are quantised: codes in flight, and Q beside Q times scales."""
     return MOST_LIVE_WORDS if variant.formats == (None, None) else 110
-
-
-def most_loop_instructions(variant: Variant) -> int:
-    """More where 16 rows of 256 have a scale for each group of channels."""
-    return MOST_LOOP_INSTRUCTIONS if variant.rows * variant.head_dim < 4096 else 1750
