@@ -203,25 +203,31 @@ void bind_diagnostics(nb::module_& m) {
       "Most threads of a threadgroup, by pipeline made on the GPU so far.");
   m.def(
       "note_pipeline",
-      [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype, int max_threads) {
+      [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype, int max_threads,
+         const FormatNames& names) {
         const cpu::DType type = cpu_dtype(dtype);
-        const metal::Body body = metal::choose_body(kVectorItem, rows, head_dim, v_head_dim, type);
-        metal::note_pipeline(metal::body_text(body, body.simdgroups, type, head_dim, v_head_dim),
-                             max_threads);
+        const PageFormats formats = page_formats("note_pipeline", names);
+        const metal::Body body =
+            metal::choose_body(kVectorItem, rows, head_dim, v_head_dim, type, formats);
+        metal::note_pipeline(
+            metal::body_text(body, body.simdgroups, type, head_dim, v_head_dim, formats),
+            max_threads);
       },
       "rows"_a, "head_dim"_a, "v_head_dim"_a, "dtype"_a, "max_threads"_a,
+      "formats"_a = FormatNames(),
       "Note a limit for attention_body's pipeline as if a GPU had made it; 0: forget it.");
   m.def("gpu_cores", &metal::gpu_cores, "Cores of the GPU; 0: there is none.");
   m.def("cores_of_architecture", &metal::cores_of_architecture, "architecture"_a,
         "Cores of a GPU of this architecture, about.");
   m.def(
       "attention_body",
-      [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype) {
+      [](int rows, int head_dim, int v_head_dim, mx::Dtype dtype, const FormatNames& formats) {
         const metal::Body body =
-            metal::choose_body(kVectorItem, rows, head_dim, v_head_dim, cpu_dtype(dtype));
+            metal::choose_body(kVectorItem, rows, head_dim, v_head_dim, cpu_dtype(dtype),
+                               page_formats("attention_body", formats));
         return nb::make_tuple(body.kernel, body.rows);
       },
-      "rows"_a, "head_dim"_a, "v_head_dim"_a, "dtype"_a,
+      "rows"_a, "head_dim"_a, "v_head_dim"_a, "dtype"_a, "formats"_a = FormatNames(),
       "(kernel, rows) of the Metal body that attends a GPU's items of at most `rows` rows per KV "
       "head.");
   m.def("set_num_threads", &cpu::set_num_threads, "n"_a, "Threads of the CPU backend, at least 1.");

@@ -42,9 +42,11 @@ std::map<std::string, int> pipeline_limits() {
   return limits;
 }
 
-int threadgroups_per_core(const Body& body, DType dtype, int head_dim, int v_head_dim) {
+int threadgroups_per_core(const Body& body, DType dtype, int head_dim, int v_head_dim,
+                          PageFormats formats) {
   for (int simdgroups = body.simdgroups; simdgroups > 0; simdgroups /= 2) {
-    const int limit = limit_of_text(body_text(body, simdgroups, dtype, head_dim, v_head_dim));
+    const Variant text = body_text(body, simdgroups, dtype, head_dim, v_head_dim, formats);
+    const int limit = limit_of_text(text);
     if (limit >= 32 * simdgroups) {
       return limit / (32 * simdgroups);
     }

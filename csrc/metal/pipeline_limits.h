@@ -18,6 +18,7 @@ std::map<std::string, int> pipeline_limits();
 
 // Threadgroups of a body that a core holds at the same time, by the lowest limit of its
 // pipelines; 0: none is made yet.
-int threadgroups_per_core(const Body& body, DType dtype, int head_dim, int v_head_dim);
+int threadgroups_per_core(const Body& body, DType dtype, int head_dim, int v_head_dim,
+                          PageFormats formats);
 
 } // namespace paged_mlx::metal

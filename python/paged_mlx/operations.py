@@ -93,7 +93,8 @@ def attention_variants(
         flags = list(product((False, True), repeat=3))
     else:
         tokens, flags = [n for n in work[0] if n], [work[1:]]
-    rows = {_ext.attention_body(n * gqa_factor, head_dim, v_head_dim, q.dtype)[1] for n in tokens}
+    sizes = head_dim, v_head_dim, q.dtype
+    rows = {_ext.attention_body(n * gqa_factor, *sizes, **formats.told)[1] for n in tokens}
     return [
         Variant(
             "paged_attention", _name(q.dtype), head_dim, v_head_dim, k_pages.shape[2],

@@ -15,6 +15,7 @@ from metal_host import Program
 from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast, operations
 from paged_mlx._native import _ext
+from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.machine import first_use
 from paged_mlx.machine.first_use import Guard, Variant
 from paged_mlx.options import AttentionOptions, OptionKinds
@@ -215,10 +216,13 @@ def test_a_proof_runs_the_body_that_the_call_runs(dtype, head_dim, rows):
     assert _ext.attention_body(proven, head_dim, head_dim, dtype) == body
 
 
-def test_a_plan_known_only_as_an_array_may_run_any_body_of_its_group_size():
-    q, pages = mx.zeros((1, 4, 64), mx.float16), mx.zeros((4, 2, 8, 64), mx.float16)
-    found = operations.attention_variants(q, pages, pages, None, OptionKinds())
+@pytest.mark.parametrize("formats", [PageFormats(), PageFormats("q4", "q4")])
+def test_a_plan_known_only_as_an_array_may_run_any_body_of_its_group_size(formats):
+    q, width = mx.zeros((1, 4, 64), mx.float16), 64 if formats.are_dense else 8  # words of codes
+    pages = mx.zeros((4, 2, 64, width), mx.float16 if formats.are_dense else mx.uint32)
+    found = operations.attention_variants(q, pages, pages, None, OptionKinds(), formats)
     assert {v.rows for v in found} == {
-        _ext.attention_body(n, 64, 64, mx.float16)[1] for n in range(2, 400)
+        _ext.attention_body(n, 64, 64, mx.float16, formats)[1] for n in range(2, 400)
     }
+    assert (32 in {v.rows for v in found}) == formats.are_dense  # q4 has no registers for them
     assert {v.merged for v in found} == {v.window for v in found} == {True, False}

@@ -74,13 +74,13 @@ def noted():
     """Notes the limit of a pipeline, and forgets it after the test."""
     bodies = []
 
-    def note(*body, threads):
-        bodies.append(body)
-        _ext.note_pipeline(*body, threads)
+    def note(*body, threads, **formats):
+        bodies.append((body, formats))
+        _ext.note_pipeline(*body, threads, **formats)
 
     yield note
-    for body in bodies:
-        _ext.note_pipeline(*body, 0)
+    for body, formats in bodies:
+        _ext.note_pipeline(*body, 0, **formats)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,21 @@ def test_a_pipelines_limit_of_threads_bounds_the_threadgroups_of_a_core(
     assert 2 * sum(of_body.num_items.values()) == HOST_CORES * per_core
     for other in others:
         assert 2 * sum(other.num_items.values()) == HOST_CORES * THREADGROUPS_PER_CORE
+
+
+@pytest.mark.parametrize("formats", [("q8", "q8"), ("q4", "q8")])
+@pytest.mark.parametrize("gqa_factor", [1, 4])
+def test_the_pipelines_of_formats_have_limits_of_their_own(noted, gqa_factor, formats):
+    noted(gqa_factor, 64, 64, mx.float16, threads=256, formats=formats)
+    with metal_on_host():
+        dense, quantised = (
+            decode_plan(
+                65536, gqa_factor=gqa_factor, head_dim=64, page_size=64, k_format=k, v_format=v
+            )
+            for k, v in ((None, None), formats)
+        )
+    assert 2 * sum(dense.num_items.values()) == HOST_CORES * THREADGROUPS_PER_CORE
+    assert 2 * sum(quantised.num_items.values()) == HOST_CORES * 2
 
 
 def test_measured_thresholds_are_not_bounded_by_a_pipelines_limit(noted):

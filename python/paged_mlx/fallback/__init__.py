@@ -26,7 +26,7 @@ def descriptor(a) -> int:
     return id(a)
 
 
-def attention_body(rows, head_dim, v_head_dim, dtype) -> tuple[str, int]:
+def attention_body(rows, head_dim, v_head_dim, dtype, formats=None) -> tuple[str, int]:
     return "gather", rows
 
 
