@@ -121,13 +121,13 @@ std::vector<mx::array> gather_pages(const std::vector<mx::array>& pages,
     inputs.push_back(row_contiguous(array, s));
     dtypes.push_back(array.dtype());
   }
-  inputs.push_back(block_tables);
-  inputs.push_back(context_lens);
+  inputs.push_back(row_contiguous(block_tables, s));
+  inputs.push_back(row_contiguous(context_lens, s));
   if (page_starts && page_lens) {
     shape("page_starts", *page_starts, {"batch", "max_pages"});
     shape("page_lens", *page_lens, {"batch", "max_pages"});
-    inputs.push_back(*page_starts);
-    inputs.push_back(*page_lens);
+    inputs.push_back(row_contiguous(*page_starts, s));
+    inputs.push_back(row_contiguous(*page_lens, s));
   }
   const LayerArrays layer{formats, shape.at("head_dim"), shape.at("v_head_dim")};
   auto primitive = std::make_shared<GatherPages>(s, layer, length);

@@ -400,7 +400,7 @@ std::vector<mx::array> write_pages(const std::vector<mx::array>& tokens,
       shapes.push_back(pages[i].shape());
       dtypes.push_back(pages[i].dtype());
     }
-    inputs.push_back(slots);
+    inputs.push_back(row_contiguous(slots, s));
     const auto node = std::make_shared<WritePages>(s, mode, std::move(written), formats);
     const auto made = mx::array::make_arrays(std::move(shapes), dtypes, node, std::move(inputs));
     std::copy(made.begin(), made.end(), next.begin() + first);
@@ -450,7 +450,7 @@ std::vector<std::vector<mx::array>> seal_pages(const std::vector<mx::array>& sou
       inputs.push_back(row_contiguous(array, s));
       dtypes.push_back(array.dtype());
     }
-    inputs.push_back(pairs);
+    inputs.push_back(row_contiguous(pairs, s));
     const LayerArrays layer{formats, shape.at("head_dim"), shape.at("v_head_dim"), 2};
     const auto node = std::make_shared<SealPages>(s, layer, rotated);
     auto shapes = node->output_shapes(inputs);
@@ -481,11 +481,12 @@ std::vector<mx::array> copy_pages(const std::vector<mx::array>& pools, const mx:
     dtypes.push_back(pool.dtype());
   }
   const auto copy = std::make_shared<CopyPages>(s, mode);
+  const mx::array rows = row_contiguous(pairs, s);
   if (mode == WriteMode::donate) { // as in write_pages
     std::vector<mx::array> copied;
     for (const auto& pool : pools) {
       copied.emplace_back(pool.shape(), pool.dtype(), copy,
-                          std::vector<mx::array>{row_contiguous(pool, s), pairs});
+                          std::vector<mx::array>{row_contiguous(pool, s), rows});
     }
     return copied;
   }
@@ -496,7 +497,7 @@ std::vector<mx::array> copy_pages(const std::vector<mx::array>& pools, const mx:
     for (size_t i = first; i < end; i++) {
       inputs.push_back(row_contiguous(pools[i], s));
     }
-    inputs.push_back(pairs);
+    inputs.push_back(rows);
     const auto of_node = [&](const auto& all) {
       return std::vector(all.begin() + first, all.begin() + end);
     };

@@ -205,7 +205,7 @@ std::vector<mx::array> write_attend(const mx::array& q, const mx::array& k_pages
     }
     inputs.push_back(for_kernels(mx::astype(*k, k_pages.dtype(), s), s));
     inputs.push_back(for_kernels(mx::astype(*v, k_pages.dtype(), s), s));
-    inputs.push_back(*slots);
+    inputs.push_back(row_contiguous(*slots, s));
   }
   if (sinks) {
     inputs.push_back(per_head(kOp, "sinks", *sinks, shape, s));

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from metal_on_host import metal_on_host
 from paged_mlx import PagePool, fast
+from paged_mlx._native import _ext
+from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.reference import oracle
 
 TOKENS, HEADS, KEYS, PAGE, DIM = 3, 4, 20, 4, 64
@@ -262,3 +264,44 @@ def test_pages_of_any_layout_are_copied_and_gathered_as_their_values():
             )
     columns = np.asfortranarray(pairs)
     assert np.array_equal(np.array(fast.copy_pages([pages], columns)[0]), copied)
+
+
+@pytest.mark.parametrize("route", ["cpu", "metal"])
+@pytest.mark.parametrize(
+    "formats", [PageFormats(), PageFormats("q8", "q4"), PageFormats("q4", "q8")]
+)
+def test_native_operations_read_page_ids_of_any_layout_as_their_values(formats, route):
+    """Without Python's checks before them, which make new arrays of ids."""
+    pool = PagePool(1, 8, 8, 2, DIM, mx.float32, k_format=formats.k, v_format=formats.v)
+    tokens = [mx.array(normal(5, 2, DIM, seed=seed)) for seed in (1, 2)]
+    sources = [mx.array(normal(2, 2, 8, DIM, seed=seed)) for seed in (3, 4)]
+    layer, ids = pool.state[0], {
+        "slots": [3, 5, -1, 0, 7],
+        "pairs": [[1, 5], [2, 6]],
+        "tables": [[0, 6, -1], [5, 0, 6]],
+        "lens": [10, 17],
+        "seals": [[0, 5, 8], [1, 6, 3]],
+    }  # fmt: skip
+    starts = {"page_starts": [[0, 8, 16], [0, 8, 16]], "page_lens": [[8, 2, 0], [8, 8, 1]]}
+
+    def results(layout):
+        made = {
+            name: layout(mx.array(values, dtype=mx.int32), 0)
+            for name, values in (ids | starts).items()
+        }
+        pages = _ext.write_pages(tokens, layer, made["slots"], **formats.told)
+        if formats.have_open_pages:
+            (pages,) = _ext.seal_pages(sources, [pages], made["seals"], formats=formats)
+        pages = _ext.copy_pages(pages[:2], made["pairs"]) + pages[2:]
+        tables, ragged = (made["tables"], made["lens"], 17), {name: made[name] for name in starts}
+        found = [
+            *_ext.gather_pages(pages, *tables, **formats.told)[:2],
+            *_ext.gather_pages(pages, *tables, **ragged, **formats.told)[:2],
+        ]
+        return [np.array(x) for x in (*pages, *found)]
+
+    with metal_on_host() if route == "metal" else mx.stream(mx.cpu):
+        right = results(lambda ids, axis: ids)
+        assert any(x.any() for x in right[-4:])
+        for layout in (as_slice, as_reversed):
+            assert_same(results(layout), right)
