@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from paged_mlx._native import _ext
 from paged_mlx.errors import fail, kind_of, whole_number
+from paged_mlx.formats.page_format import PageFormats, page_nbytes
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
 from paged_mlx.machine import thresholds
 from paged_mlx.options import Geometry
@@ -184,52 +186,50 @@ class AttentionPlan:
             )
         return items
 
-    @cached_property
+    @property
     def keys_read(self) -> int:
         """Keys that the items read, per KV head."""
-        return sum(max(0, end - begin) for begin, end in (item["keys"] for item in self.items))
-
-    @cached_property
-    def keys_least(self) -> int:
-        """Keys that must be read at the least, per KV head: each slot of a page once."""
-        return self.keys_read - self._repeated_keys()
+        return sum(self._keys[0])
 
     @property
-    def key_nbytes(self) -> int:
-        """Bytes of K and V of one key, all KV heads, of the dtype and dims it was planned for."""
-        g = self.geometry
-        return g.num_kv_heads * (g.head_dim + g.v_head_dim) * g.dtype.size
+    def keys_least(self) -> int:
+        """Keys that must be read at the least, per KV head: each slot of a page once."""
+        return sum(self._keys[1])
 
-    def _repeated_keys(self) -> int:
-        seen: dict[int, tuple[int, int]] = {}
-        repeated = 0
-        if self._header["page_starts"]:  # ragged: count by page, as the items list them
-            spans = self._ragged_spans()
-        else:
-            spans = self._uniform_spans()
-        for page, begin, end in spans:
-            low, high = seen.get(page, (begin, begin))
-            repeated += max(0, min(end, high) - max(begin, low))
-            seen[page] = (min(low, begin), max(high, end))
-        return repeated
-
-    def _uniform_spans(self):
+    @cached_property
+    def _keys(self) -> tuple[list[int], list[int]]:
+        """Keys that are read and that must be, each those of sealed pages and those of open ones."""
+        read, least = [0, 0], [0, 0]
         for item in self.items:
             begin, end = item["keys"]
-            first = begin // self.page_size * self.page_size
-            for i, page in enumerate(item["pages"]):
-                start = first + i * self.page_size
-                yield page, max(begin, start), min(end, start + self.page_size)
+            read[item["open"]] += max(0, end - begin)
+        seen: dict[tuple[bool, int], tuple[int, int]] = {}
+        for is_open, page, begin, end in self.page_spans():
+            low, high = seen.get((is_open, page), (begin, begin))
+            repeated = max(0, min(end, high) - max(begin, low))
+            least[is_open] += max(0, end - begin) - repeated
+            seen[is_open, page] = (min(low, begin), max(high, end))
+        return read, least
 
-    def _ragged_spans(self):
+    def _nbytes(self, keys: list[int]) -> int:
+        """Bytes of K and V of keys of sealed and of open pages, which are dense; all KV heads."""
+        g = self.geometry
+        sizes = g.num_kv_heads, self.page_size, g.head_dim, g.v_head_dim, g.dtype
+        formats = (g.formats, PageFormats())
+        return sum(n * page_nbytes(f, *sizes) // self.page_size for n, f in zip(keys, formats))
+
+    def page_spans(self) -> Iterator[tuple[bool, int, int, int]]:
+        """For each page of each item: whether it is open, its number, and the keys of it that are read."""
         h, at = self._header, 0
         for item in self.items:
             begin, end = item["keys"]
+            start, length = begin // self.page_size * self.page_size, self.page_size
             for page in item["pages"]:
-                start = int(self._words[h["page_starts"] + at])
-                length = int(self._words[h["page_lens"] + at])
-                at += 1
-                yield page, max(begin, start), min(end, start + length)
+                if h["page_starts"]:  # ragged: as the items list them
+                    start = int(self._words[h["page_starts"] + at])
+                    length = int(self._words[h["page_lens"] + at])
+                yield item["open"], page, max(begin, start), min(end, start + length)
+                start, at = start + length, at + 1
 
     def advance(
         self, block_tables: Ints, context_lens: Ints, cu_seqlens_q: Ints | None = None
@@ -264,10 +264,11 @@ class AttentionPlan:
 
     def __str__(self):
         read, least = self.keys_read, self.keys_least
+        nbytes, least_nbytes = (self._nbytes(keys) for keys in self._keys)
         lines = [
             repr(self),
-            f"K and V read: {read * self.key_nbytes:,} bytes of {read:,} keys, "
-            f"{read / max(1, least):.3f}x the least, {least * self.key_nbytes:,}",
+            f"K and V read: {nbytes:,} bytes of {read:,} keys, "
+            f"{read / max(1, least):.3f}x the least, {least_nbytes:,}",
             "cut by thresholds measured on this machine"
             if self.measured
             else "cut by the table's thresholds; `python -m paged_mlx tune` measures this machine's",

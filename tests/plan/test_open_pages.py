@@ -106,3 +106,16 @@ def test_a_plan_with_open_pages_is_refused_for_pages_that_have_none():
     q, pages = mx.zeros((1, 8, 64)), mx.zeros((8, 2, 4, 64))
     with pytest.raises(ValueError, match=r"\[paged_attention\] block_tables must hold open pages"):
         fast.paged_attention(q, pages, pages, plan=plan)
+
+
+def test_an_open_page_is_not_taken_for_the_sealed_page_of_its_number():
+    plan = make_open([[0, 3], [SEALED, 5]], [6, 6])
+    assert plan.keys_read == plan.keys_least == 12
+
+
+def test_a_plan_prints_the_bytes_of_the_formats():
+    plan = fast.plan(
+        [[1, 2], [3, 4]], [128, 128], num_q_heads=2, num_kv_heads=2, page_size=64, head_dim=128,
+        dtype=mx.float16, k_format="q8", v_format="q4",
+    )  # fmt: skip
+    assert f"K and V read: {256 * 2 * (136 + 72):,} bytes of 256 keys" in str(plan)

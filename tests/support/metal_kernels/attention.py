@@ -199,10 +199,8 @@ def dead_slots(
     """Byte ranges of the slots that no item of the plan holds; of sealed or of open pages."""
     num_pages, num_kv_heads, page_size = pages.shape[:3]
     live = np.zeros((num_pages, page_size), bool)
-    spans = plan._ragged_spans() if plan._header["page_starts"] else plan._uniform_spans()
-    opens = (item["open"] for item in plan.items for _ in item["pages"])
     starts = _page_starts(plan)
-    for (page, begin, end), start, of_open in zip(spans, starts, opens, strict=True):
+    for (of_open, page, begin, end), start in zip(plan.page_spans(), starts, strict=True):
         if of_open != is_open:
             continue
         live[page, max(0, begin - start) : max(0, end - start)] = True
