@@ -115,6 +115,17 @@ def test_gaps_are_filled_by_a_sequence_that_holds_their_pages(allocator, cache):
     allocator.check([late, whole], [cache])
 
 
+def test_a_page_that_has_filled_up_takes_its_own_place_behind_gaps(allocator, cache):
+    table = table_of(allocator, 15)
+    table.free_before(12)
+    assert cache.insert(range(14), table, tail=True) == 1
+    assert cache.insert(range(15), table, tail=True) == 1
+    assert cache.page_ids == table.page_ids[-1:]
+    allocator.check([table], [cache])
+    table.release()
+    assert cache.evict(1) == 1 and not cache._tree.by_hash
+
+
 def test_runs_of_pages_with_gaps_between_are_events_of_their_own(allocator, cache):
     middle, whole = table_of(allocator, 12), table_of(allocator, 20)
     middle.free_before(4)

@@ -256,6 +256,7 @@ class PrefixCache(Evictor):
         part = self._tree.by_page.get(page_id)
         if part is not None:  # a page that was cached part-filled; it keeps its count of hits
             place.hits = part.hits
+            self._tree.enter(place)  # so that the gaps before both stay
             self._forget([part])
         self._allocator.hold(page_id, self)
         self._tree.hold(place, page_id)

@@ -277,7 +277,13 @@ class PrefixTree:
         return CachedPage(page_hash, chunk, page_keys, parent)
 
     def hold(self, place: CachedPage, page_id: int) -> None:
-        """Put a page in its place; the place and gaps before it enter the tree if they are new."""
+        """Put a page in its place, which enters the tree if it is new."""
+        self.enter(place)
+        place.page_id = page_id
+        self.by_page[page_id] = place
+
+    def enter(self, place: CachedPage) -> None:
+        """Have a place and the gaps before it in the tree."""
         new, above = place, []
         while new is not self.root and new.page_hash not in self.by_hash:
             above.append(new)
@@ -285,8 +291,6 @@ class PrefixTree:
         for new in reversed(above):
             self.by_hash[new.page_hash] = new
             new.parent.add_child(new)
-        place.page_id = page_id
-        self.by_page[page_id] = place
 
     def drop(self, place: CachedPage) -> CachedPage | None:
         """Empty a place; it leaves the tree with all gaps before it that nothing follows.
