@@ -16,6 +16,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-l
 from mlx_lm_folder import write_model  # noqa: E402
 from paged_mlx.cli import main as commands  # noqa: E402
 from paged_mlx.cli import mains  # noqa: E402
+from paged_mlx.cli.live_map import Above  # noqa: E402
 
 PROMPT = ["--prompt", "Why is the sky blue?", "--max-tokens", "12"]
 
@@ -63,6 +64,17 @@ def test_the_map_of_the_pages_is_printed_where_there_is_no_terminal(folder, caps
     err = capsys.readouterr().err
     assert re.search(r"^2 layers\n[A-Z.]{40}\n40 pages of 4 tokens: \d+ in use", err, re.M), err
     assert re.search(r"^A+", err, re.M)
+
+
+def test_text_above_a_live_map_comes_in_whole_lines():
+    console = pytest.importorskip("rich.console", reason="rich is not installed")
+    out = io.StringIO()
+    above = Above(console.Console(file=out, width=10))
+    for piece in ("Once", " upon", " a time", ".\nThere", " was"):
+        print(piece, end="", flush=True, file=above)
+    assert out.getvalue() == "Once upon \na time.\n" and above.unfinished.plain == "There was"
+    print("abcdefghijklmnop", file=above)
+    assert out.getvalue().endswith("\nThere \nwasabcdefg\nhijklmnop\n")
 
 
 def test_options_of_pages_reach_the_pages(folder, capsys):

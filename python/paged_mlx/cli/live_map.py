@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import sys
 import threading
@@ -135,10 +137,41 @@ def screen() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
         Mistake: rich is not installed.
     """
     try:
-        from rich.console import Console
+        from rich.console import Console, Group
         from rich.live import Live
     except ImportError as error:
         raise Mistake("a live map needs rich: pip install rich") from error
-    columns = columns_of_terminal()
-    with Live(console=Console(stderr=True), auto_refresh=False) as view:
-        yield lambda groups: view.update(coloured(groups, columns), refresh=True)
+    columns, console = columns_of_terminal(), Console(stderr=True)
+    above = Above(console)
+    # A stdout that goes elsewhere is left alone.
+    taken = contextlib.redirect_stdout(above) if sys.stdout.isatty() else contextlib.nullcontext()
+    with Live(console=console, auto_refresh=False, redirect_stdout=False) as view, taken:
+        yield lambda groups: view.update(
+            Group(above.unfinished, coloured(groups, columns)), refresh=True
+        )
+
+
+class Above(io.TextIOBase):
+    """What is printed above a live map: lines that are whole, while the last one is drawn with the map.
+
+    Attributes:
+        unfinished: The last line.
+    """
+
+    def __init__(self, console) -> None:
+        from rich.text import Text
+
+        self._console, self._text = console, Text
+        self.unfinished = Text()
+
+    def write(self, text: str) -> int:
+        *lines, rest = (self.unfinished.plain + text).split("\n")
+        width = self._console.width
+        while len(rest) > width:
+            cut = rest.rfind(" ", 0, width) + 1 or width
+            lines.append(rest[:cut])
+            rest = rest[cut:]
+        self.unfinished = self._text(rest)
+        for line in lines:
+            self._console.print(self._text(line))
+        return len(text)
