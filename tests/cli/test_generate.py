@@ -1,4 +1,4 @@
-"""``paged-mlx generate`` and ``chat``: mlx-lm's own commands, on pages."""
+"""``paged-mlx generate`` and ``chat``: mlx-lm's own commands, on pages; and ``demo``."""
 
 import io
 import json
@@ -13,10 +13,12 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install mlx-lm")
 
+import mlx_lm  # noqa: E402
 from mlx_lm_folder import write_model  # noqa: E402
 from paged_mlx.cli import main as commands  # noqa: E402
 from paged_mlx.cli import mains  # noqa: E402
 from paged_mlx.cli.live_map import Above  # noqa: E402
+from paged_mlx.mlx_lm.demo import smollm2  # noqa: E402
 
 PROMPT = ["--prompt", "Why is the sky blue?", "--max-tokens", "12"]
 
@@ -175,3 +177,14 @@ def test_ctrl_c_ends_a_long_answer_with_a_word(folder, tmp_path):
     if process.returncode != 0:  # else the model has ended by itself
         assert process.returncode == 130 and err.endswith("stopped\n") and "Traceback" not in err
     assert json.dumps(list(map(str, tmp_path.iterdir()))) == "[]"
+
+
+def test_the_demo_prints_its_figures_and_nothing_else(folder, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "load", lambda report: mlx_lm.load(str(folder)))
+    assert commands.main(["demo", "--tokens", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["all_equal"] and [a["tokens"] for a in found["answers"]] == [2] * 4
+    assert len({tuple(pages[:5]) for pages in found["pages"]}) == 1  # the system prompt's
+    assert 0 < found["memory"]["pages_in_use"] <= found["memory"]["pages"]
+    assert found["routes"]["pages"] > 0 and "Why is the sky blue?" in err

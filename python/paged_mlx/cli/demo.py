@@ -11,6 +11,7 @@ into the user's cache, later ones need no network."""
 EXAMPLES = """
 paged-mlx demo
 paged-mlx demo --tokens 12 --plain
+paged-mlx demo --tokens 12 --json
 """
 
 
@@ -18,8 +19,9 @@ def main(arguments: list[str]) -> int:
     options = parser("demo", DESCRIPTION, EXAMPLES)
     options.add_argument("--tokens", type=count, default=40, help="tokens of each answer (40)")
     options.add_argument("--plain", action="store_true", help="lines of text, no live display")
+    options.add_argument("--json", action="store_true", help="the figures, and nothing else")
     chosen = options.parse_args(arguments)
     needs_mlx_lm()
     from paged_mlx.mlx_lm.demo.batch import run
 
-    return run(chosen.tokens, chosen.plain)
+    return run(chosen.tokens, chosen.plain, chosen.json)

@@ -6,11 +6,16 @@ same batch runs through mlx-lm's own caches beside it, and every token is compar
     paged-mlx demo [--tokens N] [--plain]
 """
 
+from __future__ import annotations
+
+import contextlib
 import copy
+import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
@@ -35,27 +40,39 @@ QUESTIONS = [
 PAGE_SIZE = 16
 
 
-def run(tokens: int, plain: bool) -> int:
+def run(tokens: int, plain: bool, as_json: bool = False) -> int:
     """Run the demo; 0: all tokens are equal, 1: they are not, 2: there is no model to be had.
 
     Args:
         tokens: Of each answer, at most.
         plain: Lines of text, no live display.
+        as_json: Print the figures alone; what else is said goes to stderr.
     """
-    screen = make_screen(plain=plain or not sys.stdout.isatty())
+    if as_json:
+        with contextlib.redirect_stdout(sys.stderr):
+            batch = answered(tokens, make_screen(plain=True))
+        if batch is not None:
+            print(json.dumps(batch.figures, indent=1))
+    else:
+        batch = answered(tokens, make_screen(plain=plain or not sys.stdout.isatty()))
+    return 2 if batch is None else int(not batch.all_equal)
+
+
+def answered(tokens: int, screen) -> Batch | None:
+    """The batch with its answers, shown as they come; None: there is no model to be had."""
     started = time.perf_counter()
     try:
         model, tokenizer = smollm2.load(screen.say)
     except RuntimeError as error:  # no network, no room: one sentence says it
         print(error, file=sys.stderr)
-        return 2
+        return None
     with enable(model, page_size=PAGE_SIZE) as paged:
         batch = Batch(model, tokenizer, paged, tokens, screen)
         batch.prefill()
         batch.generate()
     screen.report(batch)
     screen.say(f"{time.perf_counter() - started:.0f} s in all")
-    return 0 if batch.all_equal else 1
+    return batch
 
 
 @dataclass
@@ -174,6 +191,22 @@ class Batch:
     @property
     def all_equal(self) -> bool:
         return all(answer.is_equal for answer in self.answers)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What a run has shown, as JSON can hold it."""
+        answers = [
+            {"question": a.question, "text": a.text, "tokens": len(a.tokens), "equal": sum(a.marks)}
+            for a in self.answers
+        ]
+        return {
+            "all_equal": self.all_equal,
+            "answers": answers,
+            "page_size": self.group.page_size,
+            "pages": self.page_map,
+            "memory": asdict(self.memory),
+            "routes": self.paged.routes,
+        }
 
 
 def split_prompts(tokenizer) -> tuple[list[int], list[list[int]]]:

