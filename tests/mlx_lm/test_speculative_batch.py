@@ -187,14 +187,33 @@ def test_a_row_keeps_as_many_drafts_as_alone(family, drafts):
 
 
 def test_look_up_copies_what_followed_the_longest_match_last():
-    row = Row(0, [1, 2, 3, 9, 2, 3, 4, 7, 1, 2, 3], 1)
-    assert Row(1, [2, 3, 9, 2, 3, 4, 2, 3], 1).look_up(2) == [4, 2]  # after 2 3, the last time
+    row = Row(0, [1, 2, 3, 9, 2, 3, 4, 7, 1, 2, 3], 1, trust=4)
+    assert Row(1, [2, 3, 9, 2, 3, 4, 2, 3], 1, 4).look_up(2) == [4, 2]  # after 2 3, the last time
     assert row.look_up(4) == [9, 2, 3, 4]  # after 1 2 3
-    row.tokens += [5, 6, 6]
+    row.tokens += [5, 6, 6, 6]
     assert row.look_up(3) == [6, 6, 6]  # a repetition goes on
-    row.tokens += [8]
-    assert row.look_up(3) == []
+    row.tokens += [3]
+    assert row.look_up(3) == []  # one token alike is not enough
     assert row.look_up(0) == []
+
+
+def test_look_up_drafts_more_while_it_is_right_and_nothing_while_it_is_not():
+    row = Row(0, [*range(40), 0, 1], 1)
+
+    def step(new):
+        """Drafts of a step after which the model has given ``new``."""
+        drafts = row.look_up(8)
+        row.learn(new, 8)
+        row.tokens += new
+        return len(drafts)
+
+    assert [step([2, 3]), step([4, 5, 6]), step([7, 8, 9, 10, 11])] == [1, 2, 4]
+    assert row.trust == 8
+    row.tokens += [0, 1]
+    assert [step([100 + i, 0, 1]) for i in range(6)] == [8, 4, 2, 1, 0, 0]
+    row.tokens += [20, 21]
+    assert [step([22]), step([23, 24]), step([25, 26, 27])] == [0, 1, 2]  # 22 was right
+    assert step([28, 29, 30, 50]) == 4 and row.trust == 3
 
 
 @pytest.mark.parametrize("itself", [True, False])

@@ -29,7 +29,7 @@ from paged_mlx.mlx_lm.waiting import check_fits
 
 OP = "speculative_batch_generate"
 RETAIN = 32  # tokens of a window that can be taken back, at least
-NGRAM = 3  # tokens that prompt look-up compares, at most
+NGRAMS = (3, 2)  # tokens that prompt look-up compares
 PADDING = 512  # vocabularies of one tokenizer may differ by one in so many, by padding
 
 
@@ -128,24 +128,44 @@ class Response:
 
 @dataclass(eq=False)
 class Row:
-    """A prompt and its answer so far, of which the model has read all tokens but the last."""
+    """A prompt and its answer so far, of which the model has read all tokens but the last.
+
+    Attributes:
+        trust: Drafts of look-up that it may have: twice as many after a step that all were right
+            in, down to none where they were not. Without any, what is looked up is compared with
+            the model's token all the same.
+    """
 
     uid: int
     tokens: list[int]
     left: int
+    trust: int = 1
+    _looked_up: list = field(default_factory=list)
     _ends: dict = field(default_factory=dict)  # n tokens -> where they ended last, with more behind
     _num_seen: int = 0
 
     def look_up(self, most: int) -> list[int]:
         """What followed the last n tokens when they last occurred, for the largest n that did."""
-        tokens, lengths = self.tokens, range(NGRAM, 0, -1)
+        tokens = self.tokens
         for end in range(self._num_seen, len(tokens)):
-            self._ends.update({tuple(tokens[end - n : end]): end for n in lengths if n <= end})
+            self._ends.update({tuple(tokens[end - n : end]): end for n in NGRAMS if n <= end})
         self._num_seen = len(tokens)
-        for n in lengths:
-            if end := self._ends.get(tuple(tokens[-n:])):
-                return (tokens[end : end + most] * most)[:most]
-        return []
+        ends = [self._ends.get(tuple(tokens[-n:])) for n in NGRAMS]
+        end = next((end for end in ends if end), len(tokens))
+        self._looked_up = (tokens[end : end + most] * most)[:most]
+        return self._looked_up[: self.trust]
+
+    def learn(self, new: list[int], most: int) -> None:
+        """Trust look-up more or less, up to ``most`` drafts, after the model has given ``new``."""
+        if not self._looked_up:
+            return
+        right = 0
+        while self._looked_up[right : right + 1] == new[right : right + 1] != []:
+            right += 1
+        if right >= max(1, min(self.trust, len(self._looked_up))):
+            self.trust = min(most, max(1, 2 * self.trust))
+        else:
+            self.trust = max(right, self.trust // 2)
 
 
 class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
@@ -341,6 +361,7 @@ class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
         stops = [i for i, token in enumerate(new) if token in self._stop_tokens]
         new = new[: stops[0] + 1] if stops else new
         accepted = min(accepted, len(new))
+        row.learn(new, self._num_drafts)
         row.tokens += new
         row.left -= len(new)
         self.stats.generation_tokens += len(new)
