@@ -5,7 +5,7 @@ import pytest
 from page_helpers import table_of
 from paged_mlx.pages.block_table import BlockTable, pack
 from paged_mlx.pages.policies import PageAllocator
-from paged_mlx.pages.table import PageTable, append_batch, copy_on_write
+from paged_mlx.pages.table import PageTable, append_batch, copy_on_write, share_prefix
 
 
 @pytest.fixture
@@ -138,6 +138,29 @@ def test_a_table_that_shrank_and_left_the_batch_leaves_nothing_behind(allocator)
     block_table.update([short])
     packed = block_table.update([short, short])
     assert_same(packed, pack([short, short]))
+
+
+def test_a_batch_is_packed_once_as_long_as_no_table_changes(allocator):
+    tables = [table_of(allocator, 6), PageTable(4), table_of(allocator, 9)]
+    block_table = BlockTable()
+    first = block_table.update(tables)
+    assert block_table.update(tables) is first
+    assert block_table.update(list(tables)) is first
+    for change in (
+        lambda: share_prefix(tables[0], tables[1], 6),
+        lambda: tables[2].append_tokens(1, allocator),
+        lambda: tables[2].truncate(3),
+        lambda: tables[2].free_before(0),
+        lambda: copy_on_write(tables[1], 0, allocator),
+        lambda: tables.reverse(),
+        lambda: tables.pop(),
+        lambda: tables[0].release(),
+    ):
+        block_table.update(tables)
+        change()
+        assert_same(block_table.update(tables), pack(tables))
+        assert block_table.update(tables, [0] * len(tables)).cu_seqlens_q is not None
+        assert block_table.update(tables).cu_seqlens_q is None
 
 
 def test_a_block_table_says_its_state():

@@ -18,6 +18,7 @@ from paged_mlx.pages.allocator import PageAllocator
 
 NO_PAGE = -1
 
+# Names a content. Every change of a map draws one: between two that follow each other, none changed.
 new_version = itertools.count(1).__next__
 
 
