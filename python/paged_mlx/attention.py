@@ -131,6 +131,7 @@ def paged_attention(
             plan = pool.plan_for(_OP, page_tables, shape[1], query_lens, sliding_window, causal)
         elif isinstance(plan, AttentionPlan):
             plan.check_agrees(_OP, causal, sliding_window)
+            plan.check_tables(_OP, page_tables)
         if pool.canary is not None:
             pool.canary.read(page_blocks.index, page_tables)
         out, lse = page_blocks.attend(

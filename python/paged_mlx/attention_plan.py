@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ from paged_mlx.formats.page_format import PageFormats, page_nbytes
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
 from paged_mlx.machine import thresholds
 from paged_mlx.options import Geometry
+from paged_mlx.pages.allocator import PageAllocator
 from paged_mlx.pages.block_table import PackedTables
+from paged_mlx.pages.table import PageTable, maps_of
 
 KINDS = ("vector", "tile", "wide")
 _ITEM_FIELDS = 8
@@ -103,6 +105,8 @@ class AttentionPlan:
         fresh_prompt: Whether the query tokens are their sequences' whole contexts, for
             which ``mx.fast.scaled_dot_product_attention`` on their own K and V is the
             faster route.
+        allocator, versions: Of the page tables that a pool made it for; None of a plan of
+            ``fast.plan``.
     """
 
     def __init__(self, native: Any, geometry: Geometry, options: PlanOptions):
@@ -110,6 +114,8 @@ class AttentionPlan:
         self.geometry = geometry
         self.options = options
         self.array = native.array()
+        self.allocator: PageAllocator | None = None
+        self.versions: list[int] | None = None
 
     @cached_property
     def _header(self) -> dict:
@@ -254,6 +260,21 @@ class AttentionPlan:
         if sliding_window is not None and sliding_window != self.sliding_window:
             must = f"sliding_window must be what the plan was made for ({self.sliding_window})"
             fail(op, must, sliding_window)
+
+    def check_tables(self, op: str, tables: Sequence[PageTable]) -> None:
+        """Refuse page tables that are not those it was made for, or have changed since.
+
+        Raises:
+            ValueError: They are not.
+        """
+        try:
+            versions = [table.map.version for table in tables]
+        except AttributeError:
+            maps_of(op, tables)
+            raise
+        if self.versions is not None and versions != self.versions:
+            must = "plan must be of these page_tables as they are: make it after the step's append"
+            fail(op, must, "a plan of others, or of what they were")
 
     def __repr__(self):
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.num_items.items() if n) or "no items"

@@ -823,6 +823,7 @@ class PagePool:
             raise
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
+        made.allocator, made.versions = packed.allocator, packed.versions
         return made
 
     def _layer_index(self, layer: object) -> int:
@@ -958,6 +959,9 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         made = plan if isinstance(plan, AttentionPlan) else None
         words = plan if made is None else made.array
         options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
+        if made is not None and made.allocator not in (None, pool._allocator):
+            must = "plan must be of page tables of the allocator that the pool belongs to"
+            fail("PagePool.attend", must, f"a plan of another's, {made.allocator!r}")
         if not isinstance(q, mx.array) or not isinstance(words, mx.array):
             check_array("PagePool.attend", "q", q)
             must = "plan must be an AttentionPlan, from pool.plan(...), or its array"

@@ -109,6 +109,36 @@ def test_a_plan_of_another_pool_or_window_is_refused():
             paged_attention(q_of(2), tables, pool[0], plan=plan, **options)
 
 
+def test_a_plan_of_tables_of_another_allocator_is_refused():
+    _, pool, tables = make()
+    _, other, _ = make()
+    plan = pool.plan(tables, num_q_heads=HEADS)
+    with pytest.raises(
+        ValueError, match=r"^\[PagePool.attend\] plan must be of page tables of the"
+    ):
+        other[0].attend(q_of(2), plan)
+    beside = PagePool(1, 16, PAGE, 1, DIM, mx.float32, allocator=pool.allocator)
+    assert beside[0].attend(q_of(2), plan).shape == (2, HEADS, DIM)
+
+
+def test_a_plan_that_is_given_beside_tables_is_of_these_tables_as_they_are():
+    _, pool, tables = make()
+    _, _, others = make()
+    plan, q = pool.plan(tables, num_q_heads=HEADS), q_of(2)
+    assert paged_attention(q, tables, pool[0], plan=plan).shape == q.shape
+    must = r"^\[paged_attention\] plan must be of these page_tables as they are"
+    for wrong in (others, tables[::-1], [tables[0]] * 2):
+        with pytest.raises(ValueError, match=must):
+            paged_attention(q, wrong, pool[0], plan=plan)
+    fork = tables[1].fork()  # holds what its source does
+    assert paged_attention(q, [tables[0], fork], pool[0], plan=plan).shape == q.shape
+    append(pool, tables[0], 1, 5)
+    with pytest.raises(ValueError, match=must):
+        paged_attention(q, tables, pool[0], plan=plan)
+    with pytest.raises(ValueError, match=r"^\[paged_attention\] tables must be PageTables"):
+        paged_attention(q, [None, None], pool[0], plan=plan)
+
+
 def test_slots_for_a_larger_pool_are_refused_and_for_a_smaller_one_taken():
     _, large, _ = make(16)
     _, small, _ = make(8)

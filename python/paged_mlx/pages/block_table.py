@@ -7,7 +7,7 @@ only the rows whose pages have changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class PackedTables:
         page_lens: ``[batch, max_pages]``, the tokens in each entry; 0 in the padding.
         page_size: Tokens in a page of the tables.
         allocator: The allocator of the tables; None while none of them has a page.
+        versions: Of each table's content; None of arrays that came from elsewhere.
     """
 
     block_tables: np.ndarray
@@ -41,6 +42,7 @@ class PackedTables:
     page_lens: np.ndarray | None = None
     page_size: int | None = None
     allocator: PageAllocator | None = None
+    versions: list[int] | None = field(default=None, repr=False, compare=False)
 
 
 def pack(tables: Sequence[PageTable], query_lens: Sequence[int] | None = None) -> PackedTables:
@@ -138,7 +140,9 @@ class BlockTable:
         self.rows_written = len(changed)
         starts, lens = self._ragged(maps, ragged, context_lens) if ragged else (None, None)
         ids = self._ids[: len(maps)]
-        packed = PackedTables(ids, context_lens, cu_seqlens, starts, lens, size, allocator)
+        packed = PackedTables(
+            ids, context_lens, cu_seqlens, starts, lens, size, allocator, versions
+        )
         self._last = content, packed
         self._tables = list(tables) if query_lens is None else []
         return packed
