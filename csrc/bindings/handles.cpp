@@ -122,7 +122,6 @@ void bind_handles(nb::module_& m) {
            "dim], and are not written.")
       .def("read_pages", &Fetches::read_pages,
            "Whether a handle has read the pages, or can still be evaluated.")
-      .def("are_alive", &Fetches::are_alive, "Whether a handle can still be evaluated.")
       .def("clear", &Fetches::clear,
            "Forget the handles: what they read has been read, and they are never evaluated.")
       .def(

@@ -231,9 +231,4 @@ bool Fetches::read_pages() const {
                      [](const auto& entry) { return entry.second.reads_pages(); });
 }
 
-bool Fetches::are_alive() const {
-  return std::any_of(fetches_.begin(), fetches_.end(),
-                     [](const auto& entry) { return entry.second.is_alive(); });
-}
-
 } // namespace paged_mlx

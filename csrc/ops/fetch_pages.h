@@ -96,9 +96,6 @@ class Fetches {
   // Whether a handle has read the pages, or can still be evaluated.
   bool read_pages() const;
 
-  // Whether a handle can still be evaluated.
-  bool are_alive() const;
-
   // Forgets all of them: what they read has been read, and they are never evaluated.
   void clear() {
     fetches_.clear();

@@ -10,7 +10,7 @@ from metal_on_host import metal_on_host
 from paged_mlx._native import _ext
 from paged_mlx.cli import main as commands
 from paged_mlx.machine import doctor
-from paged_mlx.machine.cold_start import MODELS, asked_by, first_token
+from paged_mlx.machine.cold_start import MODELS, counted, first_token
 from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
 from paged_mlx.testing import backends
 from paged_mlx.testing.checks import run as run_check
@@ -113,16 +113,18 @@ def test_a_first_token_compiles_at_most_8_libraries(name):
 def test_the_doctor_of_a_gpu_compiles_at_most_60_libraries_and_all_of_it_more():
     backend = backends.cpu()
 
-    def run(checks):
-        for check in checks:
-            with contextlib.suppress(Exception):  # nothing runs: results are garbage
-                run_check(check, backend)
+    def asked_by(checks):
+        with counted() as found:
+            for check in checks:
+                with contextlib.suppress(Exception):  # nothing runs: results are garbage
+                    run_check(check, backend)
+        return found
 
-    usual = asked_by(lambda: run(doctor.usual()))
+    usual = asked_by(doctor.usual())
     assert 20 < len(usual.libraries) <= 60
     for kernel in ("attend_vector", "attend_tile", "merge", "write_pages", "gather_pages"):
         assert any(kernel in name for name in usual.libraries)
-    assert len(asked_by(lambda: run(doctor.bodies())).libraries) > len(usual.libraries)
+    assert len(asked_by(doctor.bodies()).libraries) > len(usual.libraries)
 
 
 def test_trials_run_on_a_gpu_that_the_host_stands_for():

@@ -62,9 +62,6 @@ class Fetches:
     def read_pages(self) -> bool:
         return False
 
-    def are_alive(self) -> bool:
-        return False
-
     def clear(self) -> None:
         pass
 

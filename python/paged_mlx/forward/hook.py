@@ -6,6 +6,7 @@ Of a fresh prompt, where the plan says so, MLX's attention takes the K and V tha
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -82,8 +83,8 @@ class Route:
         is_fresh_prompt: Whether MLX's attention takes the step's own K and V.
     """
 
-    step: object
-    pool: object
+    step: Any
+    pool: Any
     shape: tuple
     dtype: mx.Dtype
     mask: object

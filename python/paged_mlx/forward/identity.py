@@ -58,7 +58,7 @@ class Identity:
         self.place = place
         self._model = weakref.ref(model)
         self._parts = [(name, _note(value)) for name, value in parts_of(model)]
-        self._digest = None
+        self._digest: str | None = None
 
     def has_changed(self) -> bool:
         """Whether the model is another now, by an array, a plain attribute or a layer."""

@@ -6,7 +6,7 @@ kernel text with its macros, and a pipeline for each set of function constants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -65,14 +65,15 @@ def counted() -> Iterator[Compiled]:
         mx.set_default_device(before)
 
 
-def first_token(model: Model, prompt: int = 300, dtype: mx.Dtype = mx.bfloat16) -> Compiled:
+def first_token(model: Model) -> Compiled:
     """What a model needs for its first token and the next: a prompt, then a decode step."""
+    dtype = mx.bfloat16
     with counted() as found:
         allocator = PageAllocator(64, 16)
         pool = PagePool(1, 64, 16, model.num_kv_heads, model.head_dim, dtype, allocator=allocator)
         table = PageTable(16)
         sinks = mx.zeros(model.num_q_heads, dtype) if model.sinks else None
-        for tokens in (prompt, 1):
+        for tokens in (300, 1):
             slots = table.append_tokens(tokens, allocator).slots
             q = mx.zeros((tokens, model.num_q_heads, model.head_dim), dtype)
             k = mx.zeros((tokens, model.num_kv_heads, model.head_dim), dtype)
@@ -85,11 +86,4 @@ def first_token(model: Model, prompt: int = 300, dtype: mx.Dtype = mx.bfloat16) 
                     sliding_window=window,
                 )
                 mx.eval(pool[0].attend(q, plan, sinks=sinks))
-    return found
-
-
-def asked_by(run: Callable[[], object]) -> Compiled:
-    """What ``run`` would compile."""
-    with counted() as found:
-        run()
     return found

@@ -211,8 +211,8 @@ def usual() -> list[Check]:
         dict(sliding_window=20), *(with_options(*kinds) for kinds in one_each),
         dict(ragged=True), dict(poison="nan"),
     )  # fmt: skip
-    for own in options:
-        checks.append(Check("options", case.replace(num_q_heads=8, head_dim=128, **own)))
+    for changes in options:
+        checks.append(Check("options", case.replace(num_q_heads=8, head_dim=128, **changes)))
     checks.append(Check("numbers", case, "merge"))
     checks += [
         Check("pages", case.replace(head_dim=128), ask) for ask in ("write", "copy", "gather")

@@ -99,7 +99,7 @@ def _begin(paged, prompt_cache: list, prompt: list[int], chunk: int, upto: int =
         How many tokens of the prompt it holds then: less than all.
     """
     whole = _whole(paged, prompt_cache, prompt)
-    if not paged.ranks.all("the cache is known", whole is not None):
+    if not paged.ranks.all("the cache is known", whole is not None) or whole is None:
         return 0
     start, prefixes = len(whole) - len(prompt), paged.prefixes
     known = prefixes.begin(whole, prompt_cache)

@@ -29,7 +29,7 @@ class CountedStates(stock.ArraysCache):
         """mlx-lm's own cache of the same states."""
         states = stock.ArraysCache(len(self.cache))
         states.__dict__.update(self.__dict__)
-        del states.tokens
+        del states.__dict__["tokens"]
         return states
 
     # The batch

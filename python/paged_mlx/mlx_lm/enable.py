@@ -192,7 +192,8 @@ class PagedModel:
             self.formats.check("enable", *geometry[1:3], page_size)
             self.groups[window].geometry[layer] = geometry
         self._limit(max_bytes)
-        self.prefixes = self.prompts = self._identity = None
+        self.prefixes = self.prompts = None
+        self._identity: Identity | None = None
         if self.prefix_cache:
             self.prefixes = PromptPrefixes(self)
             self.prompts = Prompts(self)

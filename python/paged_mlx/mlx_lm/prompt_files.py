@@ -101,7 +101,7 @@ def _pairs(places, ours, theirs):
 
 def _with_the_rest(places, ours, theirs) -> list:
     """``ours`` where it is paged, copies of ``theirs`` elsewhere."""
-    joined = []
+    joined: list = []
     for place, cache, plain in zip(places, ours, theirs):
         if isinstance(place, list):
             parts = _with_the_rest(place, cache.caches, plain.caches)

@@ -11,6 +11,7 @@ import inspect
 import zlib
 
 import mlx.core as mx
+import numpy as np
 
 from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.forward.seams import Seam
@@ -80,7 +81,8 @@ class Ranks:
     def _least(self, question: str, values) -> list[int]:
         asked = zlib.crc32(question.encode())
         told = [asked, -asked, *values] + [0] * (WIDTH - len(values))
-        low, high, *found = mx.distributed.all_min(mx.array(told, mx.int64)).tolist()
+        least = mx.distributed.all_min(mx.array(told, mx.int64))
+        low, high, *found = np.array(least).tolist()
         if low != asked or high != -asked:
             must = "all ranks must be given the same prompts and calls, in the same order"
             fail("ranks", must, f"{question!r} on rank {self.rank} and something else on another")

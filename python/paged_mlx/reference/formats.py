@@ -17,15 +17,6 @@ def group_of(head_dim: int) -> int:
     return 64 if head_dim % 64 == 0 else 32
 
 
-def hadamard(head_dim: int) -> np.ndarray:
-    """The rotation as a matrix, float64: Sylvester's, in blocks of 64 unless a power of two."""
-    size = head_dim if head_dim & (head_dim - 1) == 0 else 64
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.kron(np.eye(head_dim // size), matrix / np.sqrt(size))
-
-
 def rotate(x: np.ndarray) -> np.ndarray:
     """``x [..., head_dim]`` rotated in float32, butterfly by butterfly."""
     x = np.asarray(x, np.float32)

@@ -131,7 +131,7 @@ def load(report: Report | None = None):
     directory = model_directory(report)
     if report:
         report("loading the model")
-    model, tokenizer = mlx_lm_load(str(directory))
+    model, tokenizer = mlx_lm_load(str(directory))[:2]
     if mx.default_device() == mx.cpu:
         # A linear layer multiplies by weight.T: on a CPU twice as quick when that is
         # the order in memory.
