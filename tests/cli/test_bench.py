@@ -170,8 +170,8 @@ def test_progress_is_told_round_by_round():
         (["--head-dim", "20"], "head_dim"),
         (["--kv-format", "q5"], "--kv-format"),
         (["--kv-format", "q8", "--head-dim", "24"], "head_dim must be a multiple of 32"),
-        (["--html", "no/such/folder/report.html"], "--html must name a file in a folder"),
-        (["--html", "."], "--html must name a file in a folder"),
+        (["--html", "no/such/folder/report.html"], "report.html: No such file"),
+        (["--html", "."], "--html .: Is a directory"),
         (["--model", "any", "--page-size", "8,16"], "--page-size must be one number"),
     ],
 )

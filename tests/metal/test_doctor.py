@@ -81,8 +81,8 @@ def test_no_checks_is_not_all_right(capsys):
     if mx.metal.is_available():
         pytest.skip("there is a GPU here")
     assert commands.main(["doctor", "--only", "metal"]) == 2
-    printed = capsys.readouterr().out
-    assert "No checks" in printed and "All right" not in printed
+    out, err = capsys.readouterr()
+    assert "No checks" in err and "All right" not in out
 
 
 def test_json_alone_is_all_that_is_printed(capsys, monkeypatch):

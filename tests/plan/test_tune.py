@@ -157,4 +157,4 @@ def test_a_dry_run_remembers_nothing(tmp_path, monkeypatch):
 def test_a_gpu_that_is_not_there_is_not_tuned(capsys, monkeypatch):
     monkeypatch.setattr(tune, "runs_kernels", lambda stream: False)
     assert commands.main(["tune", "--only", "gpu"]) == 2
-    assert "nothing was measured" in capsys.readouterr().out
+    assert "nothing was measured" in capsys.readouterr().err

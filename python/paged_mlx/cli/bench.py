@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from paged_mlx.cli.options import (
     whole_numbers,
 )
 from paged_mlx.cli.progress import Progress
+from paged_mlx.machine.cache import check_writable, write_whole
 
 RETAIN = 32  # enable's default
 DESCRIPTION = """\
@@ -88,8 +88,10 @@ def _check_html(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise Mistake("--html needs matplotlib: pip install matplotlib")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise Mistake(f"--html must name a file in a folder that can be written; got {path}")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise Mistake(f"--html {path}: {error.strerror}") from error
 
 
 def _options() -> argparse.ArgumentParser:
@@ -245,7 +247,6 @@ def _print(chosen, about: dict, results: list[dict], routes: dict) -> None:
     found = record(about, results, routes)
     if chosen.html:
         from paged_mlx.machine.bench.report import to_html
-        from paged_mlx.machine.cache import write_whole
 
         write_whole(chosen.html, to_html(found))
         print(f"report: {chosen.html}", file=sys.stderr)

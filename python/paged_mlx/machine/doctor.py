@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from paged_mlx._native import BUILT, _ext, backend, on_path
-from paged_mlx.machine.cache import write_whole
+from paged_mlx.machine.cache import check_writable, write_whole
 from paged_mlx.machine.cold_start import MODELS, first_token
 from paged_mlx.machine.doctor_on_gpu import TO_LOOK_AT, Finding, trials
 from paged_mlx.machine.routes import in_words, kernel_routes
@@ -55,12 +55,14 @@ class Examination:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0: all right, 1: something is wrong, 2: there was nothing to check."""
     options = _parse(arguments)
+    if options.json not in (None, "-"):
+        check_writable(Path(options.json))
     about = environment()
     say = (lambda *_: None) if options.json == "-" else print
     say("\n".join(f"{name:<10} {value}" for name, value in about.items()) + "\n")
     patients = list(examinations(options.only, options.all))
     if not patients:
-        say("No checks: " + _NOTHING[options.only])
+        print("No checks: " + _NOTHING[options.only], file=sys.stderr)
         return 2
     result = examine(patients)
     say(report.table(result))

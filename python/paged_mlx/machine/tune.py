@@ -218,11 +218,12 @@ def main(arguments: list[str] | None = None, tuner: Callable[..., Tuner] = Tuner
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     options = parser.parse_args(arguments)
     if not BUILT:
-        print("MLX's own operations run here, which have no thresholds: nothing was measured.")
+        said = "MLX's own operations run here, which have no thresholds: nothing was measured."
+        print(said, file=sys.stderr)
         return 2
     device = options.only or ("gpu" if runs_kernels(None) else "cpu")
     if device == "gpu" and not runs_kernels(None):
-        print("There is no GPU here that MLX can use: nothing was measured.")
+        print("There is no GPU here that MLX can use: nothing was measured.", file=sys.stderr)
         return 2
     dtype = mx.float32 if options.float32 else mx.float16
 

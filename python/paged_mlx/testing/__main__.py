@@ -7,7 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
-from paged_mlx.machine.cache import write_whole
+from paged_mlx.machine.cache import check_writable, write_whole
 
 from . import backends, grid, report, small
 from .runner import run_suite
@@ -22,6 +22,8 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    if options.json not in (None, "-"):
+        check_writable(Path(options.json))
     chosen = _backends(options.backend)
     checks = _checks(options)
     progress = report.ProgressLine(len(checks) * len(chosen))
