@@ -860,7 +860,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         """``[k, v]`` or what stands for them: the newest versions, in the list of ``pool.state``."""
         return self.pool.state[self.index]
 
-    def write(self, k: mx.array, v: mx.array, slot_mapping) -> None:
+    def write(self, k: mx.array, v: mx.array, slot_mapping: Ints | SlotMapping) -> None:
         """Write new tokens' K and V into their pages.
 
         Args:
@@ -1045,7 +1045,15 @@ class PageBlock:
         value_data: ``[num_kv_heads, max_tokens, v_head_dim]``.
     """
 
-    def __init__(self, page_id, tokens_stored, max_tokens, ref_count, key_data, value_data):
+    def __init__(
+        self,
+        page_id: int,
+        tokens_stored: int,
+        max_tokens: int,
+        ref_count: int,
+        key_data: mx.array,
+        value_data: mx.array,
+    ):
         self.page_id = page_id
         self.tokens_stored = tokens_stored
         self.max_tokens = max_tokens
@@ -1078,7 +1086,7 @@ class PoolPageBlock(PageBlock):
     tokens_stored = property(lambda self: int(self._layer.pool.tokens_stored[self.page_id]))
 
     @property
-    def ref_count(self) -> int:
+    def ref_count(self) -> int:  # type: ignore[override]
         return self._layer.pool.allocator.ref_count(self.page_id)
 
     @property

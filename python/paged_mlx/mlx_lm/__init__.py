@@ -34,3 +34,7 @@ __all__ = [
     "explain",
     "speculative_batch_generate",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,7 +15,9 @@ from mlx_lm.models.base import create_causal_mask
 
 from paged_mlx.errors import fail, whole_number
 from paged_mlx.forward.gathered import PagedMask
+from paged_mlx.forward.group import LayerGroup
 from paged_mlx.forward.sequence import Sequence
+from paged_mlx.forward.step import Step
 
 log = logging.getLogger("paged_mlx")
 
@@ -34,11 +36,17 @@ class PagedKVCache(stock._BaseCache):
             cls = PagedFullCache if group.window is None else PagedWindowCache
         return super().__new__(cls)
 
-    def __init__(self, group, layer: int, rows: list[Sequence], lens=None):
+    def __init__(
+        self,
+        group: LayerGroup,
+        layer: int,
+        rows: list[Sequence],
+        lens: np.ndarray | None = None,
+    ):
         self.group = group
         self.layer = layer
         self.hold(rows, np.zeros(len(rows), np.int32) if lens is None else lens)
-        self.step = None
+        self.step: Step | None = None
         self.stored = False  # put aside, by ``extract``
 
     def hold(self, rows: list[Sequence], lens: np.ndarray) -> None:
@@ -165,7 +173,9 @@ class PagedKVCache(stock._BaseCache):
         Models assign ``mx.depends(cache.keys, x)`` to have x computed before the next step,
         and one assigns zeros to values it never reads.
         """
-        pool, i = self.group.placed(self.layer)
+        placed = self.group.placed(self.layer)
+        assert placed is not None
+        pool, i = placed
         arrays = pool[i].arrays
         arrays[side] = mx.depends(arrays[side], array)
 
@@ -220,7 +230,7 @@ class PagedKVCache(stock._BaseCache):
             return True
         return retain > 0 and not (self.stored and any(r.first_held(window) for r in self.rows))
 
-    def trim(self, n):
+    def trim(self, n: int | list[int]):
         """Take back the last ``n`` tokens, of each sequence or as many as ``n`` says of each.
 
         Returns:
@@ -233,7 +243,7 @@ class PagedKVCache(stock._BaseCache):
         if isinstance(n, (np.ndarray, mx.array)):
             n = n.tolist()
         each = isinstance(n, (list, tuple))
-        asked = [whole_number("trim", "n", m) for m in (n if each else [n])]
+        asked = [whole_number("trim", "n", m) for m in (list(n) if each else [n])]  # type: ignore[arg-type]
         if each and len(asked) != len(self.rows):
             fail("trim", f"n must have a number for each of {len(self.rows)} sequences", len(asked))
         if each:
@@ -373,9 +383,17 @@ class BatchPagedKVCache(PagedKVCache):
 
     batched = True
 
-    def __init__(self, group, layer, rows, lens=None):
+    def __init__(
+        self,
+        group: LayerGroup,
+        layer: int,
+        rows: list[Sequence],
+        lens: np.ndarray | None = None,
+    ):
         super().__init__(group, layer, rows, lens)
-        self.remaining = None  # prompt tokens to come of each row, while rows are padded
+        self.remaining: np.ndarray | None = (
+            None  # prompt tokens to come of each row, while rows are padded
+        )
 
     @property
     def offset(self):
@@ -394,13 +412,13 @@ class BatchPagedKVCache(PagedKVCache):
     def read_state(self) -> tuple:
         return (*self.keys_and_values(), self.offset, self.left_padding)
 
-    def begin_step(self, num_tokens):
+    def begin_step(self, num_tokens: int):
         counts = None
         if self.remaining is not None:
             counts = np.clip(self.remaining, 0, num_tokens).astype(np.int32)
         return self.group.step(self, num_tokens, counts)
 
-    def counts(self, num_tokens):
+    def counts(self, num_tokens: int):
         if self.remaining is None:
             return super().counts(num_tokens)
         return np.clip(self.remaining, 0, num_tokens).tolist()
@@ -433,7 +451,13 @@ class BatchPagedKVCache(PagedKVCache):
 
     # The batch
 
-    def prepare(self, *, left_padding=None, lengths=None, right_padding=None):
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ):
         """Take note of the padding of the prompts to come."""
         if left_padding is not None and any(left_padding):
             fail("prepare", "left_padding must be 0, pages need none", left_padding)
@@ -443,7 +467,7 @@ class BatchPagedKVCache(PagedKVCache):
     def finalize(self):
         self.remaining = None
 
-    def filter(self, batch_indices):
+    def filter(self, batch_indices: list[int] | mx.array):
         """Keep these sequences, in this order; one that is named again is kept as a fork.
 
         Raises:
@@ -459,7 +483,7 @@ class BatchPagedKVCache(PagedKVCache):
         if self.remaining is not None:
             self.remaining = self.remaining[keep]
 
-    def extend(self, other):
+    def extend(self, other: "BatchPagedKVCache"):
         """Take over the sequences of another batch.
 
         Raises:

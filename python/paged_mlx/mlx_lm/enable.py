@@ -25,7 +25,7 @@ from paged_mlx.mlx_lm.checkpoints import SHARE_OF_CHECKPOINTS, states_of
 from paged_mlx.mlx_lm.counted_states import count_tokens_beside_states
 from paged_mlx.mlx_lm.layout import Layout, build, kind_of, probe_geometry, unpaged
 from paged_mlx.mlx_lm.model_seam import MakeCache, paged_model_of
-from paged_mlx.mlx_lm.prefixes import PromptPrefixes, keys_of, layers_of
+from paged_mlx.mlx_lm.prefixes import Key, PromptPrefixes, keys_of, layers_of
 from paged_mlx.mlx_lm.prompt_files import from_stock, load, save, to_stock
 from paged_mlx.mlx_lm.prompts import Prompts, seam_of
 from paged_mlx.mlx_lm.ranks import Ranks
@@ -43,7 +43,7 @@ NO_LIMIT = 1 << 24
 
 
 def enable(
-    model,
+    model: nn.Module,
     *,
     page_size: int | None = None,
     num_pages: int | None = None,
@@ -51,7 +51,7 @@ def enable(
     prefix_cache: bool = False,
     max_bytes: int | None = None,
     kv_format: str | tuple[str | None, str | None] | None = None,
-):
+) -> "PagedModel":
     """Keep K and V of ``model`` in pages from now on.
 
     Prompt caches made afterwards, by mlx-lm's functions or ``model.make_cache()``, are
@@ -125,14 +125,14 @@ class PagedModel:
 
     def __init__(
         self,
-        model,
-        page_size,
-        num_pages,
-        retain,
-        prefix_cache=False,
-        max_bytes=None,
-        kv_format=None,
-        alone=False,
+        model: nn.Module,
+        page_size: int | None,
+        num_pages: int | None,
+        retain: int | None,
+        prefix_cache: bool = False,
+        max_bytes: int | None = None,
+        kv_format: str | tuple[str | None, str | None] | None = None,
+        alone: bool = False,
     ):
         self.formats = formats_of("enable", "kv_format", kv_format)
         if page_size is None:
@@ -189,7 +189,7 @@ class PagedModel:
         found = probe_geometry(self.model, caches, self.layout.places)
         self.passes.num_layers = len(found)
         for (window, layer), geometry in found.items():
-            self.formats.check("enable", *geometry[1:3], page_size)
+            self.formats.check("enable", geometry[1], geometry[2], page_size)
             self.groups[window].geometry[layer] = geometry
         self._limit(max_bytes)
         self.prefixes = self.prompts = None
@@ -351,7 +351,7 @@ class PagedModel:
             count_tokens_beside_states(caches, PagedKVCache(self.groups[None], 0, [sequence]))
         return caches
 
-    def begin(self, tokens: list[int], key=None) -> tuple[list, list[int]]:
+    def begin(self, tokens: list[int], key: Key = None) -> tuple[list, list[int]]:
         """A prompt cache with the cached beginning of ``tokens``, and the tokens left to compute.
 
         For any function of mlx-lm that takes a prompt cache; nothing is replaced for it.
@@ -370,7 +370,7 @@ class PagedModel:
             first.generation = prefixes.generation
         return prompt_cache, tokens[known:]
 
-    def known(self, tokens: list[int], key=None) -> int:
+    def known(self, tokens: list[int], key: Key = None) -> int:
         """How many of the first ``tokens``, less than all, ``begin`` would not leave to compute;
         of a model that several ranks share, on every rank."""
         keys = (*keys_of(key), *self.formats.extra_keys)

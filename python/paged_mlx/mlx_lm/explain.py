@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from paged_mlx.forward.hook import ATTENTION
 from paged_mlx.forward.routes import routes_of
@@ -70,7 +71,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(model) -> Explanation:
+def explain(model: nn.Module) -> Explanation:
     """Say for each layer of a model of mlx-lm whether it reads pages, and why not.
 
     Builds the graph of a prompt and of a step, and evaluates neither. Of a model that is enabled

@@ -1,6 +1,7 @@
 """Prompts that begin alike share pages: which pages hold which tokens."""
 
 import logging
+from typing import TypeAlias
 
 from mlx_lm.models import cache as stock
 
@@ -14,6 +15,8 @@ from paged_mlx.prefix.cache import PrefixCache
 from paged_mlx.prefix.hash import ExtraKey
 
 log = logging.getLogger("paged_mlx")
+
+Key: TypeAlias = str | bytes | int | tuple[ExtraKey, ...] | None
 
 NO_TOKEN = -1  # a token that no prompt has: after it nothing is left to compute
 
@@ -212,7 +215,7 @@ class PromptPrefixes:
         return f"PromptPrefixes({reused}, pages {pages}{kept})"
 
 
-def keys_of(key) -> tuple:
+def keys_of(key: Key) -> tuple:
     """What ``key`` of a tenant, an adapter or a salt adds to every page's hash."""
     if key is None or isinstance(key, tuple) and all(isinstance(part, ExtraKey) for part in key):
         return key or ()

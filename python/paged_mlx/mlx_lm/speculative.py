@@ -15,9 +15,13 @@ greedy decoding, and sampled ones have its distribution.
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import PromptProcessingBatch, wired_limit
 
 from paged_mlx.errors import fail, kind_of, whole_number
@@ -63,15 +67,15 @@ class SpeculativeResponse:
 
 
 def speculative_batch_generate(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: Any,
     prompts: list[list[int]],
-    draft_model=None,
+    draft_model: nn.Module | None = None,
     num_draft_tokens: int = 3,
     *,
     max_tokens: int | list[int] = 128,
     verbose: bool = False,
-    **options,
+    **options: Any,
 ) -> SpeculativeResponse:
     """Answer a batch of prompts as ``mlx_lm.batch_generate`` does, several tokens a step.
 
@@ -185,12 +189,12 @@ class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
 
     def __init__(
         self,
-        model,
-        draft_model=None,
+        model: nn.Module,
+        draft_model: nn.Module | None = None,
         *,
         num_draft_tokens: int = 3,
-        stop_tokens=(),
-        sampler=None,
+        stop_tokens: Iterable[int] = (),
+        sampler: Callable[[mx.array], mx.array] | None = None,
         completion_batch_size: int = 32,
         prefill_batch_size: int = 8,
         prefill_step_size: int = 2048,
@@ -224,8 +228,8 @@ class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
             paged = enabled.enter_context(enable(model, retain=max(RETAIN, self._num_drafts)))
         for _, reason in unpaged(paged.stock_cache(), paged.layout.places):
             fail(OP, f"{name} must be one whose tokens can be taken back row by row", reason)
-        kept = [group.retain for group in paged.groups.values() if group.window is not None]
-        kept = min((each for each in kept if each is not None), default=self._num_drafts)
+        windows = [group.retain for group in paged.groups.values() if group.window is not None]
+        kept = min((each for each in windows if each is not None), default=self._num_drafts)
         if kept < self._num_drafts:
             must = f"num_draft_tokens must be at most {kept}, enable's retain for {name}"
             fail(OP, must, self._num_drafts)
@@ -254,7 +258,7 @@ class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
         most = max_tokens if isinstance(max_tokens, (list, tuple)) else [max_tokens] * len(prompts)
         if len(most) != len(prompts):
             fail("insert", f"max_tokens must be one number or {len(prompts)} of them", len(most))
-        rows = []
+        rows: list = []
         for prompt, count in zip(prompts, most):
             is_list = hasattr(prompt, "__len__") and not isinstance(prompt, (str, bytes, dict))
             if not is_list or not len(prompt):
@@ -339,7 +343,7 @@ class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
         logits = self._target.read(mx.concatenate([last, drafts], 1), [n + 1 for n in counts])
         chosen = self._chosen(logits)
         mx.eval(chosen, drafts)
-        step = zip(self._rows, drafts.tolist(), chosen.tolist(), counts)
+        step = zip(self._rows, np.array(drafts).tolist(), np.array(chosen).tolist(), counts)
         responses = [self._advance(*each) for each in step]
         self._leave([row for row, each in zip(self._rows, responses) if each.finish_reason])
         self.stats.generation_steps += 1

@@ -1,5 +1,7 @@
 """Prompt caches put aside: the store of mlx-lm's server, and one that knows what pages know."""
 
+from typing import Any
+
 from mlx_lm.models import cache as stock
 
 from paged_mlx.forward.seams import Seam
@@ -100,12 +102,12 @@ if hasattr(stock, "LRUPromptCache"):
                 them that were found, filed here or in pages.
         """
 
-        def __init__(self, paged=None, max_size: int = 10, max_bytes: int = 1 << 63):
+        def __init__(self, paged: Any = None, max_size: int = 10, max_bytes: int = 1 << 63):
             super().__init__(max_size, max_bytes)
             self.paged = paged
             self.tokens_asked = self.tokens_reused = 0
 
-        def fetch_nearest_cache(self, model, tokens):
+        def fetch_nearest_cache(self, model: Any, tokens: list[int]):
             found, rest = self._longest(model, tokens)
             self.tokens_asked += len(tokens)
             self.tokens_reused += len(tokens) - len(rest)
@@ -120,13 +122,13 @@ if hasattr(stock, "LRUPromptCache"):
                 return paged.begin(tokens)
             return found, rest
 
-        def insert_cache(self, model, tokens, prompt_cache, **options):
+        def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list, **options: Any):
             tokens = put_aside(self, tokens, prompt_cache)
             super().insert_cache(model, tokens, prompt_cache, **options)
             if self.paged is not None and len(prompt_cache) == len(self.paged.layout.places):
                 self.paged.remember(tokens, prompt_cache)
             bound_prefixes(self, self.max_bytes)
 
-        def trim_to(self, *, n_sequences=None, n_bytes=None):
+        def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None):
             super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)
             bound_prefixes(self, n_bytes)
