@@ -19,8 +19,8 @@ PlanTarget kernels_target(const TargetOptions& options, int itemsize) {
   const KindRows rows = metal::kind_rows(head_dim, v_head_dim, options.dtype, options.formats);
   const metal::Body decodes = metal::choose_body(kVectorItem, options.gqa_factor, head_dim,
                                                  v_head_dim, options.dtype, options.formats);
-  const int resident = metal::threadgroups_per_core(decodes, options.dtype, head_dim, v_head_dim,
-                                                    options.formats);
+  const int resident =
+      metal::threadgroups_per_core(decodes, options.dtype, head_dim, v_head_dim, options.formats);
   PlanTarget target = gpu_target(cores > 0 ? cores : kHostCores, itemsize, rows, resident);
   if (!has_fused_sdpa(head_dim, v_head_dim)) {
     target.thresholds.sdpa_prompt = 0;
