@@ -36,6 +36,13 @@ from paged_mlx.pool_storage import PoolStorage
 MAX_BYTES = 2**63 - 1
 MOST_PLANS = 16  # that a pool remembers, one for each kind of layer
 
+# What allocators and this package call, and no program.
+_WITHIN = {
+    "appended", "attached", "before_append", "check_tokens", "copied", "detached", "freed", "known",
+    "num_sealed", "open_pages", "plan_for", "plan_packed", "remember", "reserve", "told",
+    "wants_appends", "wants_freed", "write_values",
+}  # fmt: skip
+
 
 class PagePool:
     """K and V of all layers, in pages of one size, written in place.
@@ -832,12 +839,16 @@ class PagePool:
             fail("PagePool", f"layer must be in [0, {self.num_layers})", layer)
         return index
 
+    def __dir__(self):
+        return sorted(set(super().__dir__()) - _WITHIN)
+
     def __repr__(self):
         formats = "" if self.formats.are_dense else f" {self.formats}"
+        used = 0 if self._allocator is None else self._allocator.num_used
         return (
-            f"PagePool({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens, "
-            f"{self.num_kv_heads} KV heads of {self.head_dim}{formats}, "
-            f"{self.nbytes / 2**20:.1f} MiB)"
+            f"PagePool({self.num_layers} layers, {used} of {self.num_pages} pages of "
+            f"{self.page_size} tokens used, {self.num_kv_heads} KV heads of {self.head_dim}{formats}, "
+            f"{self.nbytes:,} bytes)"
         )
 
 

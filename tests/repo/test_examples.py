@@ -55,3 +55,12 @@ def test_dir_shows_what_is_public_and_nothing_more():
         assert dir(module) == sorted(module.__all__)
         assert all(hasattr(module, name) for name in module.__all__)
     assert len(paged_mlx.__all__) <= 25
+
+
+def test_a_pool_shows_what_a_program_uses_and_says_its_state():
+    pool = paged_mlx.PagePool(2, 8, 16, 2, 64)
+    paged_mlx.PageTable(16).append_tokens(20, pool.allocator)
+    shown = {name for name in dir(pool) if not name.startswith("_")}
+    assert {"plan", "write", "allocator", "map", "check", "tokens_stored"} <= shown
+    assert not shown & {"appended", "told", "write_values"}
+    assert "2 of 8 pages of 16 tokens used" in repr(pool)
