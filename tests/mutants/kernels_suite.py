@@ -263,7 +263,7 @@ _LONG = ((1, 200), (1, 330))
 FORMATS = {
     "formats, vector": Case(num_q_heads=2, num_kv_heads=2, sequences=_LONG, **_Q8),
     "formats, vector, channels": Case(num_q_heads=1, sequences=_LONG, **_Q4),
-    "formats, vector, hidden": Case(num_q_heads=2, sequences=((1, 90),), mask="boolean", seed=3, **_Q8),
+    "formats, vector, hidden": Case(num_q_heads=2, sequences=((1, 90),), mask="boolean_per_head", seed=3, **_Q8),
     "formats, tile": Case(num_q_heads=8, sequences=_LONG, **_Q8),
     "formats, tile, channels": Case(num_q_heads=8, sequences=_LONG, **_Q4),
     "formats, tile, window": Case(num_q_heads=8, sequences=((1, 330),), sliding_window=234, **_Q4),
@@ -289,6 +289,8 @@ def hide_in_formats(case: Case, change: Change | None) -> str | None:
     keys, values = arrays.draw_contexts(case, rng)
     values[0][5, 0, 3] = np.inf
     problem = arrays.assemble(case, arrays.draw_queries(case, rng), keys, values)
+    seen = np.isnan(problem.exact[0]).any(-1)
+    assert seen.any() and not seen.all()
     attended = attend(problem, workers=1, host={"change": change})
     right = np.array_equal(np.isnan(attended.out), np.isnan(problem.exact[0]))
     return _first(attended.errors) or (None if right else "other results are NaN")
