@@ -298,3 +298,64 @@ def test_open_pages_stay_where_another_threads_handles_will_read_them():
         found = passes_of(gemma, paged.make_cache(), lambda: other.submit(appends).result(60))
         np.testing.assert_array_equal(found[0], expected[0])
         paged.check()
+
+
+def answer_of(model, cache, length, steps):
+    """Logits of a prompt and of each step after it, on one sequence."""
+    out = [model(mx.array([zoo.prompt(length, seed=1)]), cache=cache)]
+    for token in range(steps):
+        out.append(model(mx.array([[token + 3]]), cache=cache))
+        mx.eval(out[-1])
+    return [np.array(logits[0, -1]) for logits in out]
+
+
+@pytest.mark.parametrize("other_is_another_thread", [False, True])
+def test_pages_are_sealed_though_the_pass_of_another_sequence_has_failed(
+    monkeypatch, other_is_another_thread
+):
+    llama = model()
+    with enable(llama, kv_format="q4", page_size=SIZE) as paged:
+        expected = answer_of(llama, paged.make_cache(), 5, 3 * SIZE)
+        pages, idle = paged.groups[None].pools[0].open_pages, paged.make_cache()
+
+        def fails():
+            raise Fault
+
+        def leaves_a_pass_unfinished():
+            with pytest.raises(Fault):
+                llama(mx.array([[5, 6]]), cache=idle)
+
+        in_the_middle(monkeypatch, llama, fails, calls=(1,))
+        threads = futures.ThreadPoolExecutor(1)
+        if other_is_another_thread:
+            threads.submit(leaves_a_pass_unfinished).result(60)
+        else:
+            leaves_a_pass_unfinished()
+        cache = paged.make_cache()
+        found = answer_of(llama, cache, 5, 3 * SIZE)
+        assert pages.is_awaiting and pages.num_open == 2  # one of each sequence
+        np.testing.assert_array_equal(found, expected)
+        threads.submit(mx.synchronize).result(60)
+        threads.shutdown()
+        paged.check()
+
+
+def test_a_sequence_is_quantised_alike_whatever_other_threads_are_in_the_middle_of(monkeypatch):
+    llama, found = model(), []
+    other = futures.ThreadPoolExecutor(1)
+    with other, enable(llama, kv_format="q4", page_size=SIZE) as paged:
+        expected = answer_of(llama, paged.make_cache(), 5, 3 * SIZE)
+
+        def answers():
+            try:
+                return answer_of(llama, paged.make_cache(), 5, 3 * SIZE)
+            finally:
+                mx.synchronize()
+
+        def in_another():
+            found.extend(other.submit(answers).result(60))
+
+        in_the_middle(monkeypatch, llama, in_another, calls=(1,))
+        mx.eval(llama(mx.array([zoo.prompt(13, seed=2)]), cache=paged.make_cache()))
+        np.testing.assert_array_equal(found, expected)
+        paged.check()

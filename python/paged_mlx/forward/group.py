@@ -187,6 +187,7 @@ class LayerGroup:
         counts_of_rows = [num_tokens] * len(rows) if counts is None else counts.tolist()
         opened, copies = self._opened_and_sealed(), []
         try:
+            self._seal_own(rows, tables)
             appended = self._append(tables, counts_of_rows, cache)
             copies = appended.copies
         finally:  # what was done to the pages holds for a pass that something raises in too
@@ -208,6 +209,16 @@ class LayerGroup:
         used = self.allocator.num_used
         self.peak_pages, self._peaks[0] = max(self.peak_pages, used), max(self._peaks[0], used)
         return step
+
+    def _seal_own(self, rows, tables) -> None:
+        """Quantise the full pages of sequences that go on, while other passes keep an append from
+        it: what a token is computed from depends on its own sequence alone."""
+        if not self.formats.have_open_pages or not any(p.waits_to_seal() for p in self.pools):
+            return
+        for row, table in zip(rows, tables):
+            if not any(map(self.passes.is_anothers, row.last_step.values())):
+                for pool in self.pools:
+                    pool.seal_full(table)
 
     def _opened_and_sealed(self) -> list:
         """What an append does to open pages of the pools: takes memory for more, and seals."""

@@ -110,6 +110,17 @@ class LazyPool(PagePool):
         if not self._is_read():
             super().before_append(page_ids)
 
+    def waits_to_seal(self) -> bool:
+        """Whether an append seals nothing: a pass over other sequences may read pages as they are."""
+        return self.open_pages is not None and (self.open_pages.is_awaiting or self._is_read())
+
+    def seal_full(self, table) -> None:
+        """Quantise the full pages of a sequence that no other holds, as an append to it does."""
+        assert self.open_pages is not None
+        pages, counts, held = table.map, self.allocator.counts, self.allocator.evictors.held
+        due = self.open_pages.due(pages.ids[-1:] if pages.room else ())
+        self._seal([x for x in due if x[1] in pages.ids and counts[x[1]] == 1 + (x[1] in held)])
+
     def seal(self, page_ids=None) -> list[int]:
         """As of a PagePool; and none, if none are named and another thread may read them."""
         return [] if page_ids is None and self._is_read() else super().seal(page_ids)

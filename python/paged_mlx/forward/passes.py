@@ -284,7 +284,7 @@ class Passes:
         with self.turn():
             for _ in range(len(self.retired)):
                 gone = tables, history, last_steps = self.retired.popleft()
-                if any(map(self._is_anothers, last_steps.values())):
+                if any(map(self.is_anothers, last_steps.values())):
                     self.retired.append(gone)
                     continue
                 if self.on_retired is not None:
@@ -302,7 +302,7 @@ class Passes:
                 return True
         return False
 
-    def _is_anothers(self, step) -> bool:
+    def is_anothers(self, step) -> bool:
         """Whether another thread may yet compute what reads or writes a step's pages."""
         branch = self._branches.get(step.of_pass.thread)
         if branch is None or not step.of_pass.thread.is_alive():
