@@ -391,6 +391,8 @@ def test_a_source_distribution_builds_without_a_network(tmp_path):
 def test_the_version_stands_in_one_place():
     assert metadata.version("paged_mlx") == paged_mlx.__version__
     assert not re.search(r'^version = "', (ROOT / "pyproject.toml").read_text(), re.M)
+    newest = re.search(r"^## (?:Unreleased: )?(\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert newest == paged_mlx.__version__
 
 
 def test_the_range_of_mlx_is_that_of_the_modules():
