@@ -109,7 +109,7 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE)
 	@touch $@
 
 $(VENV)/.test-packages: $(VENV)/.packages
-	@echo "packages of the tests, about 550 MB on disk: the largest is a compiler"
+	@echo "packages of the tests, about 620 MB on disk: the largest is a compiler"
 	@$(PY) cmake/install.py packages test
 	@touch $@
 

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from pip._vendor import tomli
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import pip._vendor.tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -66,7 +70,7 @@ def test_a_scheduled_job_builds_against_the_newest_mlx():
 
 
 def test_wheels_are_built_for_every_python_and_platform_that_is_promised():
-    project = tomli.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     settings = project["tool"]["cibuildwheel"]
     oldest = project["project"]["requires-python"].removeprefix(">=3.")
     pythons = [f"cp3{minor}-*" for minor in range(int(oldest), 15)]
@@ -85,4 +89,7 @@ def test_workflows_name_the_oldest_and_the_newest_mlx():
     oldest, newest = releases[0], releases[-1]
     versions = commands(jobs("linux.yml")["mlx-versions"])
     assert versions == [f'make test-mlx-versions VERSIONS="{oldest} {newest}"']
-    assert jobs("wheels.yml")["try"]["strategy"]["matrix"]["mlx"] == [oldest, newest]
+    tried = jobs("wheels.yml")["try"]
+    assert tried["strategy"]["matrix"]["mlx"] == [oldest, newest]
+    python = tried["steps"][0]["with"]["python-version"]
+    assert python == f"${{{{ matrix.mlx == '{newest}' && '3.14' || '3.10' }}}}"
