@@ -134,7 +134,7 @@ class PoolMap:
         return f"page {page.page_id}: held by {', '.join(who)}{state}"
 
     def _repr_html_(self) -> str:
-        cell = "display:inline-block;width:16px;height:16px;margin:1px;font:10px sans-serif;text-align:center;line-height:16px"
+        cell = "display:inline-block;vertical-align:top;width:16px;height:16px;margin:1px;font:10px sans-serif;text-align:center;line-height:16px"
         lines = []
         for row in self.rows():
             cells = []
