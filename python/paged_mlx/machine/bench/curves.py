@@ -51,7 +51,9 @@ class Curves:
         for name, gains in self.gains().items():
             for (x0, g0), (x1, g1) in pairwise(gains):
                 if (g0 > 0) != (g1 > 0):
-                    found[name] = x0 + (x1 - x0) * g0 / (g0 - g1)
+                    way = g0 / (g0 - g1)  # along the line that is drawn
+                    is_log = x0 and self.axis != "shared"
+                    found[name] = x0 * (x1 / x0) ** way if is_log else x0 + (x1 - x0) * way
         return found
 
     def verdicts(self) -> list[str]:
