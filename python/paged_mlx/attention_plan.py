@@ -91,8 +91,13 @@ class PlanOptions(NamedTuple):
 class AttentionPlan:
     """One step of attention, cut into work items on the host.
 
-    A work item is a set of query tokens against a run of pages. Made by
+    A work item is a set of query tokens against a run of pages. Made by ``pool.plan`` and
     ``paged_mlx.fast.plan``, used by every layer with the same window.
+
+    Examples:
+        >>> import paged_mlx
+        >>> paged_mlx.fast.plan([[0, 1]], [6], num_q_heads=4, num_kv_heads=2, page_size=4)
+        AttentionPlan(1 tokens, 1 vector, 0 partials, 0 merges)
 
     Attributes:
         array: The plan as both backends read it, ``int32 [words]``

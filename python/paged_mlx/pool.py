@@ -856,6 +856,14 @@ class PagePool:
 class PoolLayer(Mapping[int, "PageBlock"]):
     """One layer of a pool: its arrays, and a mapping page_id -> PageBlock of its pages.
 
+    Examples:
+        >>> pool = PagePool(num_layers=2, num_pages=8, page_size=4, num_kv_heads=2, head_dim=64)
+        >>> table, k = PageTable(page_size=4), mx.ones((3, 2, 64), mx.float16)
+        >>> pool[1].write(k, k, table.append_tokens(3, pool.allocator).slots)
+        >>> plan = pool.plan([table], num_q_heads=4)
+        >>> pool[1].attend(mx.ones((1, 4, 64), mx.float16), plan).shape
+        (1, 4, 64)
+
     ``paged_mlx.paged_attention`` reads the arrays directly.
 
     Attributes:
@@ -1054,6 +1062,11 @@ class PageBlock:
         ref_count: Sequences that hold the page.
         key_data: ``[num_kv_heads, max_tokens, head_dim]``.
         value_data: ``[num_kv_heads, max_tokens, v_head_dim]``.
+
+    Examples:
+        >>> pool = PagePool(num_layers=1, num_pages=8, page_size=4, num_kv_heads=2, head_dim=64)
+        >>> pool[0][3].key_data.shape
+        (2, 4, 64)
     """
 
     def __init__(

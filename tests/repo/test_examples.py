@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -14,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(paged_mlx.__path__, "paged_mlx.")
-    if not module.name.endswith(("__main__", "_ext")) and ".mlx_lm" not in module.name
-)
+    if not module.name.endswith(("__main__", "_ext")) and ".mlx_lm." not in f"{module.name}."
+) + ["paged_mlx.mlx_lm.enable", "paged_mlx.mlx_lm.explain"]
 
 
 def examples_of(name):
@@ -35,8 +36,12 @@ def test_examples_of_docstrings_give_what_they_show(name):
 
 def test_what_a_reader_meets_first_has_an_example():
     shown = {test.name for name in MODULES for test in examples_of(name)}
-    expected = ["pool.PagePool", "attention.paged_attention", "pages.table.PageTable", "fast.plan"]
-    assert {f"paged_mlx.{name}" for name in expected} <= shown
+    for module in (paged_mlx, paged_mlx.fast):
+        for name in module.__all__:
+            named = getattr(module, name)
+            is_error = inspect.isclass(named) and issubclass(named, Exception)
+            if callable(named) and not is_error:
+                assert f"{named.__module__}.{name}" in shown, name
 
 
 def test_the_example_of_the_readme_plans_once_and_runs():

@@ -79,6 +79,17 @@ def enable(
     Raises:
         ValueError: The model is enabled already, has no cache that can be paged, or an
             option is wrong; the message says why.
+
+    Examples:
+        >>> from mlx_lm.models import llama
+        >>> sizes = dict(hidden_size=64, intermediate_size=64, vocab_size=100, rms_norm_eps=1e-5)
+        >>> heads = dict(num_hidden_layers=2, num_attention_heads=4)
+        >>> model = llama.Model(llama.ModelArgs("llama", **sizes, **heads))
+        >>> with enable(model, page_size=16) as paged:
+        ...     cache = model.make_cache()
+        ...     logits = model(mx.array([[1, 2, 3]]), cache=cache)
+        ...     paged.groups[None]
+        LayerGroup(2 layers, 1 of 64 pages of 16 tokens)
     """
     check_model("enable", model)
     if paged_model_of(model) is not None:

@@ -79,6 +79,15 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises:
         ValueError: It is no such model, or no cache of it can be paged.
+
+    Examples:
+        >>> from mlx_lm.models import llama
+        >>> sizes = dict(hidden_size=64, intermediate_size=64, vocab_size=100, rms_norm_eps=1e-5)
+        >>> heads = dict(num_hidden_layers=2, num_attention_heads=4)
+        >>> print(explain(llama.Model(llama.ModelArgs("llama", **sizes, **heads))))
+        llama: 2 of 2 layers read pages
+            0               paged
+            1               paged
     """
     check_model("explain", model)
     paged = PagedModel(model, page_size=8, num_pages=1, retain=None, alone=True)

@@ -27,6 +27,13 @@ class PageTableEntry:
     """Positions ``[logical_start, logical_end)`` lie in one page, from its first slot on.
 
     ``is_cow``: somebody else holds the page too, so a write to it copies it first.
+
+    Examples:
+        >>> import paged_mlx
+        >>> table = paged_mlx.PageTable(page_size=4)
+        >>> slots = table.append_tokens(6, PageAllocator(total_pages=8, page_size=4)).slots
+        >>> table.entries[1]
+        PageTableEntry(logical_start=4, logical_end=6, physical_page_id=1, is_cow=False)
     """
 
     logical_start: int

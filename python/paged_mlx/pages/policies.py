@@ -15,7 +15,16 @@ __all__ = ["BuddyPageAllocator", "FIFOPageAllocator", "LRUPageAllocator", "PageA
 
 
 class FIFOPageAllocator(PageAllocator):
-    """Reuses pages in the order they were freed."""
+    """Reuses pages in the order they were freed.
+
+    Examples:
+        >>> allocator = FIFOPageAllocator(total_pages=3, page_size=4)
+        >>> first, second = allocator.allocate_pages(2)
+        >>> allocator.free_page(first)
+        True
+        >>> allocator.allocate_pages(2)  # page 2 has waited longest
+        [2, 0]
+    """
 
     def _reset_free(self, page_ids: Iterable[int]) -> None:
         self._queue = deque(page_ids)
@@ -53,6 +62,15 @@ class LRUPageAllocator(PageAllocator):
 
     Raises:
         ValueError: A size is wrong, or ``on_evict`` cannot be called.
+
+    Examples:
+        >>> allocator = LRUPageAllocator(total_pages=2, page_size=4)
+        >>> page, other = allocator.allocate_pages(2)
+        >>> allocator.cache_page(page)
+        >>> allocator.free_page(page)  # the allocator itself still holds it
+        False
+        >>> allocator.allocate_page() == page  # taken, because no page is free
+        True
     """
 
     def __init__(
@@ -150,6 +168,13 @@ class BuddyPageAllocator(PageAllocator):
     ``allocate_run`` gives contiguous ids; pages of a run are shared and freed one by one.
     Pages freed since the last run was asked for are *loose*: they are handed out first,
     and merged when a run is asked for. Every operation is O(log total_pages), amortised.
+
+    Examples:
+        >>> allocator = BuddyPageAllocator(total_pages=16, page_size=4)
+        >>> allocator.allocate_run(3)
+        [0, 1, 2]
+        >>> allocator.allocate_run(4)  # a run of four begins at a multiple of four
+        [4, 5, 6, 7]
     """
 
     def _reset_free(self, page_ids: Iterable[int]) -> None:

@@ -323,6 +323,12 @@ def append_batch(
     Raises:
         OutOfPages: There are too few pages for all; nothing has changed.
         ValueError: An argument is wrong.
+
+    Examples:
+        >>> allocator = PageAllocator(total_pages=8, page_size=4)
+        >>> tables = [PageTable(page_size=4), PageTable(page_size=4)]
+        >>> append_batch(tables, [5, 2], allocator).slots.tolist()
+        [0, 1, 2, 3, 4, 8, 9]
     """
     return append(maps_of("append_tokens", tables), num_tokens, allocator)
 
@@ -396,6 +402,16 @@ def copy_on_write(page_table: PageTable, logical_pos: int, page_allocator: PageA
     Raises:
         OutOfPages: There is no page to copy to; nothing has changed.
         ValueError: The position is not in the table, or the allocator is not its own.
+
+    Examples:
+        >>> allocator = PageAllocator(total_pages=8, page_size=4)
+        >>> table = PageTable(page_size=4)
+        >>> slots = table.append_tokens(6, allocator).slots
+        >>> fork = table.fork()
+        >>> copy_on_write(fork, 5, allocator), fork.page_ids, table.page_ids
+        (True, [0, 2], [0, 1])
+        >>> copy_on_write(table, 5, allocator)
+        False
     """
     (pages,), allocator = maps_of("copy_on_write", (page_table,)), page_allocator
     pages.check_allocator("copy_on_write", allocator)
