@@ -57,7 +57,7 @@ test-arm64: build $(VENV)/.test-packages
 	$(PY) -m pytest -m "long or not long" -rs tests/cpu/test_arm64.py
 
 test-fallback: build $(VENV)/.test-packages
-	PYTHONPATH=tests/support $(PY) -m pytest -p without_native tests/conformance tests/pages \
+	PYTHONPATH=tests/support $(PY) -m pytest -p without_native tests/conformance tests/formats tests/pages \
 	  tests/pool tests/plan tests/prefix tests/mlx_lm/test_enable.py tests/mlx_lm/test_parity.py \
 	  tests/repo/test_versions.py
 

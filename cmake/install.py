@@ -105,7 +105,7 @@ def run(command: list[str], what: str) -> None:
                     shown = now
                     say(f"      {what}: {step[0] if step else line.strip()}, {now - started:.0f} s")
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGTERM)  # pip's compilers end with it
+        os.killpg(process.pid, signal.SIGINT)  # pip cleans up, its compilers end
         process.wait()
         say("")
         sys.exit(f"{what}: interrupted; the same command goes on.")

@@ -1,5 +1,7 @@
 """MLX's own operations stand in for the native module: all of it, and with right results."""
 
+import inspect
+import operator
 import os
 import re
 import subprocess
@@ -28,6 +30,28 @@ def test_a_stand_in_has_every_method(name):
     native, stand_in = (getattr(module, name) for module in (_native._ext, fallback))
     methods = {method for method in dir(native) if not method.startswith("_")}
     assert methods and methods - set(dir(stand_in)) == set()
+
+
+@pytest.mark.native
+def test_a_stand_in_takes_the_arguments_of_the_native_function():
+    compared = []
+    for name in (
+        *dir(_native._ext),
+        "NativePlan.__init__",
+        "Fetches.fetch",
+        "FetchTables.__init__",
+    ):
+        if not hasattr(fallback, name.partition(".")[0]):
+            continue
+        native, stand_in = map(operator.attrgetter(name), (_native._ext, fallback))
+        if hasattr(native, "__nb_signature__") and not isinstance(native, type):
+            ((text, *_),) = native.__nb_signature__
+            expected = {*re.findall(r"(\w+): ", text.partition(" -> ")[0])} - {"stream"}
+            takes = inspect.signature(stand_in).parameters
+            if not any(p.kind is p.VAR_POSITIONAL for p in takes.values()):  # takes any
+                compared.append(name)
+                assert expected == {*takes} - {"self"}, name
+    assert {"paged_attention", "pool_memory", "NativePlan.__init__"} <= {*compared}
 
 
 def test_a_tracer_is_known_and_nothing_is_evaluated():

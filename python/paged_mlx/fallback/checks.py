@@ -85,12 +85,12 @@ def _quantised(op, letter, arrays, name, axes, shape: Shapes) -> None:
         same_dtype(op, part, array, spec.dtype, f"as {name} has it")
 
 
-def attention_geometry(q, arrays, formats=(None, None)) -> dict[str, int]:
+def attention_geometry(q, pages, formats=(None, None)) -> dict[str, int]:
     """Heads, page size and counts, after checking shapes and dtypes."""
     op, shape = "paged_attention", Shapes("paged_attention")
     shape("q", q, "tokens", "num_q_heads", "head_dim")
     floats(op, "q", q)
-    k, v = layer(op, arrays, formats, shape)
+    k, v = layer(op, pages, formats, shape)
     for name, side in (("k_pages", k), ("v_pages", v)):
         same_dtype(op, name, side, q.dtype, "the dtype of q")
     if not k.page_size:

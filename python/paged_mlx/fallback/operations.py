@@ -187,7 +187,7 @@ def _taken(side: Stored, slots):
 
 
 @on_stream
-def pool_memory(kept, shape, fill, dtype):
+def pool_memory(kept, shape, fill, dtype, *, most_pages=0):
     """New memory for pages: those kept, and pages full of ``fill``."""
     if kept is None:
         return mx.full(shape, mx.array(fill, dtype))
