@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -16,7 +17,9 @@ MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(paged_mlx.__path__, "paged_mlx.")
     if not module.name.endswith(("__main__", "_ext")) and ".mlx_lm." not in f"{module.name}."
-) + ["paged_mlx.mlx_lm.enable", "paged_mlx.mlx_lm.explain"]
+)
+if importlib.util.find_spec("mlx_lm") is not None:
+    MODULES += ["paged_mlx.mlx_lm.enable", "paged_mlx.mlx_lm.explain"]
 
 
 def examples_of(name):

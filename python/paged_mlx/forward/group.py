@@ -161,7 +161,7 @@ class LayerGroup:
 
     def step(self, cache, num_tokens: int, counts=None) -> Step:
         """The pass that a cache's sequences are in, begun by the first layer that asks."""
-        with self.passes.turn():
+        with self.passes.turn:
             step = cache.rows[0].last_step.get(self.window)
             if step is not None and step.joins(cache.layer, cache.names, cache.lens, num_tokens):
                 self.passes.goes_on(step)
@@ -425,7 +425,7 @@ class LayerGroup:
     def fetch_again(self, layer: int, step: Step):
         """K and V of a layer, as ``step`` has left them, as handles."""
         place = self._placed[layer]
-        with self.passes.turn():
+        with self.passes.turn:
             return self._narrowed(layer, place.pool.fetch(PagesOfLayer(place, step)))
 
     def undo_newest(self) -> None:
@@ -442,7 +442,7 @@ class LayerGroup:
         packed = pack(tables)
         skipped = min(table.num_freed for table in tables)
         place = self._placed[layer]
-        with self.passes.turn():
+        with self.passes.turn:
             behind, ragged = skipped * self.page_size, {}
             if packed.page_starts is not None and packed.page_lens is not None:
                 behind = int(packed.page_starts[:, skipped].min())

@@ -32,7 +32,7 @@ def reading_pages(before):
         if type(k) is not GatheredKV or not ATTENTION.is_installed:
             return before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
         group = k.source.place.group
-        with group.passes.turn():
+        with group.passes.turn:
             return _attend(before, q, k, v, scale, mask, sinks, options)
 
     return scaled_dot_product_attention

@@ -59,6 +59,7 @@ class Passes:
         groups: The groups of layers by window.
         model: A weak reference to the model, called for it.
         lock: Held while pages change hands, and while a layer builds on them.
+        turn: Holds the lock, with the thread's branch in the pools; a context manager.
         sequences: Those that are alive.
         retired: Page tables, histories and last steps of sequences that are gone.
         on_retired: Told of each before its pages go back.
@@ -81,22 +82,13 @@ class Passes:
         self.aside: weakref.WeakSet = weakref.WeakSet()
         self.computes = True  # explain builds passes that are never computed
         self.num_layers = 0  # that bring K and V in a pass, as far as is known
-        self._turn = Turn(self)
+        self.turn = Turn(self)
         self._thread: threading.Thread | None = None  # that builds now
         self._branch = Branch()  # its own
         self._branches: dict = {}  # of the other threads that have built
         self._computed: dict = {}  # versions by pool that a pass can begin from
 
     # Threads
-
-    def turn(self) -> "Turn":
-        """Hold the lock, with this thread's branch in the pools; a context manager."""
-        return self._turn
-
-    def take_turn(self) -> None:
-        """The same for this thread, which holds the lock."""
-        if self._thread is not threading.current_thread():
-            self._change_thread()
 
     def _change_thread(self) -> None:
         pools = self._pools()
@@ -159,7 +151,7 @@ class Passes:
     def wait(self) -> None:
         """Wait until what has been built is computed, but for what other threads are in the
         middle of."""
-        with self.turn():
+        with self.turn:
             if self.computes:
                 self._settle()
                 mx.eval([pool.versions() for pool in self._pools()])
@@ -265,14 +257,14 @@ class Passes:
         self.retired.append(gone)
         if next(iter(self.sequences), None) is None and self.lock.acquire(blocking=False):
             try:
-                if not self._turn.depth:
+                if not self.turn.depth:
                     self.give_back()
             finally:
                 self.lock.release()
 
     def give_back(self) -> None:
         """Give back pages that were not needed lately; nobody uses any."""
-        with self.turn():
+        with self.turn:
             self.join()
             self.reclaim()
             for group in self.groups.values():
@@ -281,7 +273,7 @@ class Passes:
 
     def reclaim(self) -> None:
         """Free the pages of sequences that are gone."""
-        with self.turn():
+        with self.turn:
             for _ in range(len(self.retired)):
                 gone = tables, history, last_steps = self.retired.popleft()
                 if any(map(self.is_anothers, last_steps.values())):
@@ -316,7 +308,7 @@ def _may_read(branch: Branch) -> bool:
 
 
 class Turn:
-    """A thread's turn to build on the pages.
+    """A thread's turn to build on the pages: the lock is held, its branch is in the pools.
 
     Attributes:
         depth: How many times it is held, one in the other.
@@ -330,7 +322,9 @@ class Turn:
     def __enter__(self):
         self._lock.acquire()
         self.depth += 1
-        self._passes().take_turn()
+        passes = self._passes()
+        if passes._thread is not threading.current_thread():
+            passes._change_thread()
 
     def __exit__(self, *error):
         self.depth -= 1

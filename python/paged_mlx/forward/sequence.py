@@ -125,7 +125,7 @@ class Sequence:
 
     def fork(self) -> "Sequence":
         """Another sequence of the same tokens on the same pages; no bytes move."""
-        with self._passes.turn():
+        with self._passes.turn:
             tables = {window: table.fork() for window, table in self.tables.items()}
             fork = Sequence(self.groups, tables, self.history.copy())
         fork.first_token, fork.broken = dict(self.first_token), self.broken
@@ -152,7 +152,7 @@ class Sequence:
         mlx-lm copies, merges and extracts a prompt cache layer by layer: the first layer
         that asks makes the fork, the others get the same one.
         """
-        with self._passes.turn():
+        with self._passes.turn:
             return self._fork_for((cache.group.window, cache.layer))
 
     def _fork_for(self, place: tuple) -> "Sequence":

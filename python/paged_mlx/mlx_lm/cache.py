@@ -70,7 +70,7 @@ class PagedKVCache(stock._BaseCache):
         if batch != len(self.rows):
             self._check_batch(batch)
         group, layer, passes = self.group, self.layer, self.group.passes
-        with passes.turn():
+        with passes.turn:
             step = group.newest
             if step is None or not step.joins(layer, self.names, self.lens, num_tokens):
                 step = self.begin_step(num_tokens)
@@ -87,7 +87,7 @@ class PagedKVCache(stock._BaseCache):
 
     def count(self, num_tokens: int) -> None:
         """Take part in a pass as a layer that has no K and V."""
-        with self.group.passes.turn():
+        with self.group.passes.turn:
             step = self.begin_step(num_tokens)
             step.served.add(self.layer)
             self.group.passes.served(step)

@@ -492,7 +492,7 @@ class PagedModel:
         """Give back pages that no sequence holds: cached prefixes, then free pages at the end of
         the pools. Returns the bytes given back."""
         before = self.nbytes
-        with self.passes.turn():
+        with self.passes.turn:
             self.passes.join()
             self.passes.reclaim()
             for cache in self.prefixes.caches.values() if self.prefixes is not None else ():
@@ -507,7 +507,7 @@ class PagedModel:
         """Give up cached prefixes that nobody holds until they take ``nbytes`` at most."""
         if self.prefixes is None:
             return
-        with self.passes.turn():
+        with self.passes.turn:
             self.passes.reclaim()
             caches = [(self.groups[w].page_bytes, c) for w, c in self.prefixes.caches.items()]
             held = sum(page * cache.num_evictable for page, cache in caches)
@@ -561,7 +561,7 @@ class PagedModel:
         Raises:
             AssertionError: They do not.
         """
-        with self.passes.turn():
+        with self.passes.turn:
             self.passes.reclaim()
             for group in self.groups.values():
                 group.allocator.check()

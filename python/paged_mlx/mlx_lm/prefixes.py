@@ -54,7 +54,7 @@ class PromptPrefixes:
 
     def known(self, tokens: list[int], keys=()) -> int:
         """Length of the longest beginning, less than all, that nothing need be computed of."""
-        with self._passes.turn():
+        with self._passes.turn:
             self.notice_changes()
             self._passes.reclaim()
             for sequence in list(self._passes.sequences):
@@ -65,7 +65,7 @@ class PromptPrefixes:
 
     def parting(self, tokens: list[int], keys=()) -> int:
         """Where ``tokens`` part from those whose pages are known: a good place for a checkpoint."""
-        with self._passes.turn():
+        with self._passes.turn:
             return self._ranks.least("parting", self._longest(tokens, keys, None))[0]
 
     def _longest(self, tokens: list[int], keys, checkpoints: Checkpoints | None) -> int:
@@ -87,7 +87,7 @@ class PromptPrefixes:
         Returns:
             How many tokens it holds then: less than all.
         """
-        with self._passes.turn():
+        with self._passes.turn:
             layers = list(layers_of(prompt_cache))
             sequence = layers[0].rows[row]
             keys, held = sequence.history.keys, int(layers[0].lens[row])
@@ -138,7 +138,7 @@ class PromptPrefixes:
         Raises:
             ValueError: The row is known to hold other tokens, or another number of them.
         """
-        with self._passes.turn():
+        with self._passes.turn:
             self.notice_changes()
             layers = list(layers_of(prompt_cache))
             sequence = layers[0].rows[row]
@@ -197,7 +197,7 @@ class PromptPrefixes:
 
     def reset(self) -> None:
         """Forget every page, and what sequences that are there began with."""
-        with self._passes.turn():
+        with self._passes.turn:
             self.generation += 1
             for cache in self.caches.values():
                 cache.reset()

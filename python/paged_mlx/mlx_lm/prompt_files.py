@@ -51,7 +51,7 @@ def from_stock(paged, prompt_cache: list) -> list:
         _check_fits(cache, plain)
     _check_same_length([plain for _, plain in pairs])
     _skip_what_is_not_there(pairs)
-    with paged.passes.turn():
+    with paged.passes.turn:
         for cache, plain in pairs:
             _fill(cache, plain)
         paged.passes.end()

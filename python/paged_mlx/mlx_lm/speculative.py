@@ -463,7 +463,7 @@ class BatchCache:
         if not any(over):
             return
         layers[0].trim(over)
-        with self.paged.passes.turn():
+        with self.paged.passes.turn:
             for row, length in zip(layers[0].rows, self.lens):
                 for window in row.tables:
                     row.truncate(window, length)
