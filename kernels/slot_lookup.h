@@ -1,4 +1,4 @@
-// Where the token of a position lies, by the block table of its sequence.
+// The slot of a position, by the block table of its sequence.
 #ifndef PAGED_MLX_SLOT_LOOKUP_H
 #define PAGED_MLX_SLOT_LOOKUP_H
 

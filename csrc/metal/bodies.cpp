@@ -1,4 +1,4 @@
-// Which body attends how many rows, from what its state takes of a lane's
+// The choice of a body for a number of rows, from what its state takes of a lane's
 // registers and of threadgroup memory.
 #include <algorithm>
 

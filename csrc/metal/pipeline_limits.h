@@ -1,4 +1,4 @@
-// What Metal says of the pipelines made so far.
+// The limits that Metal reports of the pipelines made so far.
 #pragma once
 
 #include <map>

@@ -1,4 +1,4 @@
-// What operations that attend check, in the one message form: all of these throw
+// The checks of operations that attend, in the one message form: all of these throw
 // std::invalid_argument.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Where the K and V of a step's sequences lie: the same for all layers.
+// The places of K and V of a step's sequences: the same for all layers.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What a plan is made for: the device that the operation will run on.
+// The target of a plan: the device that the operation will run on.
 #pragma once
 
 #include "metal/launch.h"

@@ -1,4 +1,4 @@
-// What attention costs on a device: kinds of items, costs, thresholds. The planner weighs
+// The cost model of attention: kinds of items, costs, thresholds. The planner weighs
 // with nothing else.
 #pragma once
 

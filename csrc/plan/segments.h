@@ -1,4 +1,4 @@
-// What planner.cpp, sharing.cpp and partition.cpp hand to one another.
+// Types that planner.cpp, sharing.cpp and partition.cpp hand to one another.
 #pragma once
 
 #include <vector>

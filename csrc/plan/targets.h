@@ -1,4 +1,4 @@
-// What each backend can do at once and what things cost it: the one table of figures.
+// The width of each backend and the costs of its work: the one table of figures.
 #pragma once
 
 #include <optional>

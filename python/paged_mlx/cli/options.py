@@ -1,4 +1,4 @@
-"""What a user can mend, said in one sentence, and the options that all commands share."""
+"""Errors that a user can mend, in one sentence each, and the options that all commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What paging and sharing save, counted with the page manager itself.
+"""The memory that paging and sharing save, counted with the page manager itself.
 
 static   every sequence reserves max_seq_len tokens
 paged    every sequence holds whole pages, and wastes part of its last one

@@ -1,4 +1,4 @@
-"""What must hold of the arrays of an operation; nothing runs before it does."""
+"""Checks of an operation's arrays, made before anything runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each operation means: the field's formulas on MLX's arrays. This is the file to read.
+"""The formula of each operation on MLX's arrays. This is the file to read.
 
 K and V of a sequence are gathered, scores of all its keys are kept, and a write makes new pages
 wherever MLX must keep the old ones. ``operations`` gives these formulas the names, arguments and

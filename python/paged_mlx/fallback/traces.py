@@ -1,4 +1,4 @@
-"""What MLX does not say of an array: whether it stands for an input while ``mx.compile`` traces."""
+"""Whether an array stands for an input while ``mx.compile`` traces, which MLX does not say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which pages are open, where their K and V lie, and which may be quantised.
+"""The open pages: where their K and V lie, and when they may be quantised.
 
 Of a format that quantises a page as a whole. A page of the pool is
 

@@ -1,4 +1,4 @@
-"""What our caches hand to a model: arrays that know which pages they stand for.
+"""Arrays that paged caches hand to a model, and that know which pages they stand for.
 
 A ``GatheredKV``, a handle, is a real array whose gather has not run. The attention hook takes
 the pages it names and the gather never runs; anything else a model does with it runs it.

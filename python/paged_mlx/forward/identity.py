@@ -1,4 +1,4 @@
-"""What K and V depend on besides tokens: a model's weights and everything else about it."""
+"""Everything that K and V depend on besides tokens: a model's weights, configuration and rank."""
 
 import hashlib
 import weakref

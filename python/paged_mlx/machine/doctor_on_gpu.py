@@ -1,4 +1,4 @@
-"""What only a GPU can tell, measured where there is one: ``python -m paged_mlx doctor``."""
+"""Checks and times that need a GPU, run where there is one: ``python -m paged_mlx doctor``."""
 
 from __future__ import annotations
 

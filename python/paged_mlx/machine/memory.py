@@ -1,4 +1,4 @@
-"""How much memory pools may take, and how many pages that is."""
+"""The memory that pools may take, and the pages that fit in it."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which kernels have served, and where: counts of this process, for whoever doubts a fast path.
+"""Counts of the kernels that have served in this process, for whoever doubts a fast path.
 
 A model of mlx-lm has counts of its own, ``PagedModel.routes``.
 """

@@ -1,4 +1,4 @@
-"""Where mlx-lm begins to read prompts: what is known of one is not read again.
+"""The places where mlx-lm begins to read a prompt: its cached beginning is not read again.
 
 Three functions of ``mlx_lm.generate``, replaced by name while a model is enabled with
 ``prefix_cache=True``; each passes on what is not that model's.

@@ -1,4 +1,4 @@
-"""What recurrent layers remember at known positions of prompts, kept beside cached pages.
+"""States of recurrent layers at known positions of prompts, kept beside cached pages.
 
 Pages can be shared up to any token; a recurrent state is that of one position. A checkpoint
 is the states of all recurrent layers after the first tokens of a sequence. It lives in the

@@ -1,4 +1,4 @@
-"""Which layers of a model read pages, and why the others do not."""
+"""The layers of a model that read pages, and why the others do not."""
 
 from dataclasses import dataclass, field
 

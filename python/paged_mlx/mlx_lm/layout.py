@@ -1,4 +1,4 @@
-"""Which of a model's caches can be pages, and what each layer will write."""
+"""The caches of a model that can be pages, and the shapes that each layer will write."""
 
 import logging
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""Who holds which page: allocators, page tables, copy-on-write. No arrays, no MLX."""
+"""Pages and their holders: allocators, page tables, copy-on-write. No arrays, no MLX."""

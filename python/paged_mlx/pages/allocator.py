@@ -1,4 +1,4 @@
-"""Which pages are free, and how often each of the others is held.
+"""The free pages, and the number of holders of each of the others.
 
 An allocator knows page ids and nothing about arrays. A page is *free* (ref_count 0),
 *owned* (1) or *shared* (more). Pools that hold the arrays attach themselves and are told

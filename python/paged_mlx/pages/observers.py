@@ -1,4 +1,4 @@
-"""Who an allocator tells about its pages: pools, which hold the bytes, and evictors."""
+"""Observers of an allocator: pools, which hold the bytes, and evictors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which page covers which position of a sequence.
+"""The page of each position of a sequence.
 
 A page map is the value that a page table, appends, packed block tables and the canary work
 on. It counts no holders: whoever changes its pages shares and frees them.

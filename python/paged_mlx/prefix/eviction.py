@@ -1,4 +1,4 @@
-"""Which cached pages are given back first."""
+"""The order in which cached pages are given back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far from the oracle a result may be. The one home of tolerances.
+"""The distance from the oracle that a result may have. The one home of tolerances.
 
 The yardstick is contiguous attention that accumulates in float32 and rounds once to the
 output's type. A result is right when its largest error is at most ``MAX_FACTOR`` times the

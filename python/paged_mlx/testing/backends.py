@@ -1,4 +1,4 @@
-"""What is under test: a name and functions over numpy arrays.
+"""Backends under test: a name and functions over numpy arrays.
 
 ``attend`` is enough. The rest is optional; checks that need what a backend lacks are skipped
 and the report says so. This package's own backends are ``cpu()`` and ``metal()``.

@@ -1,4 +1,4 @@
-"""Which cases are run: ``quick()`` in well under a minute, ``long()`` for as long as it takes.
+"""The cases of the suite: ``quick()`` in well under a minute, ``long()`` for as long as it takes.
 
 Groups are named after what they prove. In the quick run the axes of the grid are combined
 pairwise; in the long run the geometry is a full product and the options go round with it.

@@ -1,4 +1,4 @@
-"""What came of asking a backend."""
+"""The outcome of asking a backend."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,1 @@
-"""What ``paged-mlx bench`` measures, and with what."""
+"""The measurements of ``paged-mlx bench``."""

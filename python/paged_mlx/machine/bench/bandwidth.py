@@ -1,4 +1,4 @@
-"""What memory gives at the best: the bandwidth of reading, with nothing else done."""
+"""The highest bandwidth of reading memory, with nothing else done."""
 
 from __future__ import annotations
 

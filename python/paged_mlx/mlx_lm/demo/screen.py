@@ -1,4 +1,4 @@
-"""What the demo shows: a live display on a terminal, lines of text anywhere else."""
+"""The demo's display: live on a terminal, lines of text anywhere else."""
 
 import contextlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the pages of a model hold now, as plain data: what ``/pages`` sends and a page map draws."""
+"""The pages of a model and their content now, as plain data: ``/pages`` sends it, a page map draws it."""
 
 from __future__ import annotations
 
