@@ -18,6 +18,9 @@ from mlx_lm_zoo_configs import TINY  # noqa: E402
 from mlx_vlm.models.cache import make_prompt_cache  # noqa: E402
 from paged_mlx.mlx_lm import enable, explain  # noqa: E402
 
+SHARE_K_AND_V = ("gemma3n",)  # later layers read the state of another's cache, contiguous
+STOCK_ATTENTION = mx.fast.scaled_dot_product_attention
+
 # What a language model asks the whole model's configuration for.
 WHOLE = SimpleNamespace(
     vision_config=SimpleNamespace(spatial_merge_size=2),
@@ -70,9 +73,13 @@ def test_greedy_tokens_are_those_of_mlx_vlms_own_caches(family):
     expected, logits = answer(model)
     assert explain(model).num_paged == len(explain(model).layers)
     with enable(model, page_size=8) as paged:
+        attention = mx.fast.scaled_dot_product_attention
+        assert (attention is STOCK_ATTENTION) == (family not in SHARE_K_AND_V)
         found, ours = answer(model)
         assert found == expected
         assert mx.abs(ours - logits).max() < 1e-4 * mx.abs(logits).max()
-        assert paged.paged_calls == len(model.layers) * 13
+        num_caches = len(make_prompt_cache(model))
+        assert (num_caches == len(model.layers)) == (family not in SHARE_K_AND_V)
+        assert paged.paged_calls == num_caches * 13
         assert paged.gathered_calls == {}
         paged.check()

@@ -428,3 +428,14 @@ def test_functions_imported_before_enable_find_known_prefixes():
         assert paged.prefixes.tokens_reused == 59
         texts = [r.text for r in stream_generate(model, tokenizer, prompt, max_tokens=4)]
         assert "".join(texts) == expected and paged.prefixes.tokens_reused == 2 * 59
+
+
+def test_a_function_imported_before_enable_finds_nothing_and_that_is_said_once(caplog):
+    model, prompt, before = zoo.tiny("llama"), zoo.prompt(40, seed=1), zoo.GENERATE.generate_step
+    with enable(model, page_size=8, prefix_cache=True) as paged:
+        for _ in range(3):
+            list(before(mx.array(prompt), model, max_tokens=2))
+        assert caplog.text.count("a prompt was read from its first token, though") == 1
+        caplog.clear()
+        list(zoo.GENERATE.generate_step(mx.array(prompt), model, max_tokens=2))
+        assert paged.prefixes.tokens_reused > 0 and not caplog.text

@@ -62,6 +62,7 @@ class LayerGroup:
             0,
         ]  # pages in use since nobody used any, and between then and the time before
         self.grows_past_memory = False  # the model has no limit of its own
+        self.caches_attend = False  # the model asks them to, instead of MLX
         self.pools: list[LazyPool] = []
         self._placed: dict[int, LayerPlace] = {}
         self.newest: Step | None = None

@@ -29,16 +29,17 @@ def reading_pages(before):
     """``mx.fast.scaled_dot_product_attention``, reading pages where K and V are ours."""
 
     def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, **options):
-        if type(k) is not GatheredKV or not ATTENTION.is_installed:
+        if type(k) is not GatheredKV or ATTENTION.ours is not scaled_dot_product_attention:
             return before(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
         group = k.source.place.group
         with group.passes.turn:
-            return _attend(before, q, k, v, scale, mask, sinks, options)
+            return attend_handles(before, q, k, v, scale, mask, sinks, options)
 
     return scaled_dot_product_attention
 
 
-def _attend(before, q, k, v, scale, mask, sinks, options):
+def attend_handles(before, q, k, v, scale, mask, sinks, options):
+    """Attention over handles, which the passes' turn is held for; by ``before`` if not by pages."""
     source = source_of(k, v)
     if source is None:
         place, step = k.source.place, k.source.step

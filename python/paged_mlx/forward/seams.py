@@ -20,13 +20,17 @@ class Seam:
         make: Makes ours from what was there before.
         when: While what it is replaced.
         does: What ours does.
+
+    Attributes:
+        ours: The one that is wanted now: another may still be called, where somebody has wrapped it.
+            None: nobody wants any.
     """
 
     def __init__(self, owner, name: str, make, when: str, does: str):
         self.owner, self.name, self.when, self.does = owner, name, when, does
         self._make = make
         self._users = 0
-        self._ours: Any = None
+        self.ours: Any = None
         self._before: Any = None
         self._is_inherited = False
         SEAMS.append(self)
@@ -36,19 +40,27 @@ class Seam:
         """Whether anybody wants it."""
         return self._users > 0
 
+    @property
+    def before(self):
+        """The attribute without ours."""
+        return self._before if self.is_installed else getattr(self.owner, self.name)
+
     def install(self) -> None:
         """Put ours in place, once however often it is asked for."""
         self._users += 1
         if self._users == 1:
             self._is_inherited = self.name not in vars(self.owner)
             self._before = before = getattr(self.owner, self.name)
-            self._ours = functools.wraps(before)(self._make(before))
-            setattr(self.owner, self.name, self._ours)
+            self.ours = functools.wraps(before)(self._make(before))
+            setattr(self.owner, self.name, self.ours)
 
     def uninstall(self) -> None:
         """Undo one ``install``; the last takes ours away."""
         self._users -= 1
-        if not self._users and vars(self.owner).get(self.name) is self._ours:
+        if self._users:
+            return
+        ours, self.ours = self.ours, None
+        if vars(self.owner).get(self.name) is ours:
             if self._is_inherited:
                 delattr(self.owner, self.name)
             else:

@@ -14,10 +14,12 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import create_causal_mask
 
 from paged_mlx.errors import fail, whole_number
-from paged_mlx.forward.gathered import PagedMask
+from paged_mlx.forward.gathered import GatheredKV, PagedMask
 from paged_mlx.forward.group import LayerGroup
+from paged_mlx.forward.hook import ATTENTION, attend_handles
 from paged_mlx.forward.sequence import Sequence
 from paged_mlx.forward.step import Step
+from paged_mlx.mlx_lm.vlm import attending
 
 log = logging.getLogger("paged_mlx")
 
@@ -34,6 +36,8 @@ class PagedKVCache(stock._BaseCache):
     def __new__(cls, group, *args, **options):
         if cls is PagedKVCache:
             cls = PagedFullCache if group.window is None else PagedWindowCache
+        if group.caches_attend:
+            cls = attending(cls, group.passes.model())
         return super().__new__(cls)
 
     def __init__(
@@ -117,6 +121,13 @@ class PagedKVCache(stock._BaseCache):
             must = f"keys must have a batch of {len(self.rows)}, the sequences of the cache"
             fail("update_and_fetch", must, batch)
         self.hold(self.rows[0].family(batch), np.zeros(batch, np.int32))
+
+    def attend(self, queries, keys, values, scale, mask):
+        """Attention over what ``update_and_fetch`` has returned, for a model that has caches attend."""
+        if type(keys) is not GatheredKV:
+            return ATTENTION.before(queries, keys, values, scale=scale, mask=mask)
+        with self.group.passes.turn:
+            return attend_handles(ATTENTION.before, queries, keys, values, scale, mask, None, {})
 
     # What mlx-lm asks
 

@@ -131,6 +131,7 @@ class PagedModel:
         ranks: The ranks that compute the model together.
         has_states: Whether the model has recurrent states, on any rank.
         checkpoint_bytes: Bytes that checkpoints of them may take.
+        caches_attend: Whether the model has its caches attend, as mlx-vlm's do.
         formats: Of K's and V's pages.
     """
 
@@ -197,11 +198,13 @@ class PagedModel:
         for group in self.groups.values():
             group.passes = self.passes
             group.grows_past_memory = not self.is_limited or self.ranks.size > 1
-        found = probe_geometry(self.model, caches, self.layout.places)
+        found, self.caches_attend = probe_geometry(self.model, caches, self.layout.places)
         self.passes.num_layers = len(found)
         for (window, layer), geometry in found.items():
             self.formats.check("enable", geometry[1], geometry[2], page_size)
             self.groups[window].geometry[layer] = geometry
+        for group in self.groups.values():
+            group.caches_attend = self.caches_attend
         self._limit(max_bytes)
         self.prefixes = self.prompts = None
         self._identity: Identity | None = None
@@ -302,7 +305,7 @@ class PagedModel:
         self._make_cache = MakeCache(self)
         self._make_cache.install()
         self._seams.callback(self._make_cache.uninstall)
-        seams = [ATTENTION]
+        seams = [] if self.caches_attend else [ATTENTION]
         of_ranks = [seam_of_ranks(self.model), *STORE_OF_RANKS]
         if Ranks.are_several():
             seams += of_ranks

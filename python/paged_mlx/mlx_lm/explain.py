@@ -1,5 +1,6 @@
 """The layers of a model that read pages, and why the others do not."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -92,13 +93,13 @@ def explain(model: nn.Module) -> Explanation:
     check_model("explain", model)
     paged = PagedModel(model, page_size=8, num_pages=1, retain=None, alone=True)
     paged.passes.computes = False
-    ATTENTION.install()  # the model itself is left as it is: another thread may use it
-    try:
+    with ExitStack() as seams:  # the model itself is left as it is: another thread may use it
+        if not paged.caches_attend:
+            ATTENTION.install()
+            seams.callback(ATTENTION.uninstall)
         cache = paged.make_cache()
         for tokens in (4, 1):
             model(mx.zeros((1, tokens), mx.int32), cache=cache)
-    finally:
-        ATTENTION.uninstall()
     in_use = paged_model_of(model)
     routes = list(_routes(paged, in_use, paged.layout.places, ""))
     family = type(model).__module__.removeprefix("mlx_lm.models.")

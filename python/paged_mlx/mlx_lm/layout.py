@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as stock
 
 from paged_mlx.forward.group import geometry_of
+from paged_mlx.mlx_lm.vlm import attending
 
 log = logging.getLogger("paged_mlx")
 
@@ -95,24 +96,35 @@ class GeometryProbe(stock.KVCache):
         super().__init__()
         self._place = place
         self._found = found
+        self.has_attended = False
 
     def update_and_fetch(self, keys, values):
         self._found[self._place.window, self._place.layer] = geometry_of(keys, values)
         self.keys, self.values = keys, values
         return keys, values
 
+    def attend(self, queries, keys, values, scale, mask):
+        self.has_attended = True
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
-def probe_geometry(model, caches, places) -> dict:
-    """What each layer writes: {(window, layer): geometry}.
+
+def probe_geometry(model, caches, places) -> tuple[dict, bool]:
+    """What each layer writes, {(window, layer): geometry}, and whether all have their caches attend.
 
     Builds the graph of one token and evaluates nothing. A model that cannot be called
     this way has an empty answer: then each layer gets a pool of its own, when it writes.
     """
     found: dict[tuple, tuple] = {}
-    probes = build(places, caches, lambda place: GeometryProbe(place, found))
+    probes: list[GeometryProbe] = []
+
+    def probe(place):
+        probes.append(attending(GeometryProbe, model)(place, found))
+        return probes[-1]
+
     try:
-        model(mx.zeros((1, 1), mx.int32), cache=probes)
+        model(mx.zeros((1, 1), mx.int32), cache=build(places, caches, probe))
     except Exception as error:
         log.debug("the layers of %s are not known beforehand: %s", type(model).__name__, error)
-        return {}
-    return found
+        return {}, False
+    num_attended = sum(probe.has_attended for probe in probes)
+    return found, num_attended > 0 and num_attended == len(model.layers)

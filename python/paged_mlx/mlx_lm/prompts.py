@@ -56,6 +56,7 @@ class Prompts:
         self.prefixes = paged.prefixes
         self._page_size = next(iter(paged.groups.values())).page_size
         self._padding_is_seen = None
+        self._has_warned = False
 
     def call(self, tokens, options: dict) -> "Call":
         """A call of the model with ``tokens`` and, among others, ``cache``; a context manager."""
@@ -79,6 +80,8 @@ class Prompts:
         width = call.tokens.shape[1]
         read = call.tokens.tolist() if width > self._page_size else None
         may_remember = read is not None and self._may_remember(call)
+        if read is not None and may_remember and not self.prefixes.tokens_asked:
+            self._warn_of_known(call, read)
         for row, (sequence, start, count) in enumerate(call.rows):
             history = sequence.history
             if not len(history):
@@ -95,6 +98,21 @@ class Prompts:
                 if len(history) == start + count:
                     tokens = history.first(start + count)
                     self.prefixes.remember(tokens, call.prompt_cache, row)
+
+    def _warn_of_known(self, call: "Call", read: list) -> None:
+        """Say so, once, where prompts are read whose beginnings nobody has looked for."""
+        for row, (sequence, start, count) in enumerate(call.rows):
+            if start or self._has_warned or self.paged.ranks.size > 1:
+                continue
+            known = self.prefixes.known(read[row][:count], sequence.history.keys)
+            if known >= self._page_size:
+                self._has_warned = True
+                log.warning(
+                    "a prompt was read from its first token, though %d are cached: functions of "
+                    "mlx-lm imported by name before enable do not look; import them after it, or "
+                    "use PagedModel.begin",
+                    known,
+                )
 
     def _may_remember(self, call: "Call") -> bool:
         counts = {count for _, _, count in call.rows}
