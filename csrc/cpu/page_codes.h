@@ -139,23 +139,27 @@ void narrow(DType dtype, const float* from, int n, void* to) {
   }
 }
 
-// The Walsh-Hadamard transform of each `size` of n elements, which is its own inverse.
+// The Walsh-Hadamard transform of each `size` of n elements, which is its own inverse. Sizes are
+// multiples of 4.
 void rotate(float* row, int n, int size) {
-  for (int first = 0; first < n; first += size) {
-    float* const x = row + first;
-    for (int h = 1; h < size; h *= 2) {
-      for (int i = 0; i < size; i += 2 * h) {
-        for (int j = i; j < i + h; j++) {
-          const float a = x[j], b = x[j + h];
-          x[j] = a + b;
-          x[j + h] = a - b;
-        }
+  const Vec4 odd = {1, -1, 1, -1}, high = {1, 1, -1, -1};
+  for (int i = 0; i < n; i += 4) { // pairs one apart, then two apart
+    Vec4 x = load4(row + i);
+    x = x * odd + __builtin_shufflevector(x, x, 1, 0, 3, 2);
+    store4(row + i, x * high + __builtin_shufflevector(x, x, 2, 3, 0, 1));
+  }
+  for (int h = 4; h < size; h *= 2) {
+    for (int i = 0; i < n; i += 2 * h) {
+      for (int j = i; j < i + h; j += 4) {
+        const Vec4 a = load4(row + j), b = load4(row + j + h);
+        store4(row + j, a + b);
+        store4(row + j + h, a - b);
       }
     }
-    const float scale = float(1.0 / __builtin_sqrt(double(size)));
-    for (int i = 0; i < size; i++) {
-      x[i] *= scale;
-    }
+  }
+  const float scale = float(1.0 / __builtin_sqrt(double(size)));
+  for (int i = 0; i < n; i++) {
+    row[i] *= scale;
   }
 }
 

@@ -47,10 +47,10 @@ __attribute__((noinline)) void raise_maxima(float unit, int rows, const float* s
   }
 }
 
-// Phase 2: scores of the block become weights.
-template <int kRows, typename PrefetchRow>
-PAGED_MLX_INLINE void soften(float unit, float* scores, float* most, float* sums, float* acc,
-                             int acc_stride, PrefetchRow prefetch_row) {
+// The same for kRows rows, if any has a score above its maximum.
+template <int kRows>
+PAGED_MLX_INLINE void raise_if_higher(float unit, const float* scores, float* most, float* sums,
+                                      float* acc, int acc_stride) {
   bool higher = false;
   for (int r = 0; r < kRows; r++) {
     Vec top = load(scores + r * kBlockKeys);
@@ -62,6 +62,12 @@ PAGED_MLX_INLINE void soften(float unit, float* scores, float* most, float* sums
   if (higher) {
     raise_maxima(unit, kRows, scores, most, sums, acc, acc_stride);
   }
+}
+
+// Phase 2: scores of the block, none of them above its row's maximum, become weights.
+template <int kRows, typename PrefetchRow>
+PAGED_MLX_INLINE void weigh(float unit, float* scores, const float* most, float* sums,
+                            PrefetchRow prefetch_row) {
   for (int r = 0; r < kRows; r++) {
     const Vec base = splat(most[r] == kNegInf ? 0.0f : most[r]);
     Vec total = load(sums + r * kLanes);
@@ -148,13 +154,16 @@ __attribute__((noinline)) void attend_block(const TilePass& pass, const Block& b
     }
   }
   const Values<T> values = find_values<T>(job, block, head_row, ahead);
-  soften<kRows>(exponent_unit(job), scores, state.most + first_row, state.sums + first_row * kLanes,
-                acc, pass.acc_stride, [&](int i) __attribute__((always_inline)) {
-                  if constexpr (kAhead) {
-                    const int bytes = job.v_head_dim * sizeof(T);
-                    prefetch_range(values.lines[0], i * bytes, (i + 1) * bytes);
-                  }
-                });
+  const float unit = exponent_unit(job);
+  float* const most = state.most + first_row;
+  float* const sums = state.sums + first_row * kLanes;
+  raise_if_higher<kRows>(unit, scores, most, sums, acc, pass.acc_stride);
+  weigh<kRows>(unit, scores, most, sums, [&](int i) __attribute__((always_inline)) {
+    if constexpr (kAhead) {
+      const int bytes = job.v_head_dim * sizeof(T);
+      prefetch_range(values.lines[0], i * bytes, (i + 1) * bytes);
+    }
+  });
   if (hides) {
     add_seen_values<X, kRows>(values, block, job.v_head_dim, seen, scores, acc, pass.acc_stride);
   } else {

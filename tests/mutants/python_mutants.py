@@ -7,8 +7,8 @@ _FAULTS = {
     "formats/open_pages.py": [
         (
             "an open page is read as a sealed one",
-            "np.where(slots >= 0, first + slots, tables)",
-            "np.where(slots < _UNKNOWN, first + slots, tables)",
+            "np.where(slots >= 0, len(self._slot) + slots, tables)",
+            "np.where(slots < _UNKNOWN, len(self._slot) + slots, tables)",
             "quantised_pool.pages_read_as_the_oracle_quantises_them",
         ),
         (

@@ -128,16 +128,16 @@ class OpenPages:
         """The slot of an open page."""
         return int(self._slot[page_id])
 
-    def kernel_ids(self, tables: np.ndarray, num_pages: int | None = None) -> np.ndarray:
-        """Block tables as kernels read them: an open page is ``num_pages + slot``.
+    def slots_of(self, page_ids: np.ndarray) -> np.ndarray:
+        """The slots of those that are open."""
+        slots = self._slot[page_ids]
+        return slots[slots >= 0]
 
-        Args:
-            num_pages: Of the arrays that are read; None: the pages that the pool has by now.
-        """
+    def kernel_ids(self, tables: np.ndarray) -> np.ndarray:
+        """Block tables as kernels read them: an open page is ``num_pages + slot``."""
         inside = (tables >= 0) & (tables < len(self._slot))
         slots = np.where(inside, self._slot[np.where(inside, tables, 0)], _SEALED)
-        first = len(self._slot) if num_pages is None else num_pages
-        return np.where(slots >= 0, first + slots, tables).astype(np.int32)
+        return np.where(slots >= 0, len(self._slot) + slots, tables).astype(np.int32)
 
     def unknown(self, page_ids: np.ndarray) -> np.ndarray:
         """Which of some pages nothing was written to; ids outside the pool are known."""

@@ -80,30 +80,24 @@ class LazyPool(PagePool):
             arrays[:] = mx.depends(arrays, others)
 
     def bring(self, layer: int, part: "PartOfBranch", step) -> None:
-        """Write what a branch has in the pages of a step, in memory that was taken since."""
-        written = step.slots[step.slots >= 0]
-        page_ids = np.unique(written // self.page_size)
-        if not self.formats.are_dense:
-            k, v = self._pages_of(part.versions[layer], page_ids)
-            places = np.searchsorted(page_ids, written // self.page_size), written % self.page_size
-            k, v = (x[mx.array(places[0]), :, mx.array(places[1])] for x in (k, v))
-            self.write(layer, k.astype(self.dtype), v.astype(self.dtype), written)
-            return
-        slots = (page_ids[:, None] * self.page_size + np.arange(self.page_size)).ravel()
-        pages = mx.array(page_ids)
-        k, v = (x[pages].swapaxes(1, 2).flatten(0, 1) for x in part.versions[layer])
-        self.write(layer, k.astype(self.dtype), v.astype(self.dtype), slots.astype(np.int32))
-
-    def _pages_of(self, arrays: list[mx.array], page_ids: np.ndarray) -> tuple:
-        """K and V of pages in some version of a layer, ``[pages, heads, page_size, dim]``."""
-        tables = page_ids[:, None].astype(np.int32)
-        if self.open_pages is not None:
-            tables = self.open_pages.kernel_ids(tables, arrays[0].shape[0])
-        lens = mx.full((len(page_ids),), self.page_size, mx.int32)
-        k, v, *_ = operations.gather_pages(
-            arrays, mx.array(tables), lens, self.page_size, stream=self.stream, **self.told
-        )
-        return k, v
+        """Have the pages of a step as a branch has them in memory that was taken since, bit for bit
+        where the dtype is the same."""
+        page_ids = np.unique(step.slots[step.slots >= 0] // self.page_size)
+        arrays, versions, places = self.state[layer], part.versions[layer], page_ids
+        for i in range(0, len(arrays), 2):
+            if self.open_pages is not None and i == len(arrays) - 2:  # those of open pages
+                places = self.open_pages.slots_of(page_ids)
+            rows = mx.array(places.astype(np.int32))
+            pairs = zip(arrays[i : i + 2], versions[i : i + 2])
+            pages, found = zip(
+                *((_as_rows(x, self), _as_rows(y[rows].astype(x.dtype), self)) for x, y in pairs)
+            )
+            written = operations.write_pages(
+                [x[:, :, 0] for x in found], list(pages), rows, alias=True, stream=self.stream
+            )
+            arrays[i : i + 2] = [
+                x.view(y.dtype).reshape(y.shape) for x, y in zip(written, arrays[i : i + 2])
+            ]
 
     def before_append(self, page_ids) -> None:
         """Quantise the pages that are full, unless another thread may read them as they are."""
@@ -264,6 +258,11 @@ class PartOfBranch:
     waiting: dict
     handles: Any
     memory: mx.array
+
+
+def _as_rows(array: mx.array, pool: PagePool) -> mx.array:
+    """An array of pages, of whatever it holds, as one dense token of one head for each page."""
+    return array.view(pool.dtype).reshape(len(array), 1, 1, -1)
 
 
 def _by_token(x: mx.array, pool: PagePool) -> mx.array:
