@@ -44,8 +44,11 @@ def environment(folder: str) -> None:
     mark = unfinished(folder)
     killed = mark.exists() and mark.read_text() == "environment"
     if killed or not (Path(folder) / "pyvenv.cfg").exists():
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text("environment")
+        try:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text("environment")
+        except OSError as error:
+            sys.exit(f"{mark.parent.absolute()} must be a folder that can be written: {error}")
         run([sys.executable, "-m", "venv", *(["--clear"] if killed else []), folder], "environment")
 
 

@@ -43,6 +43,12 @@ def test_an_environment_that_there_is_keeps_what_is_in_it(install, monkeypatch, 
     assert install.unfinished(str(tmp_path)).read_text() == "cli"
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(install, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file must be a folder that can be written: "):
+        install.environment(str(tmp_path / "file" / ".venv"))
+
+
 def test_packages_that_a_killed_run_left_in_part_are_put_in_place_again(
     install, monkeypatch, tmp_path
 ):
