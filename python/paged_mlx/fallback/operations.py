@@ -125,7 +125,7 @@ def write_pages(tokens, pages, slot_mapping, *, alias=False, formats=(None, None
 
 
 @on_stream
-def seal_pages(sources, pages, pairs, *, rotated, formats):
+def seal_pages(sources, pages, pairs, formats, *, rotated=True):
     """The arrays of each layer, with dense pages quantised into them: all layers at once.
 
     Args:
