@@ -153,7 +153,7 @@ def test_pages_given_back_are_named_when_no_window_hides_them(step):
 
 def test_what_is_public_says_its_state(step):
     layer, slots = step.pool[1], step.pool.slots([3, 9])
-    assert repr(layer).startswith("PoolLayer(1 of PagePool(2 layers, 16 pages of 4 tokens")
+    assert repr(layer).startswith("PoolLayer(1 of PagePool(2 layers, 4 of 16 pages of 4 tokens")
     assert repr(slots) == "SlotMapping(2 tokens, slots of 64)"
     assert repr(layer[0]).startswith("PoolPageBlock(page_id=0, tokens_stored=0, max_tokens=4")
     assert repr(PageAllocator(4, PAGE)) == "PageAllocator(4 pages of 4, 0 used)"
