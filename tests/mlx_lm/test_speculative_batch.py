@@ -275,7 +275,8 @@ def test_prompts_come_and_go_at_any_time_and_pages_go_with_them():
         assert len(generator.next()) == 1
 
 
-def test_a_known_beginning_is_reused_and_a_rollback_copies_no_page():
+@pytest.mark.parametrize("page_size", [8, 5])  # of a step's tokens, and of fewer
+def test_a_known_beginning_is_reused_and_a_rollback_copies_no_page(page_size):
     # Rows join at every step, while others have rejected drafts in full pages.
     model, draft, common = zoo.tiny("llama"), alike("llama"), zoo.prompt(40, seed=1)
     prompts = [common + zoo.prompt(n, seed=n) for n in (3, 12, 7, 5, 9, 2, 11, 4)]
@@ -287,7 +288,7 @@ def test_a_known_beginning_is_reused_and_a_rollback_copies_no_page():
         copy(self, pairs)
 
     with (
-        enable(model, page_size=8, prefix_cache=True) as paged,
+        enable(model, page_size=page_size, prefix_cache=True) as paged,
         SpeculativeBatchGenerator(model, draft, num_draft_tokens=7) as generator,
         mock.patch.object(PagePool, "copied", counted),
     ):

@@ -31,6 +31,7 @@ class PagedKVCache(stock._BaseCache):
     the group has a window: for mlx-lm the kind that the stock cache is.
     """
 
+    reads_drafts = False  # whether tokens are likely to be taken back: nobody is to begin with them
     batched = False  # whether K and V come back as those of mlx-lm's batch caches do
 
     def __new__(cls, group, *args, **options):

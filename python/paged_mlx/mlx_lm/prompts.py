@@ -73,12 +73,12 @@ class Prompts:
             return Call(self, None, prompt_cache, [])
         first = layers[0]
         rows = zip(first.rows, first.lens.tolist(), first.counts(tokens.shape[1]))
-        return Call(self, tokens, prompt_cache, list(rows))
+        return Call(self, tokens, prompt_cache, list(rows), first.reads_drafts)
 
     def note(self, call: "Call") -> None:
         """Note a call that has come to its end."""
-        width = call.tokens.shape[1]
-        read = call.tokens.tolist() if width > self._page_size else None
+        is_prompt = call.tokens.shape[1] > self._page_size and not call.reads_drafts
+        read = call.tokens.tolist() if is_prompt else None
         may_remember = read is not None and self._may_remember(call)
         if read is not None and may_remember and not self.prefixes.tokens_asked:
             self._warn_of_known(call, read)
@@ -146,8 +146,8 @@ class Prompts:
 class Call:
     """One call of a model; rows are (sequence, tokens it holds, tokens that are new)."""
 
-    def __init__(self, prompts: Prompts, tokens, prompt_cache, rows: list):
-        self._prompts = prompts
+    def __init__(self, prompts: Prompts, tokens, prompt_cache, rows: list, reads_drafts=False):
+        self._prompts, self.reads_drafts = prompts, reads_drafts
         self.tokens, self.prompt_cache, self.rows = tokens, prompt_cache, rows
 
     def __enter__(self):

@@ -439,6 +439,8 @@ class BatchCache:
         for cache, other in zip(self._cache, batch):
             cache.extend(other)
         self._cache = self._cache or batch
+        for layer in layers_of(self._cache):
+            layer.reads_drafts = True
 
     def keep(self, rows: list[int]) -> None:
         self._cache = self._cache if rows else []
