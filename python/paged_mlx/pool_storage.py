@@ -8,7 +8,8 @@ from paged_mlx._native import _ext
 from paged_mlx.errors import OutOfPages, fail
 from paged_mlx.formats.page_format import ArraySpec
 
-MOST_PAGES = 1 << 24  # that a pool has addresses for; with more it is copied as it grows
+# A pool has addresses for so many pages and bytes at most; beyond them it is copied as it grows.
+MOST_PAGES, MOST_BYTES = 1 << 24, 1 << 43
 Arrays = list[list[mx.array]]  # of each layer: K's, V's, then those of open pages
 
 
@@ -54,7 +55,7 @@ class PoolStorage:
         self.open_nbytes = num_layers * sum(spec.nbytes for spec in open_specs)
         nbytes = num_pages * self.page_nbytes + self.num_open * self.open_nbytes
         _need("PagePool", nbytes, memory_limit)
-        self._most_pages = min(2 * memory_limit // self.page_nbytes, MOST_PAGES)
+        self._most_pages = min(min(2 * memory_limit, MOST_BYTES) // self.page_nbytes, MOST_PAGES)
         self.base: Arrays = [self._memory(num_pages, self.num_open) for _ in range(num_layers)]
         try:  # running out of memory shows here and nowhere later
             mx.eval(self.base)

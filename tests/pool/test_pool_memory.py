@@ -287,6 +287,19 @@ def test_memory_of_a_pool_is_touched_when_it_is_used():
 
 @pytest.mark.native
 @on_linux_alone
+def test_a_pool_without_a_limit_leaves_addresses_to_others():
+    def addresses():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+
+    before = addresses()
+    pool = PagePool(8, 2, 64, 16, 512, memory_limit=2**60)
+    assert 2**42 < addresses() - before < 2**44
+    assert pool.num_pages == 2
+
+
+@pytest.mark.native
+@on_linux_alone
 @pytest.mark.parametrize("fill", [0.0, -1.5])
 def test_pages_stay_where_they_are_when_a_pool_grows_and_shrinks(fill):
     pool = make_pool(num_pages=300, fill=fill)  # of more than a page of the machine's memory
