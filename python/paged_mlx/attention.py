@@ -10,7 +10,7 @@ import numpy as np
 
 from paged_mlx import fast
 from paged_mlx.attention_plan import AttentionPlan
-from paged_mlx.errors import fail, kind_of
+from paged_mlx.errors import check_flag, fail, kind_of
 from paged_mlx.host_arrays import Ints, host_ints
 from paged_mlx.options import check_array
 from paged_mlx.pages.block_table import pack
@@ -108,6 +108,8 @@ def paged_attention(
     """
     if not isinstance(query, mx.array):
         check_array(_OP, "query", query)
+    if return_lse is not False and return_lse is not True:
+        return_lse = check_flag(_OP, "return_lse", return_lse)
     if not isinstance(page_tables, (list, tuple)):
         fail(
             _OP,
@@ -169,6 +171,8 @@ def _check_blocks(page_tables: Sequence[PageTable], blocks: Mapping[int, PageBlo
     for page_id, block in blocks.items():
         if not isinstance(block, PageBlock):
             fail(_OP, f"page_blocks[{page_id}] must be a PageBlock", kind_of(block))
+        check_array(_OP, f"page_blocks[{page_id}].key_data", block.key_data)
+        check_array(_OP, f"page_blocks[{page_id}].value_data", block.value_data)
         shapes = block.key_data.shape, block.value_data.shape
         first = shapes if first is None else first
         if shapes != first or len(shapes[0]) != 3:

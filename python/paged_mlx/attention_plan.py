@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx._native import _ext
-from paged_mlx.errors import fail, kind_of, whole_number
+from paged_mlx.errors import check_flag, fail, kind_of, whole_number
 from paged_mlx.formats.page_format import PageFormats, page_nbytes
 from paged_mlx.host_arrays import Ints, host_ints, optional_ints
 from paged_mlx.machine import thresholds
@@ -84,8 +84,7 @@ class PlanOptions(NamedTuple):
             if getattr(self, name) is not None:
                 whole_number(op, name, getattr(self, name), 1)
         for name in ("causal", "share_prefixes"):
-            if not isinstance(getattr(self, name), bool):
-                fail(op, f"{name} must be True or False", repr(getattr(self, name)))
+            check_flag(op, name, getattr(self, name))
 
 
 class AttentionPlan:
@@ -260,9 +259,14 @@ class AttentionPlan:
         Raises:
             ValueError: It does not agree.
         """
-        if not causal and self.causal:
+        if causal is not True and not check_flag(op, "causal", causal) and self.causal:
             fail(op, "causal must be what the plan was made for (True)", causal)
-        if sliding_window is not None and sliding_window != self.sliding_window:
+        if sliding_window is not None and (
+            type(sliding_window) is not int or sliding_window != self.sliding_window
+        ):
+            sliding_window = whole_number(op, "sliding_window", sliding_window, 1)
+            if sliding_window == self.sliding_window:
+                return
             must = f"sliding_window must be what the plan was made for ({self.sliding_window})"
             fail(op, must, sliding_window)
 
@@ -351,12 +355,12 @@ def make_plan(
         num_q_heads=geometry.num_q_heads,
         num_kv_heads=geometry.num_kv_heads,
         page_size=geometry.page_size,
-        causal=options.causal,
+        causal=bool(options.causal),
         sliding_window=options.sliding_window or 0,
         dtype=geometry.dtype,
         head_dim=geometry.head_dim,
         v_head_dim=geometry.v_head_dim,
-        share_prefixes=options.share_prefixes,
+        share_prefixes=bool(options.share_prefixes),
         fixed_partition=options.fixed_partition or 0,
         workers=options.workers or 0,
         kernels=options.kernels,

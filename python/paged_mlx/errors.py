@@ -8,7 +8,10 @@ changed nothing.
 from __future__ import annotations
 
 import operator
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import numpy as np
 
 MAX_INT32 = 2**31 - 1
 
@@ -63,3 +66,52 @@ def whole_number(
     if number > maximum:
         fail(function, f"{name} must be at most {maximum}", number)
     return number
+
+
+def check_flag(function: str, name: str, value: object) -> bool:
+    """Return ``value`` as a bool.
+
+    Raises:
+        ValueError: It is none, nor a bool of numpy.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        fail(function, f"{name} must be True or False", kind_of(value))
+    return bool(value)
+
+
+def check_kind(function: str, name: str, value: object, kind: type) -> None:
+    """Refuse what is no ``kind``.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(value, kind):
+        fail(function, f"{name} must be a {kind.__name__}", kind_of(value))
+
+
+def as_list(function: str, name: str, values: Iterable[Any], of: str) -> list[Any]:
+    """Return ``values`` as a list.
+
+    Args:
+        of: What they are, for the message.
+
+    Raises:
+        ValueError: They cannot be listed.
+    """
+    try:
+        return list(values)
+    except (TypeError, ValueError):  # ValueError: an mx.array without a dimension
+        fail(function, f"{name} must be a sequence of {of}", kind_of(values))
+
+
+def holders(function: str, name: str, values: Iterable[Any], of: str) -> list[Any]:
+    """``as_list`` of what holds pages: tables, caches.
+
+    Raises:
+        ValueError: One of them holds none.
+    """
+    listed = as_list(function, name, values, of)
+    for value in listed:
+        if not hasattr(value, "page_ids"):
+            fail(function, f"{name} must be a sequence of {of}", f"{kind_of(value)} in it")
+    return listed

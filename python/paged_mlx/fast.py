@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from paged_mlx import operations
 from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
-from paged_mlx.errors import fail
+from paged_mlx.errors import check_flag, fail
 from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.formats.raw_pages import Pages, head_dim_of, layer_of, sides
 from paged_mlx.host_arrays import (
@@ -26,7 +26,7 @@ from paged_mlx.host_arrays import (
     pair_array,
     slot_array,
 )
-from paged_mlx.options import AttentionOptions, Geometry, check_array
+from paged_mlx.options import AttentionOptions, Geometry, check_array, check_stream
 from paged_mlx.pages.block_table import PackedTables
 from paged_mlx.pages.page_map import NO_PAGE
 
@@ -113,6 +113,7 @@ def plan(
     )
     geometry.check("plan")
     options.check("plan")
+    check_stream("plan", stream)
     return make_plan("plan", tables, geometry, options, previous)
 
 
@@ -241,6 +242,8 @@ def paged_attention(
         (1, 4, 64)
     """
     op = "paged_attention"
+    if return_lse is not False and return_lse is not True:
+        return_lse = check_flag(op, "return_lse", return_lse)
     options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
     pages, formats = layer_of(op, k_pages, v_pages, k_format, v_format)
     if plan is None:

@@ -59,7 +59,7 @@ def proven(
                             known,
                         )
                 return native(*arguments, stream=stream, **options)
-            except (AttributeError, TypeError):
+            except (AttributeError, TypeError, ValueError):
                 check(*arguments)
                 check_stream(name, stream)
                 raise

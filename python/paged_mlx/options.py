@@ -5,6 +5,7 @@ The public functions build them from their keywords; everything below takes them
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -120,8 +121,10 @@ def check_number(op: str, name: str, value: object) -> None:
     Raises:
         ValueError: It is none; a bool is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        fail(op, f"{name} must be a number, or None", kind_of(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        fail(op, f"{name} must be a number", kind_of(value))
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        fail(op, f"{name} must be a number that a float can hold", "a larger one")
 
 
 def has_kernel(head_dim: int) -> bool:

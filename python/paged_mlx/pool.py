@@ -8,9 +8,10 @@ nothing is ever copied (docs/design.md, "Linear versions").
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import mlx.core as mx
 import numpy as np
@@ -18,22 +19,38 @@ import numpy as np
 from paged_mlx import operations
 from paged_mlx._native import _ext
 from paged_mlx.attention_plan import AttentionPlan, PlanOptions, make_plan, runs_kernels
-from paged_mlx.errors import MAX_INT32, fail, kind_of, whole_number
+from paged_mlx.errors import (
+    MAX_INT32,
+    as_list,
+    check_flag,
+    check_kind,
+    fail,
+    holders,
+    kind_of,
+    whole_number,
+)
 from paged_mlx.formats.open_pages import OpenPages, Split
 from paged_mlx.formats.page_format import PageFormats, open_arrays, page_arrays, sides_of
 from paged_mlx.host_arrays import Ints, gather_inputs, host_ints, pair_array, slot_array
 from paged_mlx.machine.first_use import Known
+from paged_mlx.machine.memory import MAX_BYTES, pages_within
 from paged_mlx.machine.memory import memory_limit as default_memory_limit
-from paged_mlx.machine.memory import pages_within
-from paged_mlx.options import AttentionOptions, Geometry, check_array, check_head_dim, check_number
+from paged_mlx.options import (
+    AttentionOptions,
+    Geometry,
+    check_array,
+    check_head_dim,
+    check_number,
+    check_stream,
+)
+from paged_mlx.pages.append import Appended
 from paged_mlx.pages.block_table import BlockTable, PackedTables
 from paged_mlx.pages.canary import Canary
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.pool_map import PoolMap, page_figures
-from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.table import PageTable, maps_of
 from paged_mlx.pool_storage import PoolStorage
 
-MAX_BYTES = 2**63 - 1
 MOST_PLANS = 16  # that a pool remembers, one for each kind of layer
 
 # What allocators and this package call, and no program.
@@ -113,8 +130,9 @@ class PagePool:
         memory_limit: int | None = None,
         stream: mx.Stream | mx.Device | None = None,
     ):
+        num_kv_heads = whole_number("PagePool", "num_kv_heads", num_kv_heads, 1)
         geometry = Geometry(
-            whole_number("PagePool", "num_kv_heads", num_kv_heads, 1),
+            num_kv_heads,
             num_kv_heads,
             whole_number("PagePool", "page_size", page_size, 1),
             check_head_dim("PagePool", "head_dim", head_dim),
@@ -127,14 +145,16 @@ class PagePool:
         geometry.check("PagePool")
         self.num_layers = whole_number("PagePool", "num_layers", num_layers, 1)
         num_pages = whole_number("PagePool", "num_pages", num_pages, 1)
-        for name, value in (("fill", fill), ("wipe_freed", wipe_freed)):
-            if value is not None:
-                check_number("PagePool", name, value)
+        check_number("PagePool", "fill", fill)
+        if wipe_freed is not None:
+            check_number("PagePool", "wipe_freed", wipe_freed)
+        canary = check_flag("PagePool", "canary", canary)
+        check_stream("PagePool", stream)
         if geometry.formats.rotate and fill:  # NaN is true
             if fill == fill:
                 fail("PagePool", 'fill must be 0 or NaN for v_format="q4"', fill)
-        if allocator is not None and not isinstance(allocator, PageAllocator):
-            fail("PagePool", "allocator must be a PageAllocator", kind_of(allocator))
+        if allocator is not None:
+            check_kind("PagePool", "allocator", allocator, PageAllocator)
         if memory_limit is None:
             memory_limit = default_memory_limit()
         self.page_size = geometry.page_size
@@ -258,13 +278,17 @@ class PagePool:
         """Drop the pages with ids from ``num_pages`` on and give their memory back.
 
         Raises:
-            ValueError: ``num_pages`` is not in [1, the pages there are].
+            ValueError: ``num_pages`` is not in [1, the pages there are], or less than its
+                allocator has.
         """
         num_pages = whole_number("PagePool.shrink", "num_pages", num_pages)
         if not 1 <= num_pages <= self.num_pages:
             fail("PagePool.shrink", f"num_pages must be in [1, {self.num_pages}]", num_pages)
         if self._owns_allocator and not self.allocator.num_used:
             self.allocator.detach(self)  # the next one has as many pages as there will be
+        if self._allocator is not None and num_pages < self._allocator.total_pages:
+            must = "num_pages must be at least the allocator's total_pages: have that shrink"
+            fail("PagePool.shrink", must, f"{num_pages} of {self._allocator.total_pages}")
         if num_pages < self.num_pages:
             self._storage.shorten(self.state, num_pages)
             if self.open_pages is not None:
@@ -408,6 +432,19 @@ class PagePool:
             layer = self._layer_index(layer)
         return PoolLayer(self, layer)
 
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def __iter__(self) -> Iterator[PoolLayer]:
+        """The layers, in order."""
+        return (PoolLayer(self, layer) for layer in range(self.num_layers))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str):
+            hint = f": use pool[layer].{name}" if name in ("attend", "gather") else ""
+            raise AttributeError(f"PagePool has no attribute {name!r}{hint}")
+
     def write(self, layer: int, k: mx.array, v: mx.array, slot_mapping: Ints | SlotMapping) -> None:
         """``pool[layer].write(k, v, slot_mapping)``."""
         self[layer].write(k, v, slot_mapping)
@@ -430,8 +467,11 @@ class PagePool:
         if isinstance(slot_mapping, SlotMapping):
             if slot_mapping.num_slots > num_slots:
                 must = f"slot_mapping must be for at most {num_slots} slots"
-                fail("PagePool.write", must, slot_mapping.num_slots)
+                fail("write", must, slot_mapping.num_slots)
             return slot_mapping
+        if isinstance(slot_mapping, Appended):
+            must = "slot_mapping must be slots: give appended.slots"
+            fail("write", must, "all that the append returned")
         made = SlotMapping(slot_mapping, self._storage.base[0][0])
         if self.open_pages is not None:
             made.split = self._split(made)
@@ -445,14 +485,14 @@ class PagePool:
                 'slot_mapping must be known when the step is built, because k_format="q4" writes '
                 "to open pages: append and write outside of mx.compile"
             )
-            fail("PagePool.write", must, "a traced array")
+            fail("write", must, "a traced array")
         pages, counts = np.unique(
             slots.values[slots.values >= 0] // self.page_size, return_counts=True
         )
         if self.open_pages.unknown(pages).any():  # nobody appended: this is the step's beginning
             self.before_append(pages.tolist())
             self._take_in(dict(zip(pages.tolist(), counts.tolist())))
-        return self.open_pages.split("PagePool.write", slots.values)
+        return self.open_pages.split("write", slots.values)
 
     def check_tokens(self, k: mx.array, v: mx.array, slots: SlotMapping) -> None:
         """Refuse tokens that are not one for each slot, of this pool's sizes.
@@ -461,13 +501,13 @@ class PagePool:
             ValueError: The message says which.
         """
         for name, x, dim in (("k", k, self.head_dim), ("v", v, self.v_head_dim)):
-            check_array("PagePool.write", name, x)
+            check_array("write", name, x)
             shape = (slots.array.size, self.num_kv_heads, dim)
             if x.shape != shape:
                 must = f"{name} must have shape [tokens, num_kv_heads, head_dim] = {list(shape)}"
-                fail("PagePool.write", must, x.shape)
+                fail("write", must, x.shape)
             if x.dtype != self.dtype:
-                fail("PagePool.write", f"{name} must have the pool's dtype, {self.dtype}", x.dtype)
+                fail("write", f"{name} must have the pool's dtype, {self.dtype}", x.dtype)
 
     def plan_packed(
         self,
@@ -546,8 +586,8 @@ class PagePool:
                 return []
             held, counts = self._allocator.evictors.held, self._allocator.counts
             page_ids = [p for p in held if counts[p] == 1 and open_pages.is_open(p)]
-        wanted = []
-        for page_id in page_ids:
+        wanted: list[tuple[int, int, int]] = []
+        for page_id in as_list("PagePool.seal", "page_ids", page_ids, "page ids"):
             page_id = whole_number("PagePool.seal", "page_id", page_id, 0, self.num_pages - 1)
             if not open_pages.is_open(page_id):
                 fail("PagePool.seal", "page_ids must be open pages", page_id)
@@ -769,8 +809,13 @@ class PagePool:
             22......
             8 pages of 4 tokens: 2 in use (2 shared, 0 cached alone), 6 free
         """
+        maps_of("PagePool.map", tables := as_list("PagePool.map", "tables", tables, "PageTables"))
         named = [(f"sequence {i}", table) for i, table in enumerate(tables)]
-        cached = [page_id for cache in caches for page_id in cache.page_ids]
+        cached = [
+            page_id
+            for cache in holders("PagePool.map", "caches", caches, "PrefixCaches")
+            for page_id in cache.page_ids
+        ]
         form = None if self.formats.are_dense else str(self.formats)
         dense = () if self.open_pages is None else self.open_pages.page_ids
         return PoolMap(page_figures(self.allocator, named, cached, form, dense))
@@ -785,7 +830,8 @@ class PagePool:
         Raises:
             AssertionError: They do not; the message names the difference.
         """
-        held = list(tables or ())
+        held = [] if tables is None else holders("PagePool.check", "tables", tables, "PageTables")
+        caches = holders("PagePool.check", "caches", caches, "PrefixCaches")
         mx.eval(self.state)
         self._storage.check(self.state)
         if self._allocator is not None:
@@ -897,8 +943,8 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         pool = self.pool
         slots = pool.slots(slot_mapping)
         arrays = pool.state[self.index]
-        check_array("PagePool.write", "k", k)
-        _refuse_capture("PagePool.write", arrays[0], k)
+        check_array("write", "k", k)
+        _refuse_capture("write", arrays[0], k)
         if slots.split is None:
             written = operations.write_pages(
                 [k, v], arrays, slots.array, alias=True, stream=pool.stream, known=pool.known,
@@ -909,7 +955,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         if pool.canary is not None:
             if slots.values is None:
                 must = "the pool must have no canary to be written inside mx.compile"
-                fail("PagePool.write", must, "canary=True")
+                fail("write", must, "canary=True")
             pool.canary.wrote_layer(self.index, slots.values)
         if slots.split is None:
             arrays[:] = written
@@ -975,22 +1021,24 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         """
         pool = self.pool
         arrays = pool.state[self.index]
+        if return_lse is not False and return_lse is not True:
+            return_lse = check_flag("attend", "return_lse", return_lse)
         made = plan if isinstance(plan, AttentionPlan) else None
         words = plan if made is None else made.array
         options = AttentionOptions(scale, softcap, alibi_slopes, sinks, mask)
         if made is not None and made.allocator not in (None, pool._allocator):
             must = "plan must be of page tables of the allocator that the pool belongs to"
-            fail("PagePool.attend", must, f"a plan of another's, {made.allocator!r}")
+            fail("attend", must, f"a plan of another's, {made.allocator!r}")
         if not isinstance(q, mx.array) or not isinstance(words, mx.array):
-            check_array("PagePool.attend", "q", q)
+            check_array("attend", "q", q)
             must = "plan must be an AttentionPlan, from pool.plan(...), or its array"
-            fail("PagePool.attend", must, kind_of(words))
+            fail("attend", must, kind_of(words))
         if _ext.is_tracer(q) or _ext.is_stale(arrays[0]):
-            _refuse_capture("PagePool.attend", arrays[0], q)
+            _refuse_capture("attend", arrays[0], q)
             if not _ext.is_tracer(words):
                 must = "plan must be an input of the compiled function, passed as plan.array"
                 found = "a plan captured from outside, good for one step only"
-                fail("PagePool.attend", must, found)
+                fail("attend", must, found)
         out, lse, *arrays[:] = operations.paged_attention(
             q, arrays, words, *options, stream=pool.stream, known=pool.known, plan=made,
             **pool.told,
@@ -1011,7 +1059,7 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         """
         pool, arrays = self.pool, self.arrays
         tables, lens, length, ragged = gather_inputs(
-            "PagePool.gather", arrays[0], block_tables, context_lens, page_starts, page_lens
+            "gather", arrays[0], block_tables, context_lens, page_starts, page_lens
         )
         if pool.open_pages is not None:
             tables = mx.array(pool.open_pages.kernel_ids(np.array(tables)))
@@ -1022,9 +1070,13 @@ class PoolLayer(Mapping[int, "PageBlock"]):
         return k, v
 
     def __getitem__(self, page_id: int) -> PageBlock:
-        if page_id not in range(self.pool.num_pages):
+        try:
+            index = operator.index(page_id)
+        except TypeError:
+            raise KeyError(page_id) from None
+        if not 0 <= index < self.pool.num_pages:
             raise KeyError(page_id)
-        return PoolPageBlock(self, int(page_id))
+        return PoolPageBlock(self, index)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.pool.num_pages))
@@ -1078,6 +1130,12 @@ class PageBlock:
         key_data: mx.array,
         value_data: mx.array,
     ):
+        sizes = {"page_id": page_id, "max_tokens": max_tokens, "ref_count": ref_count}
+        for name, value in sizes.items():
+            whole_number("PageBlock", name, value)
+        whole_number("PageBlock", "tokens_stored", tokens_stored, 0, max_tokens)
+        check_array("PageBlock", "key_data", key_data)
+        check_array("PageBlock", "value_data", value_data)
         self.page_id = page_id
         self.tokens_stored = tokens_stored
         self.max_tokens = max_tokens
@@ -1129,8 +1187,12 @@ class SlotMapping:
     split: Split | None = None
 
     def __init__(self, slot_mapping: Ints, pages: mx.array):
+        check_array("SlotMapping", "pages", pages)
+        if pages.ndim != 4:
+            must = "pages must have shape [num_pages, num_kv_heads, page_size, head_dim]"
+            fail("SlotMapping", must, pages.shape)
         self.num_slots = pages.shape[0] * pages.shape[2]
-        self.array = slot_array("PagePool.write", slot_mapping, pages)
+        self.array = slot_array("write", slot_mapping, pages)
         traced = isinstance(slot_mapping, mx.array) and _ext.is_tracer(slot_mapping)
         self.values = None if traced else np.array(self.array)
 

@@ -339,7 +339,7 @@ def test_a_write_to_a_part_of_a_sealed_page_is_refused():
     shadow, table = Shadow(("q4", None)), PageTable(SIZE)
     appended = shadow.append((table, SIZE), write=False)
     k, v = mx.zeros((3, HEADS, DIM)), mx.zeros((3, HEADS, V_DIM))
-    with pytest.raises(ValueError, match=r"^\[PagePool.write\] slot_mapping must name all 8 slots"):
+    with pytest.raises(ValueError, match=r"^\[write\] slot_mapping must name all 8 slots"):
         shadow.pool.write(0, k, v, appended.slots[:3])
     shadow.write(appended.slots)
     shadow.check(table)
@@ -350,7 +350,7 @@ def test_tokens_that_do_not_fit_a_pool_with_open_pages_are_refused():
     slots = table.append_tokens(2, pool.allocator).slots
     k, v = mx.zeros((2, HEADS, DIM)), mx.zeros((2, HEADS, V_DIM))
     for wrong in ((k[:1], v), (k, v[..., :8]), (k.astype(mx.float16), v)):
-        with pytest.raises(ValueError, match=r"^\[PagePool.write\] [kv] must have"):
+        with pytest.raises(ValueError, match=r"^\[write\] [kv] must have"):
             pool.write(0, *wrong, slots)
 
 

@@ -179,7 +179,7 @@ def test_notes_that_do_not_fit_are_errors_and_change_nothing(canary):
     assert len(table.token_hash) == 6
     table.truncate(6)
     table.token_hash.extend([1])
-    with pytest.raises(ValueError, match=r"^\[read\] table must have the 7 tokens noted for it"):
+    with pytest.raises(ValueError, match=r"^\[verify\] table must have the 7 tokens noted for it"):
         canary.verify(table)
 
 

@@ -82,13 +82,13 @@ def test_an_odd_argument_of_paged_attention_is_named(step, name):
 
 
 CALLS = {
-    "a numpy q": (lambda s: s.attend(q=np.zeros((2, 4, DIM))), "[PagePool.attend] q must be an mx.array"),
-    "no plan": (lambda s: s.attend(plan=None), "[PagePool.attend] plan must be an AttentionPlan"),
-    "tables for a plan": (lambda s: s.attend(plan=s.tables), "[PagePool.attend] plan must be an AttentionPlan"),
-    "numpy k": (lambda s: s.write(k=np.zeros((2, 2, DIM))), "[PagePool.write] k must be an mx.array"),
+    "a numpy q": (lambda s: s.attend(q=np.zeros((2, 4, DIM))), "[attend] q must be an mx.array"),
+    "no plan": (lambda s: s.attend(plan=None), "[attend] plan must be an AttentionPlan"),
+    "tables for a plan": (lambda s: s.attend(plan=s.tables), "[attend] plan must be an AttentionPlan"),
+    "numpy k": (lambda s: s.write(k=np.zeros((2, 2, DIM))), "[write] k must be an mx.array"),
     "numpy v": (lambda s: s.write(v=np.zeros((2, 2, DIM))), "[write_pages] v must be an mx.array"),
-    "slots of floats": (lambda s: s.write(slot_mapping=[0.0, 1.0]), "[PagePool.write] slot_mapping must hold integers"),
-    "no slots": (lambda s: s.write(slot_mapping=None), "[PagePool.write] slot_mapping must hold integers"),
+    "slots of floats": (lambda s: s.write(slot_mapping=[0.0, 1.0]), "[write] slot_mapping must hold integers"),
+    "no slots": (lambda s: s.write(slot_mapping=None), "[write] slot_mapping must hold integers"),
     "layer -1": (lambda s: s.pool[-1], "[PagePool] layer must be a whole number of at least 0"),
     "layer 2": (lambda s: s.pool[2], "[PagePool] layer must be in [0, 2)"),
     "layer 0.0": (lambda s: s.pool[0.0], "[PagePool] layer must be a whole number"),

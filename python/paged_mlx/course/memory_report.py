@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paged_mlx.errors import fail, whole_number
+from paged_mlx.errors import as_list, check_flag, fail, kind_of, whole_number
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.table import PageTable, share_prefix
 
@@ -116,7 +116,8 @@ def analyze_memory_efficiency(
         ValueError: An argument is wrong.
     """
     name = "analyze_memory_efficiency"
-    lengths = [whole_number(name, "lengths", length, 1) for length in lengths]
+    show = check_flag(name, "show", show)
+    lengths = _numbers("lengths", lengths, 1)
     if not lengths:
         fail(name, "lengths must have at least one sequence", "none")
     longest = max(lengths)
@@ -143,7 +144,7 @@ def analyze_memory_efficiency(
         )
 
     paged, shared = at(page_size)
-    sizes = sorted({whole_number(name, "page_sizes", size, 1) for size in page_sizes})
+    sizes = sorted(set(_numbers("page_sizes", page_sizes, 1)))
     static = use("static", max_seq_len, static_slots, sum(lengths))
     report = MemoryReport(static, paged, shared, tuple(at(size) for size in sizes), groups)
     if show:
@@ -158,9 +159,13 @@ def _checked_groups(
     if groups is None:
         return (PrefixGroup(min(lengths) // page_size * page_size, tuple(range(len(lengths)))),)
     checked = []
-    for group in groups:
-        length, members = (group.length, group.members) if isinstance(group, PrefixGroup) else group
-        members = tuple(whole_number(name, "members", member) for member in members)
+    for group in as_list(name, "prefix_groups", groups, "groups"):
+        if isinstance(group, PrefixGroup):
+            group = group.length, group.members
+        if not isinstance(group, (tuple, list)) or len(group) != 2:
+            fail(name, "prefix_groups must be pairs (length, members)", kind_of(group))
+        length, members = group
+        members = tuple(_numbers("members", members))
         if not members or max(members) >= len(lengths):
             fail(name, f"members must be indices of lengths, below {len(lengths)}", members)
         length, shortest = (
@@ -176,6 +181,12 @@ def _checked_groups(
     if len(set(members)) < len(members):
         fail(name, "prefix_groups must have each sequence once at most", "one twice")
     return tuple(checked)
+
+
+def _numbers(what: str, values: Sequence[int], minimum: int = 0) -> list[int]:
+    name = "analyze_memory_efficiency"
+    listed = as_list(name, what, values, "whole numbers")
+    return [whole_number(name, what, value, minimum) for value in listed]
 
 
 def _count(

@@ -9,12 +9,14 @@ import mlx.core as mx
 import numpy as np
 
 from paged_mlx.attention import paged_attention
-from paged_mlx.errors import fail, whole_number
+from paged_mlx.errors import as_list, check_flag, fail, kind_of, whole_number
+from paged_mlx.options import Geometry
 from paged_mlx.pages.block_table import pack
 from paged_mlx.pages.policies import PageAllocator
 from paged_mlx.pages.table import PageTable
 from paged_mlx.pool import PagePool
 
+_OP = "benchmark_memory_systems"
 SCENARIOS = [
     {"name": "Short sequences", "lengths": [50, 100, 150] * 10},
     {"name": "Mixed lengths", "lengths": [100, 500, 1000, 2000] * 8},
@@ -56,8 +58,13 @@ class DecodeStep:
         dtype: mx.Dtype = mx.float16,
         seed: int = 0,
     ):
+        seed = whole_number(_OP, "seed", seed)
+        num_q_heads = whole_number(_OP, "num_q_heads", num_q_heads, 1)
+        num_kv_heads = whole_number(_OP, "num_kv_heads", num_kv_heads, 1)
+        page_size = whole_number(_OP, "page_size", page_size, 1)
+        Geometry(num_q_heads, num_kv_heads, page_size, head_dim, head_dim, dtype).check(_OP)
+        self.lengths = lengths = _checked_lengths("lengths", lengths)
         rng = np.random.default_rng(seed)
-        self.lengths = lengths
         self.head_dim = head_dim
         self.q = mx.array(rng.standard_normal((len(lengths), num_q_heads, head_dim))).astype(dtype)
         shape = (num_kv_heads, head_dim)
@@ -139,16 +146,18 @@ def benchmark_memory_systems(
     Raises:
         ValueError: ``repeats``, a scenario or a size is wrong; the message says why.
     """
-    op, results = "benchmark_memory_systems", []
-    whole_number(op, "repeats", repeats, 1)
+    results = []
+    whole_number(_OP, "repeats", repeats, 1)
+    show = check_flag(_OP, "show", show)
     unknown = geometry.keys() - signature(DecodeStep).parameters.keys()
     if unknown:
-        fail(op, "geometry must be sizes of DecodeStep", sorted(unknown))
+        fail(_OP, "geometry must be sizes of DecodeStep", sorted(unknown))
+    scenarios = as_list(_OP, "scenarios", scenarios, "scenarios")
     for scenario in scenarios:
-        if not {"name", "lengths"} <= scenario.keys() or not scenario["lengths"]:
-            fail(op, "scenarios must have a name and lengths, not empty", scenario)
-        for length in scenario["lengths"]:
-            whole_number(op, f"lengths of {scenario['name']!r}", length, 1)
+        if not isinstance(scenario, dict) or not {"name", "lengths"} <= scenario.keys():
+            fail(_OP, "scenarios must have a name and lengths", kind_of(scenario))
+        _checked_lengths(f"lengths of {scenario['name']!r}", scenario["lengths"])
+    for scenario in scenarios:
         step = DecodeStep(scenario["lengths"], **geometry)
         _check(step)
         seconds = _alternate([step.traditional, step.paged], repeats)
@@ -165,6 +174,13 @@ def benchmark_memory_systems(
     if show and mx.default_device() == mx.cpu:
         print("MLX's own attention is slow on the CPU: these speed-ups are not those of a GPU.")
     return results
+
+
+def _checked_lengths(name: str, lengths: list[int]) -> list[int]:
+    checked = [whole_number(_OP, name, n, 1) for n in as_list(_OP, name, lengths, "whole numbers")]
+    if not checked:
+        fail(_OP, f"{name} must not be empty", "none")
+    return checked
 
 
 def _check(step: DecodeStep) -> None:

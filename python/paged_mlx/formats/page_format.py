@@ -98,7 +98,8 @@ def formats_of(op: str, name: str, value: object) -> PageFormats:
         ValueError: It is neither.
     """
     pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(side is not None and side not in NAMES for side in pair):
+    known = all(side is None or isinstance(side, str) and side in NAMES for side in pair)
+    if len(pair) != 2 or not known:
         fail(op, f'{name} must be None, "q8", "q4", or a pair of them for K and V', repr(value))
     return PageFormats(*pair)
 

@@ -24,7 +24,7 @@ def layer_of(
     formats = PageFormats(k_format, v_format)
     arrays = []
     for letter, pages, name in zip("kv", (k_pages, v_pages), formats):
-        if name is not None and name not in NAMES:
+        if name is not None and (not isinstance(name, str) or name not in NAMES):
             fail(op, f'{letter}_format must be None, "q8" or "q4"', kind_of(name))
         if name is None:
             arrays.append(_dense(op, f"{letter}_pages", pages))

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from paged_mlx.errors import fail
+from paged_mlx.errors import fail, whole_number
 from paged_mlx.formats.page_format import PageFormats, page_nbytes
+from paged_mlx.options import Geometry, check_number
 
 SHARE = 0.85
 MOST = 2**62
+MAX_BYTES = 2**63 - 1
 _CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -24,6 +26,7 @@ def memory_limit(share: float = SHARE) -> int:
     Raises:
         ValueError: ``share`` is not in (0, 1].
     """
+    check_number("memory_limit", "share", share)
     if not 0 < share <= 1:
         fail("memory_limit", "share must be in (0, 1]", share)
     return min(int(share * _usable()), _limit_of_mlx())
@@ -81,10 +84,13 @@ def pages_within(
     Open pages, of ``k_format="q4"``, come on top: one for each sequence.
 
     Raises:
-        ValueError: Pages of these sizes cannot have the formats.
+        ValueError: A size or dtype is wrong, or pages of these sizes cannot have the formats.
     """
-    formats = PageFormats(k_format, v_format)
+    op, formats = "pages_within", PageFormats(k_format, v_format)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    formats.check("pages_within", head_dim, v_head_dim, page_size)
-    page = page_nbytes(formats, num_kv_heads, page_size, head_dim, v_head_dim, dtype)
-    return max(0, int(nbytes)) // (num_layers * page)
+    heads = whole_number(op, "num_kv_heads", num_kv_heads, 1)
+    geometry = Geometry(heads, heads, page_size, head_dim, v_head_dim, dtype, formats)
+    geometry.check(op)
+    num_layers = whole_number(op, "num_layers", num_layers, 1)
+    nbytes = whole_number(op, "nbytes", nbytes, -MAX_BYTES, MAX_BYTES)
+    return max(0, nbytes) // (num_layers * page_nbytes(formats, *geometry.page_sizes))

@@ -23,7 +23,9 @@ from paged_mlx.errors import (
     PageError,
     UnknownPage,
     UseAfterFree,
+    as_list,
     fail,
+    holders,
     kind_of,
     whole_number,
 )
@@ -277,9 +279,13 @@ class PageAllocator:
             PageError: An evictor holds it already.
             ValueError: The evictor was not added.
         """
-        page_id = self._held("hold", page_id, UseAfterFree)
-        self.evictors.start(page_id, evictor)
+        self._hold("hold", page_id, evictor)
+
+    def _hold(self, function: str, page_id: int, evictor: Evictor) -> int:
+        page_id = self._held(function, page_id, UseAfterFree)
+        self.evictors.start(function, page_id, evictor)
         self._refs[page_id] += 1
+        return page_id
 
     def let_go(self, page_id: int) -> bool:
         """Undo ``hold``; return whether the page is free now."""
@@ -343,10 +349,8 @@ class PageAllocator:
         if isinstance(page_ids, array):
             ids = np.frombuffer(page_ids, np.int32) if page_ids else np.empty(0, np.int32)
         else:
-            try:
-                ids = np.array([self._known(function, page_id) for page_id in page_ids], np.int32)
-            except TypeError:
-                fail(function, "page_ids must be a sequence of page ids", kind_of(page_ids))
+            listed = as_list(function, "page_ids", page_ids, "page ids")
+            ids = np.array([self._known(function, page_id) for page_id in listed], np.int32)
             if len(set(ids.tolist())) < len(ids):
                 fail(function, "page_ids must be different pages", "one twice", PageError)
         if ids.size and int(ids.view(np.uint32).max()) >= self.total_pages:
@@ -482,10 +486,10 @@ class PageAllocator:
         lowest = max(int(used[-1]) + 1 if used.size else 1, before - wanted)
         if lowest >= before:
             return 0
-        for pool in self.pools:
-            pool.shrink(lowest)
         self._set_counts(self._refs[:lowest])
         self._reset_free(np.flatnonzero(self._counts == 0).tolist())
+        for pool in self.pools:
+            pool.shrink(lowest)
         return before - lowest
 
     # Checks.
@@ -515,8 +519,9 @@ class PageAllocator:
         for evictor in self.evictors:
             if evictor is not self:
                 evictor.check()
+        caches = holders("check", "caches", caches, "PrefixCaches")
         if tables is not None:
-            self._check_holders([*tables, *caches])
+            self._check_holders(holders("check", "tables", tables, "PageTables") + caches)
 
     def _check_holders(self, holders: Sequence[Any]) -> None:
         """Prove that every count is the number of holders; each has ``page_ids``."""

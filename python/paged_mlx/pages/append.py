@@ -31,12 +31,19 @@ class Appended:
 
 
 def append(
-    maps: Sequence[PageMap], num_tokens: Sequence[int], allocator: PageAllocator
+    maps: Sequence[PageMap],
+    num_tokens: Sequence[int],
+    allocator: PageAllocator,
+    function: str = "append_tokens",
 ) -> Appended:
-    """Append ``num_tokens[i]`` tokens to ``maps[i]``, to all or to none; see ``append_batch``."""
-    counts = _checked_counts(num_tokens, len(maps))
+    """Append ``num_tokens[i]`` tokens to ``maps[i]``, to all or to none; see ``append_batch``.
+
+    Args:
+        function: Whose name errors give.
+    """
+    counts = _checked_counts(function, num_tokens, len(maps))
     if not isinstance(allocator, PageAllocator):
-        fail("append_tokens", "allocator must be a PageAllocator", kind_of(allocator))
+        fail(function, "allocator must be a PageAllocator", kind_of(allocator))
     if allocator.sealed:
         for pages in maps:
             pages.settle_room()
@@ -47,12 +54,12 @@ def append(
         return Appended(slots, [])
     if allocator.appends:
         allocator.before_append([pages.ids[-1] for pages in maps if pages.room])
-    needs, num_new = _new_pages(maps, counts, allocator)
+    needs, num_new = _new_pages(function, maps, counts, allocator)
     rows = _shared_tails(maps, counts, allocator)
     copies: list[tuple[int, int]] = []
     page_ids: list[int] = []
     if rows or num_new:
-        rows, page_ids = _take_pages(maps, counts, rows, num_new, allocator)
+        rows, page_ids = _take_pages(function, maps, counts, rows, num_new, allocator)
         if allocator.appends:
             _reserve(maps, counts, len(rows), page_ids, allocator)
         copies = _own_tails(maps, rows, page_ids, num_new, allocator)
@@ -69,17 +76,17 @@ def append(
     return Appended(slots, copies)
 
 
-def _checked_counts(num_tokens: Sequence[int], num_maps: int) -> list[int]:
+def _checked_counts(function: str, num_tokens: Sequence[int], num_maps: int) -> list[int]:
     try:
         counts = list(num_tokens)
-    except TypeError:
-        fail("append_tokens", "num_tokens must be a sequence of counts", kind_of(num_tokens))
+    except (TypeError, ValueError):  # ValueError: an mx.array without a dimension
+        fail(function, "num_tokens must be a sequence of counts", kind_of(num_tokens))
     if len(counts) != num_maps:
         must = f"num_tokens must have one count per table, {num_maps}"
-        fail("append_tokens", must, len(counts))
+        fail(function, must, len(counts))
     for index, count in enumerate(counts):
         if type(count) is not int or count < 0:
-            counts[index] = whole_number("append_tokens", "num_tokens", count)
+            counts[index] = whole_number(function, "num_tokens", count)
     return counts
 
 
@@ -108,15 +115,15 @@ def _one_each_in_place(
 
 
 def _new_pages(
-    maps: Sequence[PageMap], counts: list[int], allocator: PageAllocator
+    function: str, maps: Sequence[PageMap], counts: list[int], allocator: PageAllocator
 ) -> tuple[list[int], int]:
     """Return how many pages each needs beyond its tail page, and their sum; check the maps."""
     if len(set(map(id, maps))) < len(maps):
-        fail("append_tokens", "tables must be different ones", "one twice")
+        fail(function, "tables must be different ones", "one twice")
     needs = []
     for pages, count in zip(maps, counts):
         if pages.allocator is not allocator:
-            pages.check_allocator("append_tokens", allocator)
+            pages.check_allocator(function, allocator)
         missing = count - pages.room
         needs.append(-(-missing // pages.page_size) if missing > 0 else 0)
     return needs, sum(needs)
@@ -141,6 +148,7 @@ def _shared_tails(
 
 
 def _take_pages(
+    function: str,
     maps: Sequence[PageMap],
     counts: list[int],
     rows: list[int],
@@ -161,7 +169,7 @@ def _take_pages(
         page_ids = allocator.allocate_pages(len(rows) + num_new)
     if page_ids is None:
         fail(
-            "append_tokens",
+            function,
             f"the pool must have {len(rows) + num_new} pages to give, {len(rows)} of them "
             "for copies",
             f"{allocator.num_available} of {allocator.total_pages}: release tables, or grow the pool",

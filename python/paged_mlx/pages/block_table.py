@@ -185,9 +185,10 @@ class BlockTable:
 
 def _whole_numbers(query_lens: Sequence[int]) -> list[int]:
     try:
-        return [whole_number("pack", "query_lens", length) for length in query_lens]
-    except TypeError:
+        lens = list(query_lens)
+    except (TypeError, ValueError):  # ValueError: an mx.array without a dimension
         fail("pack", "query_lens must be a sequence of lengths", kind_of(query_lens))
+    return [whole_number("pack", "query_lens", length) for length in lens]
 
 
 def _cu_seqlens(query_lens: list[int], context_lens: np.ndarray) -> np.ndarray:

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paged_mlx.errors import fail
+from paged_mlx.errors import as_list, check_kind, fail, kind_of, whole_number
 from paged_mlx.pages.allocator import PageAllocator
 from paged_mlx.pages.observers import Pool
 from paged_mlx.pages.page_map import PageTableEntry
-from paged_mlx.pages.table import PageTable
+from paged_mlx.pages.table import PageTable, maps_of
 from paged_mlx.pages.token_hash import RollingHash, extend_all
-from paged_mlx.pages.tokens import Tokens
+from paged_mlx.pages.tokens import Tokens, pack_tokens
 
 _NOTE = np.dtype([("hash", "u8"), ("sequence", "i4"), ("position", "i4"), ("token", "i4")])
 _NOTHING = np.array((0, -1, 0, 0), _NOTE)
@@ -57,6 +57,8 @@ class Canary(Pool):
     wants_freed = True
 
     def __init__(self, allocator: PageAllocator, num_layers: int = 0) -> None:
+        check_kind("Canary", "allocator", allocator, PageAllocator)
+        num_layers = whole_number("Canary", "num_layers", num_layers)
         self.page_size = allocator.page_size
         self._allocator = allocator
         self._sequences = itertools.count()
@@ -113,11 +115,13 @@ class Canary(Pool):
         Raises:
             ValueError: They are not as many as the table has.
         """
-        if len(tokens) != table.num_tokens:
+        maps_of("begin", (table,))
+        known = _tokens("begin", tokens)
+        if len(known) != table.num_tokens:
             must = f"tokens must be all tokens of the table, {table.num_tokens}"
-            fail("begin", must, len(tokens))
+            fail("begin", must, len(known))
         token_hash = RollingHash(self._sequences)
-        token_hash.extend(tokens)
+        token_hash.extend(known)
         table.token_hash = token_hash
         self._verified = None
 
@@ -135,7 +139,10 @@ class Canary(Pool):
         Raises:
             ValueError: A table's tokens, noted or new, are not those it has room for.
         """
-        slots, counts = np.asarray(slots), [len(added) for added in tokens]
+        maps_of("note", tables)
+        tables = list(tables)
+        tokens = [_tokens("note", each) for each in as_list("note", "tokens", tokens, "tokens")]
+        counts = [len(added) for added in tokens]
         if len(counts) != len(tables):
             fail("note", f"tokens must be those of {len(tables)} tables", len(counts))
         for table, count in zip(tables, counts):
@@ -146,8 +153,9 @@ class Canary(Pool):
                     "were not noted yet"
                 )
                 fail("note", must, count)
-        if slots.shape != (sum(counts),):
-            fail("note", f"slots must have one slot per token, {sum(counts)}", slots.shape)
+        slots = self._slots("note", slots)
+        if len(slots) != sum(counts):
+            fail("note", f"slots must have one slot per token, {sum(counts)}", len(slots))
         hashes = []
         for table in tables:
             if table.token_hash is None:
@@ -185,7 +193,10 @@ class Canary(Pool):
 
         Raises:
             CorruptPage: A page of it is free.
+            ValueError: An argument is wrong.
         """
+        self._check_layer("wrote_layer", layer)
+        slots = self._slots("wrote_layer", slots)
         slots = slots[slots >= 0]
         free = self._counts_of(slots // self.page_size) == 0
         if free.any():
@@ -195,6 +206,24 @@ class Canary(Pool):
         due = self._due[layer].reshape(-1)
         self._num_due[layer] -= np.count_nonzero(due[slots])
         due[slots] = False
+
+    def _check_layer(self, function: str, layer: int) -> None:
+        if type(layer) is not int or not 0 <= layer < len(self._due):
+            whole_number(function, "layer", layer, 0, len(self._due) - 1)
+
+    def _slots(self, function: str, slots: np.ndarray) -> np.ndarray:
+        """``slots`` as an array of one dimension, all of pages that there are notes for."""
+        try:
+            array = np.asarray(slots)
+        except (TypeError, ValueError):  # ValueError: lists of several lengths
+            fail(function, "slots must be an array of slots", kind_of(slots))
+        if array.shape == (0,):
+            return np.zeros(0, np.int32)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            fail(function, "slots must be whole numbers [tokens]", f"{array.dtype} {array.shape}")
+        if not -1 <= array.min() <= array.max() < self._notes.size:
+            fail(function, f"slots must be in [-1, {self._notes.size})", array.tolist())
+        return array
 
     def _counts_of(self, page_ids: np.ndarray) -> np.ndarray:
         return np.asarray(self._allocator.counts)[page_ids]
@@ -208,6 +237,8 @@ class Canary(Pool):
             CorruptPage: A slot does not hold what its table says.
             ValueError: A table's tokens were never noted.
         """
+        self._check_layer("read", layer)
+        maps_of("read", tables)
         state = _state_of(tables)
         if self._verified != state:
             self._verify_batch(tables, state[0])
@@ -226,9 +257,9 @@ class Canary(Pool):
             noted = table.token_hash
             alike = held and table.map.starts is None and not table.map.num_freed
             if not alike or noted is None or len(noted) != table.map.num_tokens:
-                self.verify(table)
+                self._verify("read", table)
             elif (hashes[start : start + len(noted)] != noted.hashes).any():
-                self.verify(table)
+                self._verify("read", table)
 
     def verify(self, table: PageTable) -> None:
         """Compare the pages of a table with the tokens noted for it.
@@ -237,10 +268,14 @@ class Canary(Pool):
             CorruptPage: They differ; names the first position that does.
             ValueError: The table's tokens were never noted, or more than it has.
         """
+        maps_of("verify", (table,))
+        self._verify("verify", table)
+
+    def _verify(self, function: str, table: PageTable) -> None:
         noted, length = table.token_hash, table.num_tokens
         if noted is None:
             if length:
-                fail("read", "table must have noted tokens, see Canary.note", repr(table))
+                fail(function, "table must have noted tokens, see Canary.note", repr(table))
             return
         if len(noted) < length:
             page_id, offset = table.logical_to_physical(len(noted))
@@ -250,7 +285,7 @@ class Canary(Pool):
             )
             raise CorruptPage("never written", len(noted), page_id, message)
         if len(noted) > length:
-            fail("read", f"table must have the {len(noted)} tokens noted for it", repr(table))
+            fail(function, f"table must have the {len(noted)} tokens noted for it", repr(table))
         entries = table.entries
         for entry in entries:
             if not self._allocator.counts[entry.physical_page_id]:
@@ -301,6 +336,11 @@ class Canary(Pool):
         """
         due = self._due.sum((1, 2))
         assert (self._num_due == due).all(), f"{self._num_due} slots to be written, found {due}"
+
+
+def _tokens(function: str, tokens: Tokens) -> np.ndarray:
+    """Token ids as int32."""
+    return np.frombuffer(pack_tokens(tokens, function), "<i4")
 
 
 def _state_of(tables: Sequence[PageTable]) -> tuple[bytes, list[int], list[int]]:

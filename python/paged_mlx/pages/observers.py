@@ -133,12 +133,12 @@ class Evictors:
         for evictor, held in self._by_evictor(page_ids):
             evictor.forget(held)
 
-    def start(self, page_id: int, evictor: Evictor) -> None:
+    def start(self, function: str, page_id: int, evictor: Evictor) -> None:
         """Note that ``evictor`` holds a page; at most one does."""
         if not any(added is evictor for added in self._evictors):
-            fail("hold", "evictor must be one that was added", kind_of(evictor))
+            fail(function, "evictor must be one that was added", kind_of(evictor))
         if page_id in self.held:
-            fail("hold", "page_id must be held by one evictor alone", page_id, PageError)
+            fail(function, "page_id must be held by one evictor alone", page_id, PageError)
         self.held[page_id] = evictor
 
     def stop(self, page_id: int) -> None:

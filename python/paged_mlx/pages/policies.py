@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from paged_mlx.errors import PageError, fail, whole_number
+from paged_mlx.errors import PageError, as_list, fail, whole_number
 from paged_mlx.pages.allocator import PageAllocator
 
 __all__ = ["BuddyPageAllocator", "FIFOPageAllocator", "LRUPageAllocator", "PageAllocator"]
@@ -100,20 +100,25 @@ class LRUPageAllocator(PageAllocator):
             UseAfterFree: Nobody holds the page now.
             PageError: It is cached already, here or by a prefix cache.
         """
-        self.hold(page_id, self)
-        self._cached.add(page_id)
+        self._cached.add(self._hold("cache_page", page_id, self))
 
     def uncache_page(self, page_id: int) -> None:
         """Undo ``cache_page``; the page becomes free if no table holds it."""
-        self._check_cached("uncache_page", (page_id,))
+        (page_id,) = self._cached_ones("uncache_page", (page_id,))
         self._cached.discard(page_id)
         self._idle.pop(page_id, None)
         self.let_go(page_id)
 
-    def _check_cached(self, function: str, page_ids: Sequence[int]) -> None:
-        for page_id in page_ids:
-            if self._known(function, page_id) not in self._cached:
+    def _cached_ones(self, function: str, page_ids: Iterable[int]) -> list[int]:
+        """The ids as ints; refuse a page that is not cached."""
+        listed = as_list(function, "page_ids", page_ids, "page ids")
+        ids = [self._known(function, page_id) for page_id in listed]
+        for page_id in ids:
+            if page_id not in self._cached:
                 fail(function, "page_id must be cached", page_id, PageError)
+        if len(set(ids)) < len(ids):
+            fail(function, "page_ids must be different pages", "one twice", PageError)
+        return ids
 
     @property
     def cached_pages(self) -> list[int]:
@@ -131,7 +136,7 @@ class LRUPageAllocator(PageAllocator):
 
     def forget(self, page_ids: Sequence[int]) -> int:
         """Stop caching these pages; those that no table holds become free."""
-        self._check_cached("forget", page_ids)
+        page_ids = self._cached_ones("forget", page_ids)
         if self._on_evict is not None:
             for page_id in page_ids:
                 self._on_evict(page_id)

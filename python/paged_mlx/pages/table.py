@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paged_mlx.errors import OutOfPages, fail, kind_of, whole_number
+from paged_mlx.errors import OutOfPages, as_list, check_flag, fail, kind_of, whole_number
 from paged_mlx.pages.allocator import MAX_SLOTS, PageAllocator
 from paged_mlx.pages.append import Appended, append
 from paged_mlx.pages.page_map import NO_PAGE, PageMap, PageTableEntry
@@ -140,9 +140,10 @@ class PageTable:
         """
         pages, size = self.map, self.map.page_size
         num_tokens = min(whole_number("leading_pages", "num_tokens", num_tokens), self.num_tokens)
+        tail = check_flag("leading_pages", "tail", tail)
         count = num_tokens // size
         if pages.starts is None:
-            count += bool(tail) and num_tokens % size > 0
+            count += tail and num_tokens % size > 0
         else:
             uniform = (start == i * size for i, start in enumerate(pages.starts[1 : count + 1], 1))
             count = min(count, sum(itertools.takewhile(bool, uniform)))
@@ -182,10 +183,7 @@ class PageTable:
             fail("adopt", "table must be empty", f"{self.num_tokens} tokens")
         self.map.check_allocator("adopt", allocator)
         pages = PageMap(self.page_size, allocator)
-        try:
-            page_ids = list(page_ids)
-        except TypeError:
-            fail("adopt", "page_ids must be a sequence of page ids", kind_of(page_ids))
+        page_ids = as_list("adopt", "page_ids", page_ids, "page ids")
         count = pages.num_covering(num_tokens)
         if len(page_ids) != count:
             fail("adopt", f"page_ids must be {count} pages for {num_tokens} tokens", len(page_ids))
@@ -299,12 +297,13 @@ def maps_of(function: str, tables: Sequence[PageTable]) -> list[PageMap]:
     """Return the page maps of tables, for a function that names itself in the error."""
     maps = []
     try:
-        for table in tables:
-            if not isinstance(table, PageTable):
-                fail(function, "tables must be PageTables", kind_of(table))
-            maps.append(table.map)
-    except TypeError:
+        tables = list(tables)
+    except (TypeError, ValueError):  # ValueError: an mx.array without a dimension
         fail(function, "tables must be a list of PageTables", kind_of(tables))
+    for table in tables:
+        if not isinstance(table, PageTable):
+            fail(function, "tables must be PageTables", kind_of(table))
+        maps.append(table.map)
     return maps
 
 
@@ -330,7 +329,7 @@ def append_batch(
         >>> append_batch(tables, [5, 2], allocator).slots.tolist()
         [0, 1, 2, 3, 4, 8, 9]
     """
-    return append(maps_of("append_tokens", tables), num_tokens, allocator)
+    return append(maps_of("append_batch", tables), num_tokens, allocator, "append_batch")
 
 
 def share_prefix(
@@ -361,7 +360,7 @@ def share_prefix(
     name = "share_prefix"
     source, target = maps_of(name, (source_table, target_table))
     prefix_length = whole_number(name, "prefix_length", prefix_length)
-    if partial not in ("copy", "seal"):
+    if not isinstance(partial, str) or partial not in ("copy", "seal"):
         fail(name, 'partial must be "copy" or "seal"', repr(partial))
     if prefix_length > source.num_tokens:
         must = f"prefix_length must be at most {source.num_tokens}, the tokens of the source"

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paged_mlx.errors import fail
+from paged_mlx.errors import fail, kind_of
 
 TOKEN_BYTES = 4  # of one packed token
 
 Tokens = Sequence[int] | np.ndarray
 
 
-def pack_tokens(tokens: Tokens) -> bytes:
+def pack_tokens(tokens: Tokens, function: str = "pack_tokens") -> bytes:
     """Return token ids as little-endian int32.
 
     Raises:
@@ -28,13 +28,20 @@ def pack_tokens(tokens: Tokens) -> bytes:
             packed = array.astype("<i4", copy=False)
             if array.dtype == packed.dtype or (packed == array).all():
                 return packed.tobytes()
-    except (struct.error, TypeError, ValueError):
+    except (struct.error, TypeError, ValueError, OverflowError):
         pass
     fail(
-        "pack_tokens",
+        function,
         "tokens must be a sequence of token ids, whole numbers below 2**31",
-        "something else",
+        _what_is_wrong(tokens),
     )
+
+
+def _what_is_wrong(tokens: object) -> str:
+    for token in tokens if isinstance(tokens, (list, tuple)) else ():
+        if not isinstance(token, (int, np.integer)) or not -(2**31) <= token < 2**31:
+            return f"{kind_of(token)} in it"
+    return kind_of(tokens)
 
 
 def unpack_tokens(packed: bytes) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from paged_mlx.errors import PageError, fail, kind_of, whole_number
+from paged_mlx.errors import PageError, as_list, check_flag, fail, kind_of, whole_number
 from paged_mlx.pages.allocator import MAX_SLOTS, PageAllocator
 from paged_mlx.pages.observers import Evictor
 from paged_mlx.pages.page_map import NO_PAGE
@@ -133,9 +133,14 @@ class PrefixCache(Evictor):
 
     # Finding.
 
+    def _packed(
+        self, function: str, tokens: Tokens, keys: Iterable[ExtraKey]
+    ) -> tuple[bytes, dict[int, bytes]]:
+        return pack_tokens(tokens, function), pack_keys(keys, self._page_size, function)
+
     def match(self, tokens: Tokens, keys: Iterable[ExtraKey] = ()) -> PrefixMatch:
         """Return the pages that ``reuse`` would share; nothing changes, and no query is counted."""
-        packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
+        packed, packed_keys = self._packed("match", tokens, keys)
         pages, behind, num_tokens = self._tree.find(packed[:-TOKEN_BYTES], packed_keys)
         return PrefixMatch(num_tokens, [NO_PAGE] * behind + [page.page_id for page in pages])
 
@@ -155,7 +160,7 @@ class PrefixCache(Evictor):
         Raises:
             ValueError: The table is not empty, or of another allocator or page size.
         """
-        packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
+        packed, packed_keys = self._packed("reuse", tokens, keys)
         (pages,) = maps_of("reuse", (table,))
         if table.num_tokens:
             fail("reuse", "table must be empty", f"{table.num_tokens} tokens")
@@ -206,10 +211,11 @@ class PrefixCache(Evictor):
             ValueError: The table is shorter than ``tokens`` or of another allocator, or a
                 page of it is cached with other tokens.
         """
-        packed, packed_keys = pack_tokens(tokens), pack_keys(keys, self._page_size)
+        packed, packed_keys = self._packed("insert", tokens, keys)
         num_tokens = len(packed) // TOKEN_BYTES
         (pages,) = maps_of("insert", (table,))
         priority = whole_number("insert", "priority", priority, -MAX_SLOTS)
+        tail = check_flag("insert", "tail", tail)
         if num_tokens > table.num_tokens:
             fail("insert", f"table must hold all tokens, {num_tokens}", table.num_tokens)
         pages.check_allocator("insert", self._allocator)
@@ -294,12 +300,12 @@ class PrefixCache(Evictor):
 
         It is dropped with the last full page of ``tokens``; False if that is not cached.
         """
-        return self._tree.keep(pack_tokens(tokens), pack_keys(keys, self._page_size), value)
+        return self._tree.keep(*self._packed("keep", tokens, keys), value)
 
     def kept(self, tokens: Tokens, keys: Iterable[ExtraKey] = ()) -> list[tuple[int, object]]:
         """Return ``(number of tokens, value)`` for the beginnings of ``tokens``, all of them
         included, that a value is kept with; the shortest first."""
-        return self._tree.kept(pack_tokens(tokens), pack_keys(keys, self._page_size))
+        return self._tree.kept(*self._packed("kept", tokens, keys))
 
     # Giving up.
 
@@ -341,13 +347,11 @@ class PrefixCache(Evictor):
         Returns:
             Pages dropped. Tables that hold them keep them.
         """
-        try:
-            for page_id in page_ids:
-                self._allocator.ref_count(page_id)
-        except TypeError:
-            fail("forget", "page_ids must be a sequence of page ids", kind_of(page_ids))
-        before = self.num_pages
+        page_ids = as_list("forget", "page_ids", page_ids, "page ids")
         for page_id in page_ids:
+            self._allocator.ref_count(page_id)  # refuses what is no page id
+        before = self.num_pages
+        for page_id in map(int, page_ids):
             page = self._tree.by_page.get(page_id)
             if page is not None:
                 self._forget([*page.descendants(), page])

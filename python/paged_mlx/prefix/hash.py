@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
-from paged_mlx.errors import fail, kind_of, whole_number
+from paged_mlx.errors import as_list, fail, kind_of, whole_number
 from paged_mlx.pages.tokens import TOKEN_BYTES, Tokens, pack_tokens
 
 HashPage = Callable[[bytes, bytes, bytes], bytes]
@@ -60,26 +60,24 @@ def page_hashes(tokens: Tokens, page_size: int, keys: Iterable[ExtraKey] = ()) -
     return hashes
 
 
-def pack_keys(keys: Iterable[ExtraKey], page_size: int) -> dict[int, bytes]:
+def pack_keys(
+    keys: Iterable[ExtraKey], page_size: int, function: str = "pack_keys"
+) -> dict[int, bytes]:
     """Return, for each page that keys bear on first, their packed form; order does not matter.
 
     Every part has its type and length before it, so no two sets of keys pack alike.
     """
     packed: dict[int, list[bytes]] = {}
-    try:
-        keys = list(keys)
-    except TypeError:
-        fail("pack_keys", "keys must be a sequence of ExtraKeys", kind_of(keys))
-    for key in keys:
+    for key in as_list(function, "keys", keys, "ExtraKeys"):
         if not isinstance(key, ExtraKey):
-            fail("pack_keys", "keys must be ExtraKey objects", kind_of(key))
-        position = whole_number("pack_keys", "position", key.position)
-        parts = (_packed_value(key.kind), _packed_value(key.value), _packed_value(position))
+            fail(function, "keys must be ExtraKey objects", kind_of(key))
+        position = whole_number(function, "position", key.position)
+        parts = [_packed_value(function, value) for value in (key.kind, key.value, position)]
         packed.setdefault(position // page_size, []).append(b"".join(parts))
     return {index: b"".join(sorted(parts)) for index, parts in packed.items()}
 
 
-def _packed_value(value: str | bytes | int) -> bytes:
+def _packed_value(function: str, value: str | bytes | int) -> bytes:
     if isinstance(value, str):
         kind, data = b"s", value.encode()
     elif isinstance(value, bytes):
@@ -87,5 +85,5 @@ def _packed_value(value: str | bytes | int) -> bytes:
     elif isinstance(value, int):
         kind, data = b"i", b"%d" % value
     else:
-        fail("pack_keys", "an extra key's value must be a str, bytes or int", repr(value))
+        fail(function, "an extra key's value must be a str, bytes or int", repr(value))
     return kind + struct.pack("<Q", len(data)) + data
