@@ -51,6 +51,14 @@ int num_items(const PlanHeader& plan) {
   return plan.num_items[kVectorItem] + plan.num_items[kTileItem] + plan.num_items[kWideItem];
 }
 
+bool has_vnni() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 // The work over sealed pages, or over open ones.
 Job make_job(const AttentionArgs& args, bool open) {
   const int32_t* const words = args.plan;
@@ -63,6 +71,7 @@ Job make_job(const AttentionArgs& args, bool open) {
   const bool dense = args.k.format == PageFormat::dense && args.v.format == PageFormat::dense;
   job.k = open || dense ? nullptr : &args.k;
   job.v = open || dense ? nullptr : &args.v;
+  job.multiplies_codes = has_vnni();
   job.rotated = args.v.rotated;
   job.out = args.out;
   job.lse = args.lse;

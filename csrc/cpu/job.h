@@ -53,6 +53,8 @@ struct Job {
   float score_unit;          // kernels keep scores, and their maxima, in units of this:
                              // scale when plain, so that they need not multiply; else 1
 
+  bool multiplies_codes; // the machine has AVX512-VNNI
+
   bool rotated; // V is: what was attended is rotated back when it is finished
 
   bool prefetch_next_item; // the caller will run item i + 1 after item i

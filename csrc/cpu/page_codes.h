@@ -182,17 +182,16 @@ PAGED_MLX_INLINE Vec load_codes(const uint8_t* p) {
     for (int i = 0; i < kLanes; i++) {
       shifts[i] = 4 * (i % 8);
     }
-    if constexpr (kLanes == 16) {
-      uint32_t both[2];
-      memcpy(both, p, sizeof(both));
-      for (int i = 0; i < kLanes; i++) {
-        words[i] = both[i / 8];
-      }
-    } else {
-      uint32_t word = 0;
-      memcpy(&word, p, kLanes / 2);
-      words = word - VecU{};
+    uint32_t word[2] = {};
+    memcpy(word, p, kLanes / 2);
+#if defined(__AVX512F__) && !defined(PAGED_MLX_EMULATED_LANES)
+    words = (VecU)_mm512_mask_set1_epi32(_mm512_set1_epi32(word[0]), 0xff00, word[1]);
+#else
+    words = word[0] - VecU{};
+    for (int i = 8; i < kLanes; i++) {
+      words[i] = word[1];
     }
+#endif
     codes = (VecI)((words >> shifts) & 15u);
   }
   return __builtin_convertvector(codes, Vec);

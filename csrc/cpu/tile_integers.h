@@ -14,7 +14,9 @@
 
 #include "cpu/tile_block.h"
 
-#if defined(__AVX512VNNI__) && !defined(PAGED_MLX_EMULATED_LANES)
+// gcc assembles what it is told; clang only what its flags name.
+#if defined(__AVX512BW__) && (defined(__AVX512VNNI__) || !defined(__clang__)) && \
+    !defined(PAGED_MLX_EMULATED_LANES)
 #define PAGED_MLX_TILE_INTEGERS 1
 
 namespace paged_mlx::cpu {
@@ -621,9 +623,10 @@ bool attend_chunk_rows(int rows, const TilePass& pass, const Chunk& chunk,
 
 // Whether chunks of this call are attended in integers.
 bool takes_integers(const Job& job) {
-  return job.dtype != DType::float32 && job.k->format != PageFormat::dense &&
-      job.v->format != PageFormat::dense && job.head_dim % kGroup == 0 &&
-      job.v_head_dim % kGroup == 0 && job.page_size % kBlockKeys == 0 && !job.mask;
+  return job.multiplies_codes && job.dtype != DType::float32 &&
+      job.k->format != PageFormat::dense && job.v->format != PageFormat::dense &&
+      job.head_dim % kGroup == 0 && job.v_head_dim % kGroup == 0 &&
+      job.page_size % kBlockKeys == 0 && !job.mask;
 }
 
 // What the passes over an item's chunks keep: rows of q as integers.
