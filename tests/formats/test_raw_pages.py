@@ -7,6 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from paged_mlx import PagePool, PageTable, PrefixCache, fast, pages_within
+from paged_mlx._native import _ext
+from paged_mlx.fallback import operations
 from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.formats.rotation import rotate
 from paged_mlx.testing import Check, backends, run
@@ -169,3 +171,25 @@ def test_a_case_of_quantised_pages_is_seen_red():
     wrong = backends.Backend("wrong", off_by_one, offers=lambda case: True)
     assert run(Check("formats", case), right).right
     assert not run(Check("formats", case), wrong).right
+
+
+def test_mlxs_own_operations_store_and_read_what_native_ones_do():
+    tokens = [mx.random.normal((5, 2, 64)) for _ in "kv"]
+    sources = [mx.random.normal((2, 2, 8, 64)) for _ in "kv"]
+    slots, pairs = mx.array([3, 5, -1, 0, 7]), mx.array([[0, 5, 8], [1, 4, 8]])
+    for formats in (PageFormats("q8", "q4"), PageFormats("q4", "q4")):
+        pages = PagePool(1, 6, 8, 2, 64, mx.float32, k_format=formats.k, v_format="q4").state[0]
+        stored = []
+        for native in (_ext, operations):
+            with mx.stream(mx.cpu):
+                found = native.write_pages(tokens, pages, slots, formats=formats)
+                if formats.have_open_pages:
+                    (found,) = native.seal_pages(
+                        sources, [found], pairs, rotated=False, formats=formats
+                    )
+                table = mx.array([[6, 5] if formats.have_open_pages else [0, 5]])  # 6: open
+                read = native.gather_pages(found, table, mx.array([16]), 16, formats=formats)[:2]
+            stored.append([np.array(array) for array in (*found, *read)])
+        for one, other in zip(*stored, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+            assert one.any()

@@ -49,13 +49,13 @@ _FAULTS = {
             "V is quantised as it comes",
             "return rotate(x).astype(self.dtype) if self.is_rotated else x",
             "return x",
-            "quantised_pool.pages_read_as_the_oracle_quantises_them",
+            "raw_pages.mlxs_own_operations_store_and_read_what_native_ones_do",
         ),
         (
             "an open page is not told from a sealed one",
             "is_open = (page_ids >= self.num_pages)",
             "is_open = (page_ids > self.num_pages)",
-            "quantised_pool.pages_read_as_the_oracle_quantises_them",
+            "raw_pages.mlxs_own_operations_store_and_read_what_native_ones_do",
         ),
     ],
     "fast.py": [
