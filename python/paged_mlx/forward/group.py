@@ -188,7 +188,8 @@ class LayerGroup:
         counts_of_rows = [num_tokens] * len(rows) if counts is None else counts.tolist()
         opened, copies = self._opened_and_sealed(), []
         try:
-            self._seal_own(rows, tables)
+            if any(pool.waits_to_seal() for pool in self.pools):
+                self.seal_own(rows, tables)
             appended = self._append(tables, counts_of_rows, cache)
             copies = appended.copies
         finally:  # what was done to the pages holds for a pass that something raises in too
@@ -211,10 +212,10 @@ class LayerGroup:
         self.peak_pages, self._peaks[0] = max(self.peak_pages, used), max(self._peaks[0], used)
         return step
 
-    def _seal_own(self, rows, tables) -> None:
-        """Quantise the full pages of sequences that go on, while other passes keep an append from
-        it: what a token is computed from depends on its own sequence alone."""
-        if not self.formats.have_open_pages or not any(p.waits_to_seal() for p in self.pools):
+    def seal_own(self, rows, tables) -> None:
+        """Quantise the full pages of sequences between their passes, whatever others are in the
+        middle of: what a token is computed from depends on its own sequence alone."""
+        if not self.formats.have_open_pages:
             return
         for row, table in zip(rows, tables):
             if not any(map(self.passes.is_anothers, row.last_step.values())):

@@ -1,21 +1,23 @@
 """Prompt caches to and from mlx-lm's own, in memory and in its files.
 
 A file holds the tokens of one sequence, not the pool: ``mlx_lm.models.cache`` reads it, and
-``load`` reads what mlx-lm has written.
+``load`` reads what mlx-lm has written. Behind the caches that mlx-lm reads, a file of quantised pages
+has what the pages hold, so that nothing is quantised twice.
 """
 
 import copy
 import hashlib
 import os
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import cache as stock
 
 from paged_mlx.errors import fail
+from paged_mlx.formats.page_contents import page_contents, put_contents
 from paged_mlx.formats.page_format import PageFormats
 from paged_mlx.forward.group import widened, width
 from paged_mlx.forward.identity import array_digest
@@ -38,8 +40,11 @@ def _to_stock(cache):
     return copy.deepcopy(cache.plain() if isinstance(cache, CountedStates) else cache)
 
 
-def from_stock(paged, prompt_cache: list) -> list:
+def from_stock(paged, prompt_cache: list, contents: list | None = None) -> list:
     """A prompt cache on pages of the tokens of mlx-lm's own, which stays as it is.
+
+    Args:
+        contents: What the pages of each paged layer hold, where that is known.
 
     Raises:
         ValueError: It is not of this model.
@@ -52,8 +57,8 @@ def from_stock(paged, prompt_cache: list) -> list:
     _check_same_length([plain for _, plain in pairs])
     _skip_what_is_not_there(pairs)
     with paged.passes.turn:
-        for cache, plain in pairs:
-            _fill(cache, plain)
+        for (cache, plain), stored in zip(pairs, [*(contents or []), *([[]] * len(pairs))]):
+            _fill(cache, plain, stored)
         paged.passes.end()
     return _with_the_rest(paged.layout.places, ours, prompt_cache)
 
@@ -130,8 +135,8 @@ def _check_fits(cache, plain) -> None:
         fail("from_stock", must, found)
 
 
-def _fill(cache, plain) -> None:
-    """Write the tokens that ``plain`` holds."""
+def _fill(cache, plain, stored: list[mx.array]) -> None:
+    """Write the tokens that ``plain`` holds, as ``stored`` has them if its pages are alike."""
     length = int(plain.offset)
     if not length:
         return
@@ -140,9 +145,11 @@ def _fill(cache, plain) -> None:
     step = cache.begin_step(length - cache.offset)
     pool, i = cache.group.pool_of(cache.layer, k, v)
     window = cache.group.window
-    slots = row.tables[window].slots(row.first_token[window], length)
-    k, v = widened(k, pool.head_dim), widened(v, pool.v_head_dim)
-    pool.write(i, _one_sequence(k, pool), _one_sequence(v, pool), slots)
+    pages, first = row.tables[window].map, row.first_token[window]
+    if not (stored and put_contents(pool, i, pages, first // pages.page_size, stored)):
+        k, v = widened(k, pool.head_dim), widened(v, pool.v_head_dim)
+        slots = row.tables[window].slots(first, length)
+        pool.write(i, _one_sequence(k, pool), _one_sequence(v, pool), slots)
     step.served.add(cache.layer)
     cache.group.passes.served(step)
     cache.step, cache.lens = step, step.ends
@@ -185,11 +192,14 @@ def save(
         told[FORMAT] = str(formats)
     if tokens:
         told[TOKENS] = pack_tokens(tokens).hex()
-    told[CHECKSUM] = _checksum(plain, told)
+    contents = [] if formats.are_dense else _contents(prompt_cache, plain)
+    told[CHECKSUM] = _checksum(plain, told, contents)
     folder, name = os.path.split(os.path.abspath(path))
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as beside:
         whole = os.path.join(beside, "cache.safetensors")
         stock.save_prompt_cache(whole, plain, {**(metadata or {}), **told})
+        if contents:
+            _add(whole, len(plain), contents)
         with open(whole, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(whole, path)
@@ -204,12 +214,12 @@ def load(paged, path: str) -> tuple[list, dict, list[int]]:
     Raises:
         ValueError: The file is damaged, of another model, another format or another kind.
     """
-    plain, metadata = _read(path)
+    plain, metadata, contents = _read(path)
     told = {
         key: metadata.pop(key) for key in (TOKENS, MODEL, CHECKSUM, RANK, FORMAT) if key in metadata
     }
     checksum = told.pop(CHECKSUM, None)
-    if (told or checksum) and checksum != _checksum(plain, told):
+    if (told or checksum) and checksum != _checksum(plain, told, contents):
         fail("load", "path must be a file as it was saved, but its checksum differs", repr(path))
     ours, theirs = _place(paged.identity), told.get(RANK, "0 of 1")
     if told and theirs != ours:
@@ -217,7 +227,7 @@ def load(paged, path: str) -> tuple[list, dict, list[int]]:
     if told and told.get(FORMAT, str(PageFormats())) != str(paged.formats):
         must = f"path must be a file of pages of the format that the model has, {paged.formats}"
         fail("load", must, f"{path!r} of {told.get(FORMAT, PageFormats())}")
-    prompt_cache = from_stock(paged, plain)
+    prompt_cache = from_stock(paged, plain, contents)
     if told and told.get(MODEL) != paged.identity.digest:
         must = "path must be a file of this model: of the same weights, adapters, configuration"
         fail("load", must, f"{path!r} of another")
@@ -233,11 +243,46 @@ def _place(identity) -> str:
     return f"{rank} of {size}"
 
 
-def _checksum(plain: list, told: dict) -> str:
+def _contents(prompt_cache: list, plain: list) -> list:
+    """What the pages of each paged layer hold; nothing of a layer whose pages a load cannot make."""
+    found = []
+    for cache, theirs in zip(_paged(prompt_cache), _paged(plain), strict=True):
+        group, table = cache.group, cache.rows[0].tables[cache.group.window]
+        with group.passes.turn:
+            group.seal_own(cache.rows, [table])
+            group.passes.keep()
+            place = group.placed(cache.layer)
+            held = None
+            if place is not None and cache.offset == table.num_tokens > 0:
+                first = (cache.offset - _num_held(theirs)) // table.page_size
+                held = page_contents(place[0], place[1], table.map, first)
+                mx.eval(held or [])
+        found.append(held or [])
+    return found if any(found) else []
+
+
+def _paged(prompt_cache: list):
+    """The paged caches, or what mlx-lm has in their places."""
+    for cache in prompt_cache:
+        if isinstance(cache, stock.CacheList):
+            yield from _paged(cache.caches)
+        elif isinstance(cache, (PagedKVCache, stock.KVCache, stock.RotatingKVCache)):
+            yield cache
+
+
+def _add(path: str, index: int, contents: list) -> None:
+    """Put contents of pages behind the caches of a file, where mlx-lm does not look."""
+    arrays, metadata = cast(tuple[dict, dict], mx.load(path, return_metadata=True))
+    arrays.update(tree_flatten(contents, f".{index}"))
+    mx.eval(arrays)
+    mx.save_safetensors(path, arrays, metadata)
+
+
+def _checksum(plain: list, told: dict, contents: list) -> str:
     """Of all that a file holds: states, which classes they are of, tokens and the model."""
     digest = hashlib.sha256(repr(sorted(told.items())).encode())
     states: Any = tree_flatten([cache.state for cache in plain])
-    for name, value in states:
+    for name, value in [*states, *tree_flatten(contents)]:
         if isinstance(value, mx.array):
             digest.update(array_digest(name, value))
         elif value is not None:
@@ -256,4 +301,10 @@ def _read(path: str):
     except Exception as error:
         # Older versions wrote other metadata, and classes have come and gone.
         fail("load", f"{must}, not an older one's or another file", f"{path!r}: {error!r}")
-    return prompt_cache, metadata
+    behind = f"{len(prompt_cache)}."
+    contents = [
+        (name.removeprefix(behind), array)
+        for name, array in cast(dict, mx.load(path)).items()
+        if name.startswith(behind)
+    ]
+    return prompt_cache, metadata, tree_unflatten(contents) if contents else []
