@@ -88,6 +88,7 @@ CALLS = {
     "numpy k": (lambda s: s.write(k=np.zeros((2, 2, DIM))), "[write] k must be an mx.array"),
     "numpy v": (lambda s: s.write(v=np.zeros((2, 2, DIM))), "[write_pages] v must be an mx.array"),
     "slots of floats": (lambda s: s.write(slot_mapping=[0.0, 1.0]), "[write] slot_mapping must hold integers"),
+    "an append for slots": (lambda s: s.write(slot_mapping=s.tables[0].append_tokens(1, s.pool.allocator)), "[write] slot_mapping must be slots: give appended.slots"),
     "no slots": (lambda s: s.write(slot_mapping=None), "[write] slot_mapping must hold integers"),
     "layer -1": (lambda s: s.pool[-1], "[PagePool] layer must be a whole number of at least 0"),
     "layer 2": (lambda s: s.pool[2], "[PagePool] layer must be in [0, 2)"),
@@ -157,3 +158,10 @@ def test_what_is_public_says_its_state(step):
     assert repr(slots) == "SlotMapping(2 tokens, slots of 64)"
     assert repr(layer[0]).startswith("PoolPageBlock(page_id=0, tokens_stored=0, max_tokens=4")
     assert repr(PageAllocator(4, PAGE)) == "PageAllocator(4 pages of 4, 0 used)"
+
+
+def test_a_pool_is_a_sequence_of_its_layers_and_says_where_attend_is(step):
+    assert len(step.pool) == 2
+    assert [layer.index for layer in step.pool] == [0, 1]
+    with pytest.raises(AttributeError, match=r"no attribute 'attend': use pool\[layer\].attend"):
+        step.pool.attend(step.q, step.plan)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import os
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
 import paged_mlx.mlx_lm.lost_ranks as lost_ranks
-from paged_mlx.errors import fail, whole_number
+from paged_mlx.errors import as_list, check_flag, check_kind, fail, whole_number
 from paged_mlx.formats.page_format import BITS, formats_of
 from paged_mlx.forward.group import LayerGroup
 from paged_mlx.forward.hook import ATTENTION
@@ -18,7 +19,7 @@ from paged_mlx.forward.identity import Identity
 from paged_mlx.forward.passes import Passes
 from paged_mlx.forward.routes import FRESH, GATHER, PAGES, routes_of
 from paged_mlx.forward.sequence import History, Sequence
-from paged_mlx.machine.memory import memory_limit
+from paged_mlx.machine.memory import MAX_BYTES, memory_limit
 from paged_mlx.mlx_lm.beginnings import SEAMS as BEGINNINGS
 from paged_mlx.mlx_lm.cache import PagedKVCache
 from paged_mlx.mlx_lm.checkpoints import SHARE_OF_CHECKPOINTS, states_of
@@ -33,6 +34,8 @@ from paged_mlx.mlx_lm.ranks import seam_of as seam_of_ranks
 from paged_mlx.mlx_lm.store import RANK_SEAMS as STORE_OF_RANKS
 from paged_mlx.mlx_lm.store import SEAMS as STORE
 from paged_mlx.mlx_lm.waiting import seams as waiting_seams
+from paged_mlx.pages.tokens import token_ids
+from paged_mlx.prefix.hash import pack_keys
 
 log = logging.getLogger("paged_mlx")
 
@@ -111,6 +114,11 @@ def check_model(function: str, model: object) -> None:
         fail(function, "model must be a model of mlx-lm", type(model).__name__)
 
 
+def _check_path(function: str, path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        fail(function, "path must be a path", type(path).__name__)
+
+
 class Estimate(NamedTuple):
     """Bytes that pages will take, and whether there is room for them."""
 
@@ -150,9 +158,12 @@ class PagedModel:
         if page_size is None:
             page_size = self.formats.default_page_size or PAGE_SIZE
         options = {"page_size": page_size, "num_pages": num_pages, "retain": retain}
-        for name, value in (options | {"max_bytes": max_bytes}).items():
+        for name, value in options.items():
             if value is not None:
                 whole_number("enable", name, value, int(name != "retain"))
+        if max_bytes is not None:
+            max_bytes = whole_number("enable", "max_bytes", max_bytes, 1, MAX_BYTES)
+        prefix_cache = check_flag("enable", "prefix_cache", prefix_cache)
         self.is_limited = num_pages is not None or max_bytes is not None
         self.num_pages, self.max_bytes = num_pages, max_bytes
         self.page_size, self.retain, self.prefix_cache = page_size, retain, prefix_cache
@@ -341,6 +352,7 @@ class PagedModel:
 
     def rotating_cache(self, size: int) -> list:
         """The prompt cache that mlx-lm makes for ``max_kv_size``: not paged."""
+        whole_number("rotating_cache", "size", size, 1)
         if self._make_cache.is_the_models:
             return self.make_cache()
         log.warning("max_kv_size=%d: mlx-lm's rotating cache is used, which is not paged", size)
@@ -352,6 +364,7 @@ class PagedModel:
         Args:
             keys: ExtraKeys that K and V will depend on besides tokens.
         """
+        pack_keys(keys, 1, "make_cache")  # refuses what is no key
         self.meet()
         history = History()
         history.keys = (*keys, *self.formats.extra_keys)
@@ -375,8 +388,8 @@ class PagedModel:
             key: Anything else that K and V depend on: a tenant, an adapter, a salt.
                 Tokens remembered under another key are not found.
         """
-        prefixes, tokens = self._known_prefixes(), [int(token) for token in tokens]
-        prompt_cache = self.make_cache(keys_of(key))
+        tokens, keys = token_ids("begin", tokens), keys_of("begin", key)
+        prefixes, prompt_cache = self._known_prefixes(), self.make_cache(keys)
         known = prefixes.begin(tokens, prompt_cache) if tokens else 0
         prefixes.count(len(tokens), known)
         if not known:
@@ -387,8 +400,8 @@ class PagedModel:
     def known(self, tokens: list[int], key: Key = None) -> int:
         """How many of the first ``tokens``, less than all, ``begin`` would not leave to compute;
         of a model that several ranks share, on every rank."""
-        keys = (*keys_of(key), *self.formats.extra_keys)
-        return self._known_prefixes().known([int(token) for token in tokens], keys)
+        keys = (*keys_of("known", key), *self.formats.extra_keys)
+        return self._known_prefixes().known(token_ids("known", tokens), keys)
 
     def remember(self, tokens: list[int], prompt_cache: list) -> None:
         """Let later prompts begin with ``tokens``, which ``prompt_cache`` holds; those behind
@@ -399,36 +412,46 @@ class PagedModel:
         Raises:
             ValueError: It is not of this model, or holds other tokens.
         """
-        self._check_is_ours("remember", prompt_cache)
-        held = next(layers_of(prompt_cache)).offset
-        tokens = [int(token) for token in tokens][:held]
+        held = self._layers_of_ours("remember", prompt_cache)[0].offset
+        tokens = token_ids("remember", tokens)[:held]
         self._known_prefixes().remember(tokens, prompt_cache, finished=True)
 
     def fork(self, prompt_cache: list, n: int) -> list[list]:
         """``n`` prompt caches of the same tokens on the same pages; no bytes move."""
-        self._check_is_ours("fork", prompt_cache)
+        self._layers_of_ours("fork", prompt_cache)
+        n = whole_number("fork", "n", n)
         return [copy.deepcopy(prompt_cache) for _ in range(n)]
 
-    def _check_is_ours(self, function: str, prompt_cache: list) -> None:
-        for layer in layers_of(prompt_cache):
+    def _layers_of_ours(self, function: str, prompt_cache: list) -> list:
+        """The paged caches of a prompt cache, which has some, all of this model."""
+        layers = list(layers_of(as_list(function, "prompt_cache", prompt_cache, "caches")))
+        if not layers:
+            must = "prompt_cache must be on pages, as make_cache makes it"
+            fail(function, must, type(prompt_cache).__name__)
+        for layer in layers:
             if layer.group.passes.model() is not self.model:
                 fail(function, "prompt_cache must be of this model", layer)
+        return layers
 
     def to_stock(self, prompt_cache: list) -> list:
         """mlx-lm's own prompt cache of the same tokens."""
-        return to_stock(prompt_cache)
+        return to_stock(as_list("to_stock", "prompt_cache", prompt_cache, "caches"))
 
     def from_stock(self, prompt_cache: list) -> list:
         """A prompt cache on pages of the tokens of mlx-lm's own."""
-        return from_stock(self, prompt_cache)
+        return from_stock(self, as_list("from_stock", "prompt_cache", prompt_cache, "caches"))
 
     def save(self, path: str, prompt_cache: list, metadata: dict | None = None) -> None:
         """Write a prompt cache to a file that mlx-lm can read too: its tokens, not the pool.
 
         The file is there whole or not at all, and says of which model it is.
         """
-        self._check_is_ours("save", prompt_cache)
-        layer = next(layers_of(prompt_cache))
+        layer = self._layers_of_ours("save", prompt_cache)[0]
+        _check_path("save", path)
+        if metadata is not None:
+            check_kind("save", "metadata", metadata, dict)
+            if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+                fail("save", "metadata must be of text", metadata)
         tokens = layer.rows[0].history.first(int(layer.lens[0]))
         save(path, prompt_cache, self.identity, tokens, metadata, self.formats)
 
@@ -441,6 +464,8 @@ class PagedModel:
             ValueError: The file is damaged, or of another model, or of pages of another format;
                 nothing is remembered of it.
         """
+        _check_path("load", path)
+        return_metadata = check_flag("load", "return_metadata", return_metadata)
         prompt_cache, metadata, tokens = load(self, path)
         if self.prefixes is not None and tokens:
             self.prefixes.remember(tokens, prompt_cache, finished=True)
@@ -478,6 +503,9 @@ class PagedModel:
 
         Nothing is counted that they might share.
         """
+        lengths = as_list("estimate", "lengths", lengths, "whole numbers")
+        lengths = [whole_number("estimate", "lengths", length) for length in lengths]
+        max_new_tokens = whole_number("estimate", "max_new_tokens", max_new_tokens)
         nbytes, fits = 0, True
         for group in self.groups.values():
             pages = sum(group.pages_for(length, max_new_tokens) for length in lengths)
@@ -508,6 +536,7 @@ class PagedModel:
 
     def trim_prefixes(self, nbytes: int) -> None:
         """Give up cached prefixes that nobody holds until they take ``nbytes`` at most."""
+        nbytes = whole_number("trim_prefixes", "nbytes", nbytes, 0, MAX_BYTES)
         if self.prefixes is None:
             return
         with self.passes.turn:

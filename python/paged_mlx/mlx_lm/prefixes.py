@@ -215,12 +215,12 @@ class PromptPrefixes:
         return f"PromptPrefixes({reused}, pages {pages}{kept})"
 
 
-def keys_of(key: Key) -> tuple:
+def keys_of(function: str, key: Key) -> tuple:
     """What ``key`` of a tenant, an adapter or a salt adds to every page's hash."""
     if key is None or isinstance(key, tuple) and all(isinstance(part, ExtraKey) for part in key):
         return key or ()
     if not isinstance(key, (str, bytes, int)) or isinstance(key, bool):
-        fail("begin", "key must be a string, bytes, a whole number or a tuple of ExtraKeys", key)
+        fail(function, "key must be a string, bytes, a whole number or a tuple of ExtraKeys", key)
     return (ExtraKey("key", key),)
 
 

@@ -33,6 +33,8 @@ def to_stock(prompt_cache: list) -> list:
 
 
 def _to_stock(cache):
+    if not hasattr(cache, "state"):
+        fail("to_stock", "prompt_cache must hold caches", type(cache).__name__)
     if isinstance(cache, PagedKVCache):
         return cache.to_stock()
     if isinstance(cache, stock.CacheList):
@@ -97,6 +99,9 @@ def _pairs(places, ours, theirs):
             "from_stock", f"prompt_cache must have {len(ours)} caches, as the model's", len(theirs)
         )
     for place, cache, plain in zip(places, ours, theirs):
+        if not hasattr(plain, "state"):
+            must = "prompt_cache must hold caches of mlx-lm"
+            fail("from_stock", must, type(plain).__name__)
         if isinstance(place, CachePlace):
             yield cache, plain
         elif isinstance(place, list):

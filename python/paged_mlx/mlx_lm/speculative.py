@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import PromptProcessingBatch, wired_limit
 
-from paged_mlx.errors import fail, kind_of, whole_number
+from paged_mlx.errors import as_list, check_flag, fail, kind_of, whole_number
 from paged_mlx.mlx_lm.enable import enable
 from paged_mlx.mlx_lm.layout import unpaged
 from paged_mlx.mlx_lm.model_seam import paged_model_of
@@ -93,6 +93,9 @@ def speculative_batch_generate(
         ValueError: Tokens of a model cannot be taken back (it has recurrent layers), or another
             argument is wrong; nothing has run.
     """
+    verbose = check_flag(OP, "verbose", verbose)
+    if not hasattr(tokenizer, "eos_token_ids"):
+        fail(OP, "tokenizer must be one of mlx-lm, with eos_token_ids", kind_of(tokenizer))
     options = dict(options, num_draft_tokens=num_draft_tokens, stop_tokens=tokenizer.eos_token_ids)
     with SpeculativeBatchGenerator(model, draft_model, **options) as generator, wired_limit(model):
         uids = generator.insert(prompts, max_tokens)
@@ -200,7 +203,10 @@ class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
         prefill_step_size: int = 2048,
     ):
         self._num_drafts = whole_number(OP, "num_draft_tokens", num_draft_tokens, 1)
+        stop_tokens = as_list(OP, "stop_tokens", stop_tokens, "token ids")
         self._stop_tokens = {whole_number(OP, "a stop token", token) for token in stop_tokens}
+        if sampler is not None and not callable(sampler):
+            fail(OP, "sampler must be a function of log-probabilities, or None", kind_of(sampler))
         self._sampler = sampler
         self._most = whole_number(OP, "completion_batch_size", completion_batch_size, 1)
         self._most_read = whole_number(OP, "prefill_batch_size", prefill_batch_size, 1)
@@ -282,6 +288,7 @@ class SpeculativeBatchGenerator(contextlib.AbstractContextManager):
             ValueError: One is not there, or is named twice; all are as they were.
         """
         there = {row.uid: row for row in [*self._rows, *self._waiting]}
+        uids = [whole_number("remove", "a uid", u) for u in as_list("remove", "uids", uids, "uids")]
         gone = [there.pop(uid, None) for uid in uids]
         if None in gone:
             fail("remove", "uids must be of prompts that are there, each once", list(uids))

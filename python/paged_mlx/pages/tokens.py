@@ -44,6 +44,15 @@ def _what_is_wrong(tokens: object) -> str:
     return kind_of(tokens)
 
 
+def token_ids(function: str, tokens: Tokens) -> list[int]:
+    """Return token ids as ints.
+
+    Raises:
+        ValueError: A token is no whole number, or does not fit.
+    """
+    return list(unpack_tokens(pack_tokens(tokens, function)))
+
+
 def unpack_tokens(packed: bytes) -> tuple[int, ...]:
     """Undo ``pack_tokens``."""
     return struct.unpack(f"<{len(packed) // TOKEN_BYTES}i", packed)
