@@ -7,6 +7,7 @@ layer has of each.
 
 import copy
 import logging
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -123,7 +124,14 @@ class PagedKVCache(stock._BaseCache):
             fail("update_and_fetch", must, batch)
         self.hold(self.rows[0].family(batch), np.zeros(batch, np.int32))
 
-    def attend(self, queries, keys, values, scale, mask):
+    def attend(
+        self,
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        scale: float,
+        mask: mx.array | str | None,
+    ) -> mx.array:
         """Attention over what ``update_and_fetch`` has returned, for a model that has caches attend."""
         if type(keys) is not GatheredKV:
             return ATTENTION.before(queries, keys, values, scale=scale, mask=mask)
