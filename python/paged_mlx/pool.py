@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import mlx.core as mx
 import numpy as np
@@ -55,10 +55,21 @@ MOST_PLANS = 16  # that a pool remembers, one for each kind of layer
 
 # What allocators and this package call, and no program.
 _WITHIN = {
-    "appended", "attached", "before_append", "check_tokens", "copied", "detached", "freed", "known",
-    "num_sealed", "open_pages", "plan_for", "plan_packed", "remember", "reserve", "told",
+    "appended", "attached", "attend", "before_append", "check_tokens", "copied", "detached", "freed",
+    "gather", "known", "num_sealed", "open_pages", "plan_for", "plan_packed", "remember", "reserve", "told",
     "wants_appends", "wants_freed", "write_values",
 }  # fmt: skip
+
+
+class _OfALayer:
+    """An attribute that a pool lacks and its layers have; ``__getattr__`` would slow all others."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pool: object, owner: type) -> NoReturn:
+        hint = f"use pool[layer].{self.name}"
+        raise AttributeError(f"PagePool has no attribute {self.name!r}: {hint}")
 
 
 class PagePool:
@@ -440,10 +451,7 @@ class PagePool:
         return (PoolLayer(self, layer) for layer in range(self.num_layers))
 
     if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str):
-            hint = f": use pool[layer].{name}" if name in ("attend", "gather") else ""
-            raise AttributeError(f"PagePool has no attribute {name!r}{hint}")
+        attend, gather = _OfALayer(), _OfALayer()
 
     def write(self, layer: int, k: mx.array, v: mx.array, slot_mapping: Ints | SlotMapping) -> None:
         """``pool[layer].write(k, v, slot_mapping)``."""
