@@ -80,6 +80,9 @@ class AttentionOptions(NamedTuple):
             None if mask is None else "boolean" if mask.dtype == mx.bool_ else "additive",
         )
 
+    def with_mask(self, mask: mx.array | None) -> AttentionOptions:
+        return self._replace(mask=mask)
+
     def check(self, op: str) -> None:
         """Refuse values of other types than the kernels take.
 

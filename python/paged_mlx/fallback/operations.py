@@ -45,7 +45,7 @@ def paged_attention(
     if is_tracer(plan):  # its values are not known: every token gathers for itself
         rows = TokenRows.of(plan, q.shape[0])
         masks = None if mask is None else _heads_first(mask).swapaxes(0, 1)[:, :, None]
-        out, lse = _attend(q[:, None], *sides, rows, options._replace(mask=masks))
+        out, lse = _attend(q[:, None], *sides, rows, options.with_mask(masks))
         return [out.squeeze(1), lse.squeeze(1), *pages]
     rows = checks.plan(np.array(plan), geometry, mask)
     outs = [mx.zeros((0, q.shape[1], sides[1].dim), q.dtype)]
@@ -53,7 +53,7 @@ def paged_attention(
     for first, last in rows.sequences():
         part = TokenRows(mx.array(rows.words[first:last].swapaxes(0, 1)))
         masks = None if mask is None else _heads_first(mask)[None, :, first:last]
-        out, lse = _attend(q[first:last][None], *sides, part, options._replace(mask=masks))
+        out, lse = _attend(q[first:last][None], *sides, part, options.with_mask(masks))
         outs.append(out.squeeze(0))
         lses.append(lse.squeeze(0))  # lse[0] of a transposed array is wrong in mlx 0.31.2
     return [mx.concatenate(outs), mx.concatenate(lses), *pages]
@@ -70,7 +70,7 @@ def _attend(q, k: Stored, v: Stored, rows: TokenRows, options: AttentionOptions)
         last = options.mask.shape[3] - 1
         columns = mx.clip(keys, 0, last)[:, None]
         columns = mx.broadcast_to(columns, (*options.mask.shape[:3], keys.shape[2]))
-        options = options._replace(mask=mx.take_along_axis(options.mask, columns, axis=3))
+        options = options.with_mask(mx.take_along_axis(options.mask, columns, axis=3))
     visible = formulas.is_visible(keys, rows.position, rows.end, rows.window)
     joined_k, joined_v = (formulas.joined(side.read(rows.pages)) for side in (k, v))
     distance, by_head = keys - rows.position, q.swapaxes(1, 2)
