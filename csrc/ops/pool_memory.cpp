@@ -63,13 +63,22 @@ void set_data(Array& out, MlxBuffer buffer, const std::function<void(MlxBuffer)>
   }
 }
 
+// Whether MLX may bind an array for a GPU, by the array's own buffer.
+bool is_bound_by_buffer() {
+#ifdef _METAL_
+  return true;
+#else
+  return mx::is_available(mx::Device::gpu);
+#endif
+}
+
 // Memory of one array of a pool, shared by all its versions, at addresses where it can become
-// longer. There is none beside a GPU: MLX may have it read any array, by the array's buffer.
+// longer. It lies outside the array's buffer, so there is none beside a GPU.
 class PoolArray {
  public:
   // Null where there are no addresses for so many bytes.
   static std::shared_ptr<PoolArray> make(size_t capacity, size_t bytes) {
-    if (mx::is_available(mx::Device::gpu)) {
+    if (is_bound_by_buffer()) {
       return nullptr;
     }
     auto made = std::shared_ptr<PoolArray>(new PoolArray(capacity));

@@ -45,7 +45,7 @@ def test_a_difference_stops_the_benchmark(monkeypatch):
     [
         (
             {"scenarios": [{"name": "None", "lengths": []}]},
-            "scenarios must have a name and lengths",
+            "lengths of 'None' must not be empty; got none",
         ),
         ({"scenarios": [{"lengths": [3]}]}, "scenarios must have a name and lengths"),
         ({"scenarios": [{"name": "Zero", "lengths": [0]}]}, "lengths of 'Zero' must be a whole"),
