@@ -402,18 +402,8 @@ class BatchPagedKVCache(PagedKVCache):
     """
 
     batched = True
-
-    def __init__(
-        self,
-        group: LayerGroup,
-        layer: int,
-        rows: list[Sequence],
-        lens: np.ndarray | None = None,
-    ):
-        super().__init__(group, layer, rows, lens)
-        self.remaining: np.ndarray | None = (
-            None  # prompt tokens to come of each row, while rows are padded
-        )
+    #: Prompt tokens to come of each row, while rows are padded.
+    remaining: np.ndarray | None = None
 
     @property
     def offset(self):

@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from paged_mlx.formats.page_format import PageFormats
-from paged_mlx.machine.bench.measure import Candidate, Case
+from paged_mlx.machine.bench.measure import Candidate, Case, check_close
 from paged_mlx.machine.bench.trials import Trial
 from paged_mlx.machine.bench.workload import DTYPES, Geometry, Workload
 from paged_mlx.pages.table import PageTable
@@ -49,19 +48,13 @@ def cases(
 
 
 def close(outputs: dict[str, Any]) -> None:
-    """All outputs are those of the first, up to rounding; on quantised pages, roughly.
-
-    Raises:
-        AssertionError: They are not.
-    """
-    (first_name, first), *others = (
-        (name, np.array(out.astype(mx.float32))) for name, out in outputs.items()
+    """All outputs are those of the first, up to rounding; on quantised pages, roughly."""
+    check_close(
+        outputs,
+        "outputs",
+        CLOSE,
+        {name: COARSE for name in outputs if name.startswith(f"{PAGED},")},
     )
-    largest = float(np.abs(first).max())
-    for name, out in others:
-        most = (COARSE if name.startswith(PAGED) else CLOSE) * largest
-        error = float(np.abs(out - first).max())
-        assert error <= most, f"{name} and {first_name} differ by {error:.3g}, of {largest:.3g}"
 
 
 def _read_once(trial: Trial, nbytes: int, geometry: Geometry) -> int:

